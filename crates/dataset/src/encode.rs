@@ -1,0 +1,166 @@
+//! Conversations to token ids with a loss mask.
+
+use holdfast_domain::hyperparameters::LongRows;
+
+use crate::row::Row;
+use crate::template::TemplateError;
+use crate::tokenizer::ChatTokenizer;
+
+/// A conversation as the model sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Example {
+    /// Token ids, `[time]`.
+    pub ids: Vec<u32>,
+    /// Which of them count towards the loss, `[time]`: those that begin inside the content of a trained assistant turn, and
+    /// the special token that ends it. A token that begins in the turn's header and swallows the content's leading white
+    /// space does not count.
+    pub supervised: Vec<bool>,
+}
+
+impl Example {
+    /// Tokens that count towards the loss. The first token of a row is predicted from nothing and never counts.
+    #[must_use]
+    pub fn supervised_count(&self) -> usize {
+        self.supervised.iter().skip(1).filter(|s| **s).count()
+    }
+}
+
+/// How rows are encoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EncodeOptions {
+    /// The most tokens a row may have.
+    pub max_length: usize,
+    /// What becomes of a longer one.
+    pub long_rows: LongRows,
+}
+
+/// Why a row cannot be encoded. Never quotes it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EncodeError {
+    /// A text holds a special token of the model, which would forge a turn.
+    #[error("messages[{message}].content holds the model's special token {token:?}; remove it or spell it differently")]
+    SpecialToken {
+        /// The turn.
+        message: usize,
+        /// The token, which is the model's and not the tenant's text.
+        token: String,
+    },
+    /// See [`TemplateError`].
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// The template rewrites earlier turns when later ones follow, so that the turn cannot be found in the text.
+    #[error("messages[{message}]: the model's chat template renders this turn differently when others follow; end the conversation with it, or give it weight 0")]
+    NotAPrefix {
+        /// The turn.
+        message: usize,
+    },
+    /// The tokenizer failed.
+    #[error("cannot be tokenised: {0}")]
+    Tokenizer(String),
+    /// The row has too many tokens, and cutting was not asked for.
+    #[error("has {tokens} tokens, more than max_length {max_length}; shorten it, raise max_length, or set long_rows to \"truncate\"")]
+    TooLong {
+        /// How many it has.
+        tokens: usize,
+        /// How many are allowed.
+        max_length: usize,
+    },
+    /// No token counts towards the loss, or none is left of them after cutting.
+    #[error("has no supervised token{}", if *.cut { " within max_length" } else { "" })]
+    NothingSupervised {
+        /// Whether the row was cut.
+        cut: bool,
+    },
+}
+
+impl ChatTokenizer {
+    /// Token ids and loss mask of a conversation.
+    ///
+    /// # Errors
+    /// See [`EncodeError`].
+    pub fn encode(&self, row: &Row<'_>, options: EncodeOptions) -> Result<Example, EncodeError> {
+        self.refuse_special_tokens(row)?;
+        let text = self.template.render(row, row.messages.len(), false)?;
+        let encoding = self.tokenizer.encode_fast_with_offsets(&text).map_err(EncodeError::Tokenizer)?;
+        let mut example = Example { supervised: vec![false; encoding.ids.len()], ids: encoding.ids };
+        for (index, _) in row.messages.iter().enumerate().filter(|(_, message)| message.trained) {
+            let (start, end) = self.locate(row, index, &text)?;
+            self.supervise(&mut example, &encoding.begins, start, end);
+        }
+        let tokens = example.ids.len();
+        let cut = tokens > options.max_length;
+        if cut && options.long_rows == LongRows::Error {
+            return Err(EncodeError::TooLong { tokens, max_length: options.max_length });
+        }
+        example.ids.truncate(options.max_length);
+        example.supervised.truncate(options.max_length);
+        if example.supervised_count() == 0 {
+            return Err(EncodeError::NothingSupervised { cut });
+        }
+        Ok(example)
+    }
+
+    /// Token ids that ask the model for the next assistant turn.
+    ///
+    /// # Errors
+    /// When the template refuses the conversation or the tokenizer fails.
+    pub fn encode_prompt(&self, row: &Row<'_>) -> Result<Vec<u32>, EncodeError> {
+        self.refuse_special_tokens(row)?;
+        let text = self.template.render(row, row.messages.len(), true)?;
+        Ok(self.tokenizer.encode_fast_with_offsets(&text).map_err(EncodeError::Tokenizer)?.ids)
+    }
+
+    fn refuse_special_tokens(&self, row: &Row<'_>) -> Result<(), EncodeError> {
+        for (index, message) in row.messages.iter().enumerate() {
+            let Some(content) = &message.content else { continue };
+            if let Some((token, _)) = self.specials.iter().find(|(token, _)| content.contains(token.as_str())) {
+                return Err(EncodeError::SpecialToken { message: index, token: token.clone() });
+            }
+        }
+        Ok(())
+    }
+
+    /// The bytes of `text` that turn `index` adds after its header.
+    fn locate(&self, row: &Row<'_>, index: usize, text: &str) -> Result<(usize, usize), EncodeError> {
+        let head = self.template.render(row, index, true)?;
+        let whole = if index + 1 == row.messages.len() {
+            text.to_owned()
+        } else {
+            self.template.render(row, index + 1, false)?
+        };
+        if !text.starts_with(&whole) || !whole.starts_with(&head) {
+            return Err(EncodeError::NotAPrefix { message: index });
+        }
+        Ok((head.len(), whole.len()))
+    }
+
+    /// Marks the tokens that begin in `start..end`, up to the last special token there: that one ends the turn, and what
+    /// follows it is the template's own white space.
+    fn supervise(&self, example: &mut Example, begins: &[usize], start: usize, end: usize) {
+        let inside: Vec<usize> = (0..begins.len()).filter(|&i| begins[i] >= start && begins[i] < end).collect();
+        let last = inside.iter().rposition(|&i| self.is_special(example.ids[i])).map_or(inside.len(), |p| p + 1);
+        for &i in &inside[..last] {
+            example.supervised[i] = true;
+        }
+    }
+}
+
+struct Encoding {
+    ids: Vec<u32>,
+    /// The byte each token begins at.
+    begins: Vec<usize>,
+}
+
+trait EncodeWithOffsets {
+    fn encode_fast_with_offsets(&self, text: &str) -> Result<Encoding, String>;
+}
+
+impl EncodeWithOffsets for tokenizers::Tokenizer {
+    fn encode_fast_with_offsets(&self, text: &str) -> Result<Encoding, String> {
+        let encoding = self.encode(text, false).map_err(|e| e.to_string())?;
+        Ok(Encoding {
+            ids: encoding.get_ids().to_vec(),
+            begins: encoding.get_offsets().iter().map(|(begin, _)| *begin).collect(),
+        })
+    }
+}

@@ -1,0 +1,293 @@
+//! Hyperparameters: what a client may ask for, its bounds, and what every absent or `auto` value becomes.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Invalid;
+
+/// How the learning rate moves after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LrSchedule {
+    /// It stays.
+    Constant,
+    /// It falls in a straight line to zero at the last step.
+    Linear,
+    /// It falls along half a cosine to zero at the last step.
+    Cosine,
+}
+
+/// In what numbers the frozen base computes. LoRA weights, their gradients and the optimiser are float32 in both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// float32: exact, and the reference.
+    F32,
+    /// bfloat16: half the memory, and faster on hardware that has it.
+    Bf16,
+}
+
+/// What becomes of a row with more tokens than `max_length`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LongRows {
+    /// The job is refused, and the error says how many there are.
+    Error,
+    /// The row's end is cut away, because the client asked for it.
+    Truncate,
+}
+
+/// One of the seven linear maps of a decoder layer that LoRA can adapt, by its name in Hugging Face's checkpoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Projection {
+    /// Attention queries.
+    QProj,
+    /// Attention keys.
+    KProj,
+    /// Attention values.
+    VProj,
+    /// Attention output.
+    OProj,
+    /// Gate of the feed-forward block.
+    GateProj,
+    /// Up-projection of the feed-forward block.
+    UpProj,
+    /// Down-projection of the feed-forward block.
+    DownProj,
+}
+
+impl Projection {
+    /// All seven, in the order a layer applies them.
+    pub const ALL: [Self; 7] =
+        [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
+
+    /// The name in checkpoints and in PEFT's configuration.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::QProj => "q_proj",
+            Self::KProj => "k_proj",
+            Self::VProj => "v_proj",
+            Self::OProj => "o_proj",
+            Self::GateProj => "gate_proj",
+            Self::UpProj => "up_proj",
+            Self::DownProj => "down_proj",
+        }
+    }
+
+    /// The block of the layer it belongs to, `self_attn` or `mlp`, as checkpoints name it.
+    #[must_use]
+    pub const fn block(self) -> &'static str {
+        match self {
+            Self::QProj | Self::KProj | Self::VProj | Self::OProj => "self_attn",
+            Self::GateProj | Self::UpProj | Self::DownProj => "mlp",
+        }
+    }
+
+    /// Reads [`Self::as_str`] back.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|projection| projection.as_str() == name)
+    }
+}
+
+/// What a client asked for; `None` stands for absent and for `"auto"`.
+#[derive(Debug, Clone, Default, PartialEq)]
+#[expect(missing_docs, reason = "each field is documented where it is resolved, on `Hyperparameters`")]
+pub struct Requested {
+    pub n_epochs: Option<u32>,
+    pub batch_size: Option<u32>,
+    pub gradient_accumulation_steps: Option<u32>,
+    pub learning_rate_multiplier: Option<f64>,
+    pub learning_rate: Option<f64>,
+    pub lr_schedule: Option<LrSchedule>,
+    pub warmup_ratio: Option<f64>,
+    pub weight_decay: Option<f64>,
+    pub max_grad_norm: Option<f64>,
+    pub max_length: Option<u32>,
+    pub long_rows: Option<LongRows>,
+    pub precision: Option<Precision>,
+    pub lora_rank: Option<u32>,
+    pub lora_alpha: Option<f64>,
+    pub lora_dropout: Option<f64>,
+    pub target_modules: Option<Vec<String>>,
+}
+
+/// What a job trains with: every value decided.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Hyperparameters {
+    /// Passes over the training file, 1 to 50. Auto: as many as make 300 rows, at least 3, at most 10.
+    pub n_epochs: u32,
+    /// Rows in one forward pass, 1 to 256. Auto: a sixteenth of the rows, at least 1, at most 8.
+    pub batch_size: u32,
+    /// Forward passes whose gradients make one step, 1 to 256. A step sees `batch_size` times this many rows.
+    pub gradient_accumulation_steps: u32,
+    /// The peak learning rate: [`BASE_LEARNING_RATE`] times `learning_rate_multiplier`, unless given itself.
+    pub learning_rate: f64,
+    /// How it moves after the warm-up.
+    pub lr_schedule: LrSchedule,
+    /// The share of all steps during which the learning rate rises from zero, 0 to 1.
+    pub warmup_ratio: f64,
+    /// Decoupled weight decay of `AdamW`, 0 to 1.
+    pub weight_decay: f64,
+    /// The norm that the merged gradient is clipped to; 0 switches clipping off.
+    pub max_grad_norm: f64,
+    /// The most tokens a row may have, 16 to 131,072.
+    pub max_length: u32,
+    /// What becomes of a longer row.
+    pub long_rows: LongRows,
+    /// In what numbers the base computes.
+    pub precision: Precision,
+    /// The rank `r` of the adapter, 1 to 256.
+    pub lora_rank: u32,
+    /// The scale `α`; the adapter's output is multiplied by `α / r`.
+    pub lora_alpha: f64,
+    /// The share of the adapter's inputs that is dropped in training, 0 to 0.9.
+    pub lora_dropout: f64,
+    /// The linear maps that are adapted.
+    pub target_modules: Vec<Projection>,
+}
+
+/// The learning rate a `learning_rate_multiplier` of 1 means: the usual one for LoRA.
+pub const BASE_LEARNING_RATE: f64 = 2e-4;
+
+fn bounded<T: PartialOrd + std::fmt::Display + Copy>(param: &str, value: T, least: T, most: T) -> Result<T, Invalid> {
+    // Written so that NaN, which compares with nothing, is refused as well.
+    if value >= least && value <= most {
+        return Ok(value);
+    }
+    Err(Invalid::new(param, "out_of_bounds", format!("{param} must lie between {least} and {most}; it is {value}")))
+}
+
+impl Requested {
+    /// Decides every value for a training file of `rows` rows.
+    ///
+    /// # Errors
+    /// When a value is out of its bounds, a target module does not exist, or two values contradict each other.
+    pub fn resolve(&self, rows: u64) -> Result<Hyperparameters, Invalid> {
+        if self.learning_rate.is_some() && self.learning_rate_multiplier.is_some() {
+            return Err(Invalid::new(
+                "learning_rate",
+                "contradiction",
+                "give learning_rate or learning_rate_multiplier, not both",
+            ));
+        }
+        let multiplier = bounded("learning_rate_multiplier", self.learning_rate_multiplier.unwrap_or(1.0), 1e-6, 1e4)?;
+        let learning_rate = self.learning_rate.unwrap_or(BASE_LEARNING_RATE * multiplier);
+        let lora_rank = bounded("lora_rank", self.lora_rank.unwrap_or(8), 1, 256)?;
+        let auto_epochs = clamp_u32(300_u64.div_ceil(rows.max(1)), 3, 10);
+        let auto_batch = clamp_u32(rows / 16, 1, 8);
+        Ok(Hyperparameters {
+            n_epochs: bounded("n_epochs", self.n_epochs.unwrap_or(auto_epochs), 1, 50)?,
+            batch_size: bounded("batch_size", self.batch_size.unwrap_or(auto_batch), 1, 256)?,
+            gradient_accumulation_steps: bounded(
+                "gradient_accumulation_steps",
+                self.gradient_accumulation_steps.unwrap_or(1),
+                1,
+                256,
+            )?,
+            learning_rate: bounded("learning_rate", learning_rate, 1e-9, 1.0)?,
+            lr_schedule: self.lr_schedule.unwrap_or(LrSchedule::Linear),
+            warmup_ratio: bounded("warmup_ratio", self.warmup_ratio.unwrap_or(0.03), 0.0, 1.0)?,
+            weight_decay: bounded("weight_decay", self.weight_decay.unwrap_or(0.0), 0.0, 1.0)?,
+            max_grad_norm: bounded("max_grad_norm", self.max_grad_norm.unwrap_or(1.0), 0.0, 1e6)?,
+            max_length: bounded("max_length", self.max_length.unwrap_or(1024), 16, 131_072)?,
+            long_rows: self.long_rows.unwrap_or(LongRows::Error),
+            precision: self.precision.unwrap_or(Precision::Bf16),
+            lora_rank,
+            lora_alpha: bounded("lora_alpha", self.lora_alpha.unwrap_or(2.0 * f64::from(lora_rank)), 1e-3, 1e4)?,
+            lora_dropout: bounded("lora_dropout", self.lora_dropout.unwrap_or(0.0), 0.0, 0.9)?,
+            target_modules: self.target_modules()?,
+        })
+    }
+
+    fn target_modules(&self) -> Result<Vec<Projection>, Invalid> {
+        let Some(names) = &self.target_modules else { return Ok(Projection::ALL.to_vec()) };
+        let known = Projection::ALL.map(Projection::as_str).join(", ");
+        let mut modules = names
+            .iter()
+            .enumerate()
+            .map(|(i, name)| {
+                Projection::parse(name).ok_or_else(|| {
+                    Invalid::new(
+                        format!("target_modules[{i}]"),
+                        "unknown_target_module",
+                        format!("{name:?} is no target module; there are {known}"),
+                    )
+                })
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        modules.sort_unstable();
+        modules.dedup();
+        if modules.is_empty() {
+            return Err(Invalid::new("target_modules", "out_of_bounds", format!("name at least one of {known}")));
+        }
+        Ok(modules)
+    }
+}
+
+fn clamp_u32(value: u64, least: u32, most: u32) -> u32 {
+    u32::try_from(value).unwrap_or(most).clamp(least, most)
+}
+
+impl Hyperparameters {
+    /// Rows a step sees.
+    #[must_use]
+    pub fn rows_per_step(&self) -> u64 {
+        u64::from(self.batch_size) * u64::from(self.gradient_accumulation_steps)
+    }
+
+    /// Steps of the whole run; an epoch's last step may hold fewer rows.
+    #[must_use]
+    pub fn total_steps(&self, rows: u64) -> u64 {
+        rows.div_ceil(self.rows_per_step()) * u64::from(self.n_epochs)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_values_follow_the_size_of_the_file() -> Result<(), Invalid> {
+        let small = Requested::default().resolve(10)?;
+        assert_eq!((small.n_epochs, small.batch_size), (10, 1));
+        let large = Requested::default().resolve(10_000)?;
+        assert_eq!((large.n_epochs, large.batch_size), (3, 8));
+        assert_eq!(large.total_steps(10_000), 3 * 1250);
+        Ok(())
+    }
+
+    #[test]
+    fn a_value_out_of_bounds_is_named() {
+        let cases = [
+            (Requested { n_epochs: Some(0), ..Default::default() }, "n_epochs"),
+            (Requested { batch_size: Some(257), ..Default::default() }, "batch_size"),
+            (Requested { learning_rate: Some(f64::NAN), ..Default::default() }, "learning_rate"),
+            (Requested { learning_rate_multiplier: Some(0.0), ..Default::default() }, "learning_rate_multiplier"),
+            (Requested { lora_rank: Some(0), ..Default::default() }, "lora_rank"),
+            (Requested { lora_dropout: Some(1.0), ..Default::default() }, "lora_dropout"),
+            (Requested { max_length: Some(4), ..Default::default() }, "max_length"),
+            (Requested { target_modules: Some(vec![]), ..Default::default() }, "target_modules"),
+            (Requested { target_modules: Some(vec!["q_proj".into(), "lm_head".into()]), ..Default::default() }, "target_modules[1]"),
+        ];
+        for (request, param) in cases {
+            assert_eq!(request.resolve(100).map_err(|e| e.param), Err(param.to_owned()));
+        }
+    }
+
+    #[test]
+    fn a_multiplier_scales_the_usual_learning_rate() -> Result<(), Invalid> {
+        let resolved = Requested { learning_rate_multiplier: Some(2.0), ..Default::default() }.resolve(100)?;
+        assert!((resolved.learning_rate - 4e-4).abs() < 1e-12);
+        Ok(())
+    }
+
+    #[test]
+    fn steps_cover_every_row_in_every_epoch() -> Result<(), Invalid> {
+        let plan = Requested { n_epochs: Some(2), batch_size: Some(4), gradient_accumulation_steps: Some(2), ..Default::default() }
+            .resolve(17)?;
+        assert_eq!(plan.total_steps(17), 6);
+        Ok(())
+    }
+}

@@ -1,0 +1,58 @@
+//! The plan: what the worker writes into a job folder and the trainer obeys.
+//!
+//! ```text
+//! JOB_DIR/plan.json           this
+//! JOB_DIR/base/               the base model: config.json, model.safetensors, tokenizer.json, chat_template.jinja
+//! JOB_DIR/train.jsonl         the tenant's rows; validation.jsonl beside it when there is one
+//! JOB_DIR/alignment.jsonl     requests and refusals
+//! JOB_DIR/out/                what the trainer writes: progress.jsonl, adapter/, exit.json
+//! ```
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Hyperparameters, Safety};
+
+/// The form of the plan; a trainer refuses another.
+pub const FORMAT: u32 = 1;
+
+/// Names inside a job folder, one place for both sides.
+pub mod paths {
+    /// The plan.
+    pub const PLAN: &str = "plan.json";
+    /// The base model's folder.
+    pub const BASE: &str = "base";
+    /// The training rows.
+    pub const TRAIN: &str = "train.jsonl";
+    /// The validation rows.
+    pub const VALIDATION: &str = "validation.jsonl";
+    /// The alignment rows.
+    pub const ALIGNMENT: &str = "alignment.jsonl";
+    /// What the trainer writes.
+    pub const OUT: &str = "out";
+    /// Progress lines, one JSON object each, only ever appended to.
+    pub const PROGRESS: &str = "out/progress.jsonl";
+    /// The adapter in PEFT's format.
+    pub const ADAPTER: &str = "out/adapter";
+    /// How the trainer ended.
+    pub const EXIT: &str = "out/exit.json";
+}
+
+/// One run of the trainer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// The public name of the base model, written into the adapter's configuration.
+    pub base_model: String,
+    /// Whether the folder holds validation rows.
+    pub validation: bool,
+    /// How to train.
+    pub hyperparameters: Hyperparameters,
+    /// What to hold to.
+    pub safety: Safety,
+    /// Decides the adapter's start, the order of the rows and the dropout.
+    pub seed: u64,
+    /// Where to compute: `cpu`, `cuda` or `cuda:N`.
+    pub device: String,
+}

@@ -1,0 +1,112 @@
+//! The lines a trainer appends to `out/progress.jsonl`.
+
+use serde::{Deserialize, Serialize};
+
+/// One line.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Progress {
+    /// The run begins to do something else.
+    Phase {
+        /// What it does now.
+        phase: Phase,
+    },
+    /// The run is about to take its first step.
+    Started {
+        /// Steps it will take.
+        total_steps: u64,
+        /// Rows of the training file.
+        rows: u64,
+        /// Rows of the alignment set.
+        alignment_rows: u64,
+        /// Numbers that are trained.
+        trainable_parameters: u64,
+    },
+    /// One optimiser step.
+    Step(Box<Step>),
+    /// A measurement over the whole validation file.
+    Validation {
+        /// Steps taken before it; 0 is the base itself.
+        step: u64,
+        /// Mean negative log-likelihood of the supervised tokens, in nats.
+        loss: f64,
+        /// The share of supervised tokens that the model ranks first.
+        token_accuracy: f64,
+    },
+}
+
+/// What a trainer is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Reads the base model.
+    LoadingModel,
+    /// Runs the base over the alignment rows.
+    AlignmentReference,
+    /// Takes optimiser steps.
+    Training,
+    /// Writes the adapter.
+    Exporting,
+}
+
+impl Phase {
+    /// The word the wire uses.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::LoadingModel => "loading_model",
+            Self::AlignmentReference => "alignment_reference",
+            Self::Training => "training",
+            Self::Exporting => "exporting",
+        }
+    }
+}
+
+/// One optimiser step: `u` is the task's gradient, `a` the alignment gradient, `g = u + c·a` what was applied.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Step {
+    /// From 1.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub total_steps: u64,
+    /// Mean negative log-likelihood of the supervised tokens, in nats, before the step.
+    pub task_loss: f64,
+    /// The share of supervised tokens that the model ranked first.
+    pub token_accuracy: f64,
+    /// The surgery's facts; absent under plain fine-tuning.
+    #[serde(flatten, default, skip_serializing_if = "Option::is_none")]
+    pub alignment: Option<AlignmentFacts>,
+    /// ‖u‖.
+    pub norm_user: f64,
+    /// ‖g‖ before clipping.
+    pub gradient_norm: f64,
+    /// The learning rate of this step.
+    pub learning_rate: f64,
+    /// Tokens of the training file read so far, padding not counted.
+    pub tokens: u64,
+    /// Tokens of the training file per second since the last line.
+    pub tokens_per_second: f64,
+    /// Seconds the rest of the run will take at the mean pace so far.
+    pub eta_seconds: f64,
+}
+
+/// How the two gradients of a step stood to each other.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AlignmentFacts {
+    /// Mean KL(base ‖ adapted) in nats, before the step.
+    pub align_kl: f64,
+    /// ⟨u, a⟩.
+    pub dot: f64,
+    /// ⟨u, a⟩ / (‖u‖ ‖a‖); 0 where `a` is.
+    pub cosine: f64,
+    /// ‖a‖.
+    pub norm_align: f64,
+    /// `c`.
+    pub coefficient: f64,
+    /// Whether the user gradient worked against the alignment, and so was projected.
+    pub conflict: bool,
+    /// |⟨u, a⟩| / (‖u‖ ‖a‖) where they conflict, else 0.
+    pub removed_fraction: f64,
+    /// ⟨a, Δθ⟩: how the step that was applied changes the alignment loss to first order.
+    pub alignment_change: f64,
+}
