@@ -1,0 +1,19 @@
+//! What a base model is to this service: an architecture the trainer knows, the tensors it must have, and where their bytes
+//! are. Shared by the importer, which writes a base model's folder, and the trainer, which reads it.
+//!
+//! The folder holds `config.json` (Hugging Face's names), `model.safetensors` (one file, only the tensors the architecture
+//! needs) and the text files of `holdfast-dataset`. Nothing in it can execute.
+
+pub mod architecture;
+pub mod weights;
+
+pub use architecture::{Architecture, Unsupported};
+pub use weights::{WeightFile, WeightsError};
+
+/// The names of the files this crate reads.
+pub mod files {
+    /// The architecture's numbers.
+    pub const CONFIG: &str = "config.json";
+    /// The weights.
+    pub const WEIGHTS: &str = "model.safetensors";
+}
