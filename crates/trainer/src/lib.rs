@@ -1,1 +1,25 @@
-//! x
+//! The data plane: trains a LoRA adapter with libtorch while `SafeGrad` keeps the model's alignment.
+//!
+//! Reads a job folder and writes into it; opens no socket and knows no database. `train.rs` is the method, and reads like the
+//! paper; everything else is a piece of it.
+//!
+//! Tensor code uses tch's panicking operations, because shapes are checked when a model is loaded and formulas full of `?`
+//! cannot be read; what libtorch can still refuse at run time, memory above all, is caught once at the top (`job.rs`) and
+//! becomes an exit record.
+
+pub mod adapter;
+pub mod adapter_files;
+pub mod device;
+pub mod evaluate;
+pub mod generate;
+pub mod gradient;
+pub mod job;
+pub mod loss;
+pub mod model;
+pub mod optimizer;
+pub mod oracle;
+pub mod progress;
+pub mod reference;
+pub mod schedule;
+pub mod surgery;
+pub mod train;
