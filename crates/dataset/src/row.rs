@@ -141,6 +141,21 @@ impl<'a> Row<'a> {
     /// # Errors
     /// When the line is not UTF-8, not JSON, or not a conversation with something to train on.
     pub fn parse(line: &'a [u8]) -> Result<Self, RowError> {
+        let row = Self::parse_prompt(line)?;
+        if !row.messages.iter().any(|m| m.role == Role::Assistant) {
+            return wrong("messages", "has no assistant turn, so there is nothing to learn from");
+        }
+        if !row.messages.iter().any(|m| m.trained) {
+            return wrong("messages", "every assistant turn has weight 0, so there is nothing to learn from");
+        }
+        Ok(row)
+    }
+
+    /// Reads one line that may be a prompt alone, for a model to answer.
+    ///
+    /// # Errors
+    /// When the line is not UTF-8, not JSON, or no conversation.
+    pub fn parse_prompt(line: &'a [u8]) -> Result<Self, RowError> {
         let text = match std::str::from_utf8(line) {
             Ok(text) => text,
             Err(e) => return wrong("", format!("not UTF-8 at byte {} of the line", e.valid_up_to() + 1)),
@@ -175,7 +190,7 @@ impl<'a> Row<'a> {
 
     fn from_messages(raw: Vec<Object<RawMessage<'a>>>, tools: Option<&'a RawValue>) -> Result<Self, RowError> {
         if raw.is_empty() {
-            return wrong("messages", "is empty; a conversation needs at least one assistant turn");
+            return wrong("messages", "is empty; a conversation needs at least one turn");
         }
         if raw.len() > MAX_MESSAGES_PER_ROW {
             return wrong("messages", format!("has {} entries; at most {MAX_MESSAGES_PER_ROW} are accepted", raw.len()));
@@ -184,12 +199,6 @@ impl<'a> Row<'a> {
             return wrong("tools", "expected an array");
         }
         let messages = raw.into_iter().enumerate().map(|(i, Object(m))| m.check(i)).collect::<Result<Vec<_>, _>>()?;
-        if !messages.iter().any(|m| m.role == Role::Assistant) {
-            return wrong("messages", "has no assistant turn, so there is nothing to learn from");
-        }
-        if !messages.iter().any(|m| m.trained) {
-            return wrong("messages", "every assistant turn has weight 0, so there is nothing to learn from");
-        }
         Ok(Self { messages, tools: tools.filter(|json| json.get() != "null") })
     }
 }
@@ -331,7 +340,7 @@ mod tests {
             ("{\"messages\":[}", "not valid JSON at column 14: check quotes, commas and escapes"),
             ("{}", "messages: missing; a row is {\"messages\": […]} or {\"prompt\": …, \"completion\": …}"),
             (r#"{"messages":"x"}"#, "messages: expected an array, found a string"),
-            (r#"{"messages":[]}"#, "messages: is empty; a conversation needs at least one assistant turn"),
+            (r#"{"messages":[]}"#, "messages: is empty; a conversation needs at least one turn"),
             (r#"{"messages":[{"role":"user","content":"u"}]}"#, "messages: has no assistant turn, so there is nothing to learn from"),
             (r#"{"messages":[{"role":"bot","content":"u"}]}"#, "messages[0].role: expected system, developer, user, assistant or tool"),
             (r#"{"messages":[{"content":"u"}]}"#, "messages[0].role: missing; expected system, developer, user, assistant or tool"),

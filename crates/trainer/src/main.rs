@@ -1,2 +1,105 @@
-//! x
-fn main(){}
+//! `holdfast-trainer`: trains one job folder, proves a model family against a reference, or answers prompts.
+
+use std::io::{BufRead, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use holdfast_dataset::{ChatTokenizer, Row};
+use holdfast_domain::exit;
+use holdfast_domain::hyperparameters::Precision;
+use holdfast_trainer::model::Model;
+use holdfast_trainer::{adapter_files, device, generate, job, oracle};
+
+#[derive(Parser)]
+#[command(version, about = "Trains a LoRA adapter under SafeGrad. Reads a job folder and writes into it; opens no socket.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train the job in JOB_DIR. Exit code: 0 done, 65 bad data, 70 internal, 75 stopped.
+    Train {
+        /// The folder with plan.json, the rows and the base model.
+        job_dir: PathBuf,
+    },
+    /// Compute every figure of a reference case and print how far each is off; exit code 1 when one is too far.
+    Oracle {
+        /// A folder with the model, the adapter, case.json and case.safetensors.
+        case_dir: PathBuf,
+        /// Another config.json for the same model.
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
+    /// Answer prompts greedily: one JSON row {"messages": […]} a line on standard input, one {"answer": …} a line on
+    /// standard output.
+    Generate {
+        /// The base model's folder, as `holdfast models import` made it.
+        #[arg(long)]
+        base: PathBuf,
+        /// An adapter's folder.
+        #[arg(long)]
+        adapter: Option<PathBuf>,
+        /// The most tokens of an answer.
+        #[arg(long, default_value_t = 64)]
+        max_tokens: usize,
+        /// Where to compute: cpu, cuda or cuda:N.
+        #[arg(long, default_value = "cpu", env = "HOLDFAST_DEVICE")]
+        device: String,
+    },
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Train { job_dir } => {
+            let record = job::run(&job_dir);
+            if record.code != exit::DONE {
+                eprintln!("{}", record.message);
+            }
+            return ExitCode::from(record.code);
+        }
+        Command::Oracle { case_dir, config } => check_oracle(&case_dir, config.as_deref()),
+        Command::Generate { base, adapter, max_tokens, device } => answer(&base, adapter.as_deref(), max_tokens, &device).map(|()| true),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("{error:#}");
+            ExitCode::from(exit::BAD_DATA)
+        }
+    }
+}
+
+fn check_oracle(case: &Path, config: Option<&Path>) -> Result<bool> {
+    let figures = oracle::check(case, config)?;
+    let mut out = std::io::stdout().lock();
+    for figure in &figures {
+        writeln!(out, "{} {:.3e} {}", figure.name, figure.error, if figure.is_ok() { "ok" } else { "off" })?;
+    }
+    Ok(figures.iter().all(oracle::Figure::is_ok))
+}
+
+fn answer(base: &Path, adapter: Option<&Path>, max_tokens: usize, device: &str) -> Result<()> {
+    let tokenizer = ChatTokenizer::load(base)?;
+    let model = Model::load(base, device::kind(Precision::F32), device::parse(device)?)?;
+    let adapter = adapter.map(|folder| adapter_files::read(folder, &model)).transpose()?;
+    let mut prompts = Vec::new();
+    for (number, line) in std::io::stdin().lock().lines().enumerate() {
+        let line = line.context("cannot read standard input")?;
+        let at = || format!("line {}", number + 1);
+        let row = Row::parse_prompt(line.as_bytes()).with_context(at)?;
+        prompts.push(tokenizer.encode_prompt(&row).with_context(at)?);
+    }
+    let stop_ids = &tokenizer.special_tokens.stop_ids;
+    let answers = generate::greedy(&model, adapter.as_ref(), &prompts, stop_ids, max_tokens);
+    let mut out = std::io::stdout().lock();
+    for answer in answers {
+        let text = tokenizer.decode(&answer).map_err(anyhow::Error::msg)?;
+        writeln!(out, "{}", serde_json::json!({ "answer": text }))?;
+    }
+    Ok(())
+}
