@@ -16,11 +16,8 @@ create table files (
     bytes bigint not null check (bytes >= 0),
     sha256 bytea not null check (octet_length(sha256) = 32),
     object_key text not null unique,
-    status text not null check (status in ('processed', 'error')),
-    row_count bigint not null check (row_count >= 0),
-    error_count bigint not null check (error_count >= 0),
-    -- The first of the bad lines: [{"line": 7, "message": "…"}].
-    errors jsonb not null,
+    -- A file whose shape is wrong is refused while it is uploaded, so every row here has been checked.
+    row_count bigint not null check (row_count > 0),
     created_at timestamptz not null default now()
 );
 -- Lists are by project, newest first; ids grow with time.

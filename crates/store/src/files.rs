@@ -1,7 +1,6 @@
 //! Uploaded files.
 
 use holdfast_domain::ids::{FileId, ProjectId};
-use serde_json::Value;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -17,41 +16,15 @@ pub struct File {
     pub filename: String,
     /// What it is for.
     pub purpose: String,
-    /// Whether it can be used.
-    pub status: FileStatus,
     /// Its bytes.
     pub object: ObjectRef,
-    /// Good rows.
+    /// Its rows.
     pub row_count: u64,
-    /// Bad lines, also those not kept.
-    pub error_count: u64,
-    /// The bad lines that are kept: `[{"line": 7, "message": "…"}]`.
-    pub errors: Value,
     /// When it was uploaded.
     pub created_at: OffsetDateTime,
 }
 
-/// Whether a file can be used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FileStatus {
-    /// It has the right shape.
-    Processed,
-    /// It has bad lines.
-    Error,
-}
-
-impl FileStatus {
-    /// The word the wire and the database use.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Processed => "processed",
-            Self::Error => "error",
-        }
-    }
-}
-
-/// What the check of a file's shape found.
+/// A file to be created; its shape has been checked.
 #[derive(Debug, Clone)]
 pub struct NewFile {
     /// Its id, which its object's key holds.
@@ -60,12 +33,8 @@ pub struct NewFile {
     pub filename: String,
     /// What it is for.
     pub purpose: String,
-    /// Good rows.
+    /// Its rows.
     pub row_count: u64,
-    /// Bad lines, also those not kept.
-    pub error_count: u64,
-    /// The bad lines that are kept.
-    pub errors: Value,
 }
 
 struct Row {
@@ -75,10 +44,7 @@ struct Row {
     bytes: i64,
     sha256: Vec<u8>,
     object_key: String,
-    status: String,
     row_count: i64,
-    error_count: i64,
-    errors: Value,
     created_at: OffsetDateTime,
 }
 
@@ -90,11 +56,8 @@ impl TryFrom<Row> for File {
             id: FileId(row.id),
             filename: row.filename,
             purpose: row.purpose,
-            status: if row.status == FileStatus::Processed.as_str() { FileStatus::Processed } else { FileStatus::Error },
             object: object_ref(row.object_key, row.bytes, &row.sha256)?,
             row_count: row.row_count.unsigned_abs(),
-            error_count: row.error_count.unsigned_abs(),
-            errors: row.errors,
             created_at: row.created_at,
         })
     }
@@ -123,12 +86,11 @@ impl Store {
     pub async fn create_file(&self, project: ProjectId, file: &NewFile, object: &ObjectRef) -> Result<File, StoreError> {
         let mut transaction = self.pool.begin().await?;
         objects::claim(&mut transaction, std::slice::from_ref(&object.key)).await?;
-        let status = if file.error_count == 0 { FileStatus::Processed } else { FileStatus::Error };
         let row = sqlx::query_as!(
             Row,
-            "insert into files (id, project_id, filename, purpose, bytes, sha256, object_key, status, row_count, error_count, errors)
-             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
-             returning id, filename, purpose, bytes, sha256, object_key, status, row_count, error_count, errors, created_at",
+            "insert into files (id, project_id, filename, purpose, bytes, sha256, object_key, row_count)
+             values ($1, $2, $3, $4, $5, $6, $7, $8)
+             returning id, filename, purpose, bytes, sha256, object_key, row_count, created_at",
             file.id.0,
             project.0,
             file.filename,
@@ -136,10 +98,7 @@ impl Store {
             object.bytes.cast_signed(),
             &object.sha256[..],
             object.key,
-            status.as_str(),
-            file.row_count.cast_signed(),
-            file.error_count.cast_signed(),
-            file.errors
+            file.row_count.cast_signed()
         )
         .fetch_one(&mut *transaction)
         .await?;
@@ -154,7 +113,7 @@ impl Store {
     pub async fn file(&self, project: ProjectId, id: FileId) -> Result<File, StoreError> {
         sqlx::query_as!(
             Row,
-            "select id, filename, purpose, bytes, sha256, object_key, status, row_count, error_count, errors, created_at
+            "select id, filename, purpose, bytes, sha256, object_key, row_count, created_at
              from files where project_id = $1 and id = $2",
             project.0,
             id.0
@@ -173,7 +132,7 @@ impl Store {
         let rows = if page.ascending {
             sqlx::query_as!(
                 Row,
-                "select id, filename, purpose, bytes, sha256, object_key, status, row_count, error_count, errors, created_at
+                "select id, filename, purpose, bytes, sha256, object_key, row_count, created_at
                  from files where project_id = $1 and ($2::text is null or purpose = $2) and ($3::uuid is null or id > $3)
                  order by id limit $4",
                 project.0,
@@ -186,7 +145,7 @@ impl Store {
         } else {
             sqlx::query_as!(
                 Row,
-                "select id, filename, purpose, bytes, sha256, object_key, status, row_count, error_count, errors, created_at
+                "select id, filename, purpose, bytes, sha256, object_key, row_count, created_at
                  from files where project_id = $1 and ($2::text is null or purpose = $2) and ($3::uuid is null or id < $3)
                  order by id desc limit $4",
                 project.0,

@@ -1,0 +1,32 @@
+//! Lists.
+
+use serde::Serialize;
+use utoipa::ToSchema;
+
+/// A page of a list. The next one begins `after` the `last_id`.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct List<T> {
+    #[schema(example = "list")]
+    object: &'static str,
+    /// The page's items.
+    data: Vec<T>,
+    /// Whether another page follows.
+    has_more: bool,
+    /// The id of the first item.
+    first_id: Option<String>,
+    /// The id of the last item.
+    last_id: Option<String>,
+}
+
+/// Something that can stand in a list.
+pub(crate) trait Listed {
+    /// Its id.
+    fn id(&self) -> String;
+}
+
+impl<T: Listed> List<T> {
+    pub(crate) fn new(data: Vec<T>, has_more: bool) -> Self {
+        let (first_id, last_id) = (data.first().map(T::id), data.last().map(T::id));
+        Self { object: "list", data, has_more, first_id, last_id }
+    }
+}

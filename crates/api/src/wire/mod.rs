@@ -1,0 +1,7 @@
+//! The shapes of the wire, as the public contract has them; our extensions are optional fields.
+
+pub(crate) mod event;
+pub(crate) mod file;
+pub(crate) mod job;
+pub(crate) mod list;
+pub(crate) mod model;
