@@ -27,6 +27,7 @@ pub mod queue;
 pub use error::StoreError;
 pub use objects::{ObjectRef, Objects};
 pub use page::{Page, PageRequest};
+pub use sqlx::postgres::PgListener as Listener;
 
 /// The database and the object store, cheap to clone.
 #[derive(Debug, Clone)]
@@ -63,8 +64,8 @@ impl Store {
     ///
     /// # Errors
     /// When the database cannot be reached.
-    pub async fn listen(&self) -> Result<sqlx::postgres::PgListener, StoreError> {
-        let mut listener = sqlx::postgres::PgListener::connect_with(&self.pool).await?;
+    pub async fn listen(&self) -> Result<Listener, StoreError> {
+        let mut listener = Listener::connect_with(&self.pool).await?;
         listener.listen(queue::CHANNEL).await?;
         Ok(listener)
     }

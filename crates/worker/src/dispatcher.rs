@@ -1,0 +1,191 @@
+//! Claims jobs, keeps their leases, and writes down how they end.
+
+use std::time::Duration;
+
+use holdfast_domain::ids::JobId;
+use holdfast_domain::job::JobError;
+use holdfast_domain::progress::Progress;
+use holdfast_store::queue::{AdapterFile, Claim, Work};
+use holdfast_store::{Listener, Store, StoreError};
+use tokio::sync::watch;
+use tracing::Instrument;
+
+use crate::agent::{self, Outcome, ReportFailed, Reports};
+use crate::job_folder::JobFolder;
+use crate::{Stop, WorkerConfig, base_cache, check};
+
+/// How long a staged object may stay without a row: longer than any upload takes.
+const STAGED_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(10 * 60);
+/// How long to wait after the database or the object store failed.
+const BACKOFF: Duration = Duration::from_secs(5);
+
+/// Works until `shutdown` is true, then gives back what it holds.
+///
+/// # Errors
+/// When its folders cannot be made.
+pub async fn run(store: Store, config: WorkerConfig, mut shutdown: watch::Receiver<bool>) -> std::io::Result<()> {
+    for folder in ["jobs", "base-models"] {
+        tokio::fs::create_dir_all(config.folder.join(folder)).await?;
+    }
+    let housekeeping = tokio::spawn(keep_house(store.clone(), config.lease));
+    let mut waker = store.listen().await.ok();
+    while !*shutdown.borrow() {
+        let claimed = store.claim(&config.name, config.lease).await;
+        match claimed {
+            Ok(Some(claim)) => {
+                let span = tracing::info_span!("job", job = %claim.job.id, attempt = claim.attempt, work = ?claim.work);
+                hold(&store, &config, &claim, &shutdown).instrument(span).await;
+            }
+            Ok(None) => {
+                tokio::select! {
+                    () = woken(&mut waker) => {}
+                    () = tokio::time::sleep(config.poll) => {}
+                    _ = shutdown.changed() => {}
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no job could be claimed; trying again");
+                tokio::select! {
+                    () = tokio::time::sleep(BACKOFF) => {}
+                    _ = shutdown.changed() => {}
+                }
+            }
+        }
+    }
+    housekeeping.abort();
+    Ok(())
+}
+
+/// Waits for a hint that there may be work. Without a listener, or when it fails, polling goes on alone.
+async fn woken(waker: &mut Option<Listener>) {
+    match waker {
+        Some(listener) => {
+            if listener.recv().await.is_err() {
+                *waker = None;
+            }
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// Returns jobs of lost workers to the queue, and removes objects no row claims.
+async fn keep_house(store: Store, lease: Duration) {
+    let mut since_sweep = SWEEP_INTERVAL;
+    let interval = lease / 2;
+    loop {
+        match store.reap().await {
+            Ok(0) => {}
+            Ok(jobs) => tracing::warn!(jobs, "returned jobs of lost workers to the queue"),
+            Err(error) => tracing::warn!(%error, "expired leases could not be looked for"),
+        }
+        if since_sweep >= SWEEP_INTERVAL {
+            since_sweep = Duration::ZERO;
+            match store.objects().sweep(STAGED_GRACE).await {
+                Ok(0) => {}
+                Ok(objects) => tracing::info!(objects, "removed objects no row claims"),
+                Err(error) => tracing::warn!(%error, "unclaimed objects could not be removed"),
+            }
+        }
+        tokio::time::sleep(interval).await;
+        since_sweep += interval;
+    }
+}
+
+/// Works on a claim while its lease is renewed beside it.
+async fn hold(store: &Store, config: &WorkerConfig, claim: &Claim, shutdown: &watch::Receiver<bool>) {
+    let (stop, stopped) = watch::channel(None);
+    let heart = beat(store, config.lease, claim.job.id, claim.attempt, shutdown.clone(), stop);
+    let work = work(store, config, claim, stopped);
+    let outcome = tokio::select! {
+        outcome = work => outcome,
+        never = heart => never,
+    };
+    match outcome {
+        Ok(()) => tracing::info!("done"),
+        Err(StoreError::Fenced) => tracing::info!("the job is no longer this worker's"),
+        Err(error) => {
+            tracing::error!(%error, "the job could not be worked on");
+            let message = "The worker failed to prepare or finish this job; your data is safe. Create the job again, and tell the operator if it happens twice.";
+            let failed = store.fail(claim.job.id, claim.attempt, JobError::new("worker_failed", message)).await;
+            if let Err(error) = failed {
+                tracing::warn!(%error, "the failure could not be written down; the lease will expire");
+            }
+        }
+    }
+}
+
+/// Renews the lease, and says stop when it is lost or the worker shuts down. Never returns.
+async fn beat(
+    store: &Store,
+    lease: Duration,
+    job: JobId,
+    attempt: i32,
+    mut shutdown: watch::Receiver<bool>,
+    stop: watch::Sender<Option<Stop>>,
+) -> Result<(), StoreError> {
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(lease / 5) => {}
+            down = shutdown.wait_for(|down| *down) => {
+                if down.is_ok() {
+                    stop.send_if_modified(|reason| reason.is_none() && reason.replace(Stop::Shutdown).is_none());
+                }
+                // The lease is kept while the trainer ends.
+                tokio::time::sleep(lease / 5).await;
+            }
+        }
+        match store.heartbeat(job, attempt, lease).await {
+            Ok(()) => {}
+            Err(StoreError::Fenced) => {
+                stop.send_if_modified(|reason| reason.replace(Stop::Lost) != Some(Stop::Lost));
+            }
+            // A short outage is shorter than the lease; a long one loses the job, which the next heartbeat will say.
+            Err(error) => tracing::warn!(%error, "the lease could not be renewed; trying again"),
+        }
+    }
+}
+
+async fn work(store: &Store, config: &WorkerConfig, claim: &Claim, stop: watch::Receiver<Option<Stop>>) -> Result<(), StoreError> {
+    let folder = JobFolder::create(&config.folder.join("jobs"), claim).await?;
+    folder.fetch_rows(store, claim).await?;
+    let base = base_cache::ensure(store, &config.folder.join("base-models"), &claim.base, config.cache_bytes).await?;
+    let (id, attempt) = (claim.job.id, claim.attempt);
+    if claim.work == Work::Check {
+        return match check::check(claim, &folder, &base).await? {
+            Ok(summary) => store.accept_files(id, attempt, &summary).await,
+            Err(error) => store.fail(id, attempt, error).await,
+        };
+    }
+    folder.complete(store, claim, &base, &config.device).await?;
+    let reports = ToStore { store, job: id, attempt };
+    match agent::run(config, folder.path(), &reports, stop).await? {
+        Outcome::Done { adapter, trained_tokens } => {
+            let mut files = Vec::new();
+            for path in adapter {
+                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                let object = store.objects().stage_file(Store::adapter_key(&claim.job, attempt, &name), &path).await?;
+                files.push(AdapterFile { name, object });
+            }
+            store.publish(id, attempt, &files, trained_tokens).await.map(|_| ())
+        }
+        Outcome::Failed(error) => store.fail(id, attempt, error).await,
+        Outcome::Stopped(Stop::Lost) => Err(StoreError::Fenced),
+        Outcome::Stopped(Stop::Shutdown) => store.give_back(id, attempt).await,
+    }
+}
+
+struct ToStore<'a> {
+    store: &'a Store,
+    job: JobId,
+    attempt: i32,
+}
+
+impl Reports for ToStore<'_> {
+    async fn progress(&self, lines: &[Progress]) -> Result<(), ReportFailed> {
+        self.store.report(self.job, self.attempt, lines).await.map_err(|error| {
+            tracing::warn!(%error, "progress could not be written down");
+            ReportFailed
+        })
+    }
+}

@@ -1,0 +1,69 @@
+//! The trainer's process.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use holdfast_domain::plan::paths;
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::process::{Child, Command};
+
+/// What a trainer may know of its surroundings: never the database, never a key.
+const ENVIRONMENT: [&str; 8] =
+    ["PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "RUST_BACKTRACE"];
+/// How long a trainer has between the polite signal and the other one.
+const TERMINATE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Where what the trainer prints goes.
+const LOG: &str = "trainer.log";
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// By itself, with this code.
+    Code(i32),
+    /// By this signal.
+    Signal(i32),
+}
+
+impl From<ExitStatus> for Ended {
+    fn from(status: ExitStatus) -> Self {
+        match (status.code(), status.signal()) {
+            (Some(code), _) => Self::Code(code),
+            (None, signal) => Self::Signal(signal.unwrap_or(0)),
+        }
+    }
+}
+
+/// Starts the trainer in a process group of its own, so that Ctrl-C reaches only the worker, which stops it in order.
+pub(crate) fn launch(program: &Path, folder: &Path) -> std::io::Result<Child> {
+    let out = folder.join(paths::OUT);
+    std::fs::create_dir_all(&out)?;
+    let log = std::fs::File::create(out.join(LOG))?;
+    let inherited = ENVIRONMENT.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
+    Command::new(program)
+        .arg("train")
+        .arg(folder)
+        .env_clear()
+        .envs(inherited)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|e| std::io::Error::new(e.kind(), format!("cannot run the trainer {}: {e}", program.display())))
+}
+
+/// Ends a trainer: politely, then not.
+pub(crate) async fn terminate(trainer: &mut Child) -> std::io::Result<()> {
+    let group = trainer.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+    if let Some(group) = group {
+        // It may have ended on its own in between.
+        let _ = kill_process_group(group, Signal::TERM);
+    }
+    if tokio::time::timeout(TERMINATE_TIMEOUT, trainer.wait()).await.is_err() {
+        trainer.kill().await?;
+    }
+    Ok(())
+}
