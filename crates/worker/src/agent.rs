@@ -72,7 +72,8 @@ pub async fn run(config: &WorkerConfig, folder: &Path, reports: &impl Reports, m
 
 /// Waits for the word to stop. A sender that is gone will never say it.
 async fn stopped(stop: &mut watch::Receiver<Option<Stop>>) -> Stop {
-    match stop.wait_for(Option::is_some).await {
+    let reason = stop.wait_for(Option::is_some).await.map(|reason| *reason);
+    match reason {
         Ok(reason) => reason.unwrap_or(Stop::Lost),
         Err(_) => std::future::pending().await,
     }

@@ -30,7 +30,7 @@ pub async fn run(store: Store, config: WorkerConfig, mut shutdown: watch::Receiv
     }
     let housekeeping = tokio::spawn(keep_house(store.clone(), config.lease));
     let mut waker = store.listen().await.ok();
-    while !*shutdown.borrow() {
+    while !is_now_true(&shutdown) {
         let claimed = store.claim(&config.name, config.lease).await;
         match claimed {
             Ok(Some(claim)) => {
@@ -41,14 +41,14 @@ pub async fn run(store: Store, config: WorkerConfig, mut shutdown: watch::Receiv
                 tokio::select! {
                     () = woken(&mut waker) => {}
                     () = tokio::time::sleep(config.poll) => {}
-                    _ = shutdown.changed() => {}
+                    () = is_true(&mut shutdown) => {}
                 }
             }
             Err(error) => {
                 tracing::warn!(%error, "no job could be claimed; trying again");
                 tokio::select! {
                     () = tokio::time::sleep(BACKOFF) => {}
-                    _ = shutdown.changed() => {}
+                    () = is_true(&mut shutdown) => {}
                 }
             }
         }
@@ -124,15 +124,14 @@ async fn beat(
     mut shutdown: watch::Receiver<bool>,
     stop: watch::Sender<Option<Stop>>,
 ) -> Result<(), StoreError> {
+    let mut told = false;
     loop {
         tokio::select! {
             () = tokio::time::sleep(lease / 5) => {}
-            down = shutdown.wait_for(|down| *down) => {
-                if down.is_ok() {
-                    stop.send_if_modified(|reason| reason.is_none() && reason.replace(Stop::Shutdown).is_none());
-                }
-                // The lease is kept while the trainer ends.
-                tokio::time::sleep(lease / 5).await;
+            // The lease is kept while the trainer ends, so this goes on.
+            () = is_true(&mut shutdown), if !told => {
+                told = true;
+                stop.send_if_modified(|reason| reason.is_none() && reason.replace(Stop::Shutdown).is_none());
             }
         }
         match store.heartbeat(job, attempt, lease).await {
@@ -143,6 +142,18 @@ async fn beat(
             // A short outage is shorter than the lease; a long one loses the job, which the next heartbeat will say.
             Err(error) => tracing::warn!(%error, "the lease could not be renewed; trying again"),
         }
+    }
+}
+
+fn is_now_true(shutdown: &watch::Receiver<bool>) -> bool {
+    *shutdown.borrow()
+}
+
+/// Waits for the word to shut down. A sender that is gone will never say it.
+async fn is_true(shutdown: &mut watch::Receiver<bool>) {
+    let said = shutdown.wait_for(|down| *down).await.is_ok();
+    if !said {
+        std::future::pending().await
     }
 }
 

@@ -1,0 +1,116 @@
+//! The short commands: migrations, keys, models, alignment sets.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use holdfast_dataset::structure::StructureCheck;
+use holdfast_store::{Store, StoreError};
+
+use crate::connect::connect_beside;
+use crate::first_start;
+use crate::settings::StoreArgs;
+
+/// Runs `command` on a store and closes it, whatever came of the command.
+async fn with_store<T>(args: &StoreArgs, command: impl AsyncFnOnce(&Store) -> Result<T>) -> Result<T> {
+    let connection = connect_beside(args).await?;
+    let outcome = command(&connection.store).await;
+    connection.close().await?;
+    outcome
+}
+
+/// `holdfast migrate`.
+///
+/// # Errors
+/// When the database cannot be reached or a migration fails.
+pub async fn migrate(args: &StoreArgs) -> Result<()> {
+    // Connecting migrates.
+    with_store(args, async |store| first_start::ensure_alignment_set(store).await).await?;
+    println!("the database is at this program's version");
+    Ok(())
+}
+
+/// `holdfast keys create`.
+///
+/// # Errors
+/// When the project's name cannot be used, or the database fails.
+pub async fn create_key(args: &StoreArgs, project: &str, is_admin: bool) -> Result<()> {
+    let key = with_store(args, async |store| {
+        let project = store.ensure_project(project).await?;
+        Ok(store.create_key(Some(project), is_admin).await?)
+    })
+    .await?;
+    println!("{}", key.reveal());
+    Ok(())
+}
+
+/// `holdfast models import`.
+///
+/// # Errors
+/// When the model is not supported, or cannot be read or kept.
+pub async fn import_model(args: &StoreArgs, source: &Path, name: &str) -> Result<()> {
+    holdfast_domain::model_name::check(name)?;
+    std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make {}", args.data_dir.display()))?;
+    // Beside the object store, so that there is room for it.
+    let folder = tempfile::Builder::new().prefix("import-").tempdir_in(&args.data_dir).context("cannot make a folder for the import")?;
+    println!("reading {}", source.display());
+    let (from, to) = (source.to_owned(), folder.path().to_owned());
+    let imported = tokio::task::spawn_blocking(move || holdfast_import::import(&from, &to)).await??;
+    let architecture = &imported.architecture;
+    println!(
+        "found a llama of {} million parameters: {} layers, width {}, {} tokens",
+        imported.parameters / 1_000_000,
+        architecture.num_hidden_layers,
+        architecture.hidden_size,
+        architecture.vocab_size
+    );
+    with_store(args, async |store| Ok(store.create_base_model(name, folder.path(), imported.parameters).await?)).await?;
+    println!("imported as {name}");
+    Ok(())
+}
+
+/// `holdfast models list`.
+///
+/// # Errors
+/// When the database fails.
+pub async fn list_models(args: &StoreArgs) -> Result<()> {
+    for model in with_store(args, async |store| Ok(store.base_models().await?)).await? {
+        println!("{}\t{} parameters", model.name, model.parameter_count);
+    }
+    Ok(())
+}
+
+/// `holdfast models export`.
+///
+/// # Errors
+/// When there is no such model, or the folder cannot be written.
+pub async fn export_model(args: &StoreArgs, name: &str, folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    with_store(args, async |store| {
+        let files = match store.base_model_files(name).await {
+            Err(StoreError::NotFound) => bail!("there is no base model {name:?}; `holdfast models list` shows what there is"),
+            other => other?,
+        };
+        for (file, object) in &files.files {
+            store.objects().fetch(object, &folder.join(file)).await?;
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// `holdfast alignment import`.
+///
+/// # Errors
+/// When the file cannot be read or has bad lines, or a store fails.
+pub async fn import_alignment(args: &StoreArgs, file: &Path, name: &str) -> Result<()> {
+    let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let mut check = StructureCheck::default();
+    check.push(&bytes);
+    let report = check.finish();
+    if report.error_count > 0 {
+        bail!("{}: {}", file.display(), report.summary());
+    }
+    let set = with_store(args, async |store| Ok(store.create_alignment_set(name, &bytes, report.rows).await?)).await?;
+    println!("{} rows are version {} of the alignment set {}", set.row_count, set.version, set.name);
+    Ok(())
+}

@@ -1,0 +1,84 @@
+//! From settings to a store: the database that is named, or a private one.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use holdfast_local_postgres::LocalPostgres;
+use holdfast_store::Store;
+use object_store::local::LocalFileSystem;
+
+use crate::settings::StoreArgs;
+
+/// A store, and the private Postgres under it, if this process started one.
+#[derive(Debug)]
+pub struct Connection {
+    /// Rows and objects.
+    pub store: Store,
+    postgres: Option<LocalPostgres>,
+}
+
+/// Connects, starting the private Postgres when no database is named.
+///
+/// # Errors
+/// When a folder, Postgres or the database cannot be used; the message names the setting.
+pub async fn connect(args: &StoreArgs) -> Result<Connection> {
+    make_folder(&args.data_dir)?;
+    let (url, postgres) = match &args.database_url {
+        Some(url) => (url.clone(), None),
+        None => {
+            let folder = args.data_dir.join("postgres");
+            let postgres = tokio::task::spawn_blocking(move || LocalPostgres::start(&folder)).await??;
+            (postgres.url(), Some(postgres))
+        }
+    };
+    Ok(Connection { store: open(args, &url).await?, postgres })
+}
+
+/// Connects for a short command: to the private Postgres of a service that runs on the same folder, else as [`connect`].
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_beside(args: &StoreArgs) -> Result<Connection> {
+    if args.database_url.is_none()
+        && let Some(url) = LocalPostgres::running(&args.data_dir.join("postgres"))?
+    {
+        return Ok(Connection { store: open(args, &url).await?, postgres: None });
+    }
+    connect(args).await
+}
+
+async fn open(args: &StoreArgs, database_url: &str) -> Result<Store> {
+    let folder = match args.object_store.as_deref() {
+        None => args.data_dir.join("objects"),
+        Some(url) => match url.split_once("://") {
+            None => url.into(),
+            Some(("file", path)) => path.into(),
+            Some((scheme, _)) => bail!("--object-store: {scheme}:// is not supported; use a folder or file:///a/folder"),
+        },
+    };
+    make_folder(&folder)?;
+    let objects = LocalFileSystem::new_with_prefix(&folder).with_context(|| format!("cannot use the object store {}", folder.display()))?;
+    let store = Store::connect(database_url, Arc::new(objects)).await.context("cannot reach the database (DATABASE_URL)")?;
+    store.migrate().await?;
+    store.objects().probe().await.with_context(|| format!("cannot write to the object store {}", folder.display()))?;
+    Ok(store)
+}
+
+fn make_folder(folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))
+}
+
+impl Connection {
+    /// Closes the connections and stops the private Postgres, if there is one.
+    ///
+    /// # Errors
+    /// When Postgres does not stop.
+    pub async fn close(self) -> Result<()> {
+        self.store.close().await;
+        if let Some(postgres) = self.postgres {
+            tokio::task::spawn_blocking(move || postgres.stop()).await??;
+        }
+        Ok(())
+    }
+}

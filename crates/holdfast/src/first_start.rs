@@ -1,0 +1,61 @@
+//! What a data directory gets when it is first used.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use holdfast_dataset::structure::StructureCheck;
+use holdfast_store::{Store, StoreError};
+
+/// The name of the alignment set every deployment begins with.
+pub const ALIGNMENT_SET: &str = "default";
+/// The name of the project every data directory begins with.
+const PROJECT: &str = "default";
+
+const ALIGNMENT_ROWS: &str = include_str!("../../../examples/alignment.jsonl");
+
+/// Imports the alignment set this program ships with, when there is none of its name.
+///
+/// # Errors
+/// When a store fails.
+pub async fn ensure_alignment_set(store: &Store) -> Result<()> {
+    match store.alignment_set(ALIGNMENT_SET).await {
+        Ok(_) => Ok(()),
+        Err(StoreError::NotFound) => {
+            let mut check = StructureCheck::default();
+            check.push(ALIGNMENT_ROWS.as_bytes());
+            let rows = check.finish().rows;
+            store.create_alignment_set(ALIGNMENT_SET, ALIGNMENT_ROWS.as_bytes(), rows).await?;
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Writes admin.key and project.key into `folder`, each readable by its owner alone, when they are not there.
+///
+/// # Errors
+/// When a file cannot be written, or the database fails.
+pub async fn ensure_keys(store: &Store, folder: &Path) -> Result<()> {
+    for (name, is_admin) in [("admin.key", true), ("project.key", false)] {
+        let path = folder.join(name);
+        if path.exists() {
+            continue;
+        }
+        let project = store.ensure_project(PROJECT).await?;
+        let key = store.create_key(Some(project), is_admin).await?;
+        let write = || -> std::io::Result<()> {
+            // Written aside and renamed: a key file that is there is whole.
+            let partial = path.with_extension("partial");
+            let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&partial)?;
+            writeln!(file, "{}", key.reveal())?;
+            file.sync_all()?;
+            std::fs::rename(&partial, &path)
+        };
+        write().with_context(|| format!("cannot write {}", path.display()))?;
+        println!("wrote {}", path.display());
+    }
+    Ok(())
+}
