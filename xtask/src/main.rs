@@ -1,1 +1,58 @@
-fn main() {}
+//! The commands the README names. Run as `cargo xtask COMMAND`.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod checks;
+mod contract;
+mod demo;
+mod service;
+mod setup;
+mod shell;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Sets up, demonstrates and tests Holdfast.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what is missing: system packages, libtorch, the demo's model and data. Quiet when there is nothing to do.
+    Setup {
+        /// Take the libtorch for NVIDIA GPUs (5 GB) instead of the one for CPUs.
+        #[arg(long)]
+        cuda: bool,
+    },
+    /// Fine-tune a real instruct model under SafeGrad through the REST API, and show what came of it.
+    Demo,
+    /// Every check and every test.
+    Test,
+    /// Rewrite openapi.yaml from the code.
+    Openapi {
+        /// Change nothing; fail when openapi.yaml is stale.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Renew the descriptions in .sqlx that queries are checked against at build time.
+    Sqlx,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Setup { cuda } => setup::run(if cuda { setup::Libtorch::Cuda } else { setup::Libtorch::Cpu }),
+        Command::Demo => demo::run(),
+        Command::Test => checks::run(),
+        Command::Openapi { check } => contract::openapi(check),
+        Command::Sqlx => contract::sqlx(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! Every check and every test, in the order in which they fail fastest.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::contract;
+use crate::setup::{self, Libtorch};
+use crate::shell::{self, cargo};
+
+/// Runs all of them.
+pub(crate) fn run() -> Result<()> {
+    timed("set-up", || setup::run(Libtorch::Cpu))?;
+    timed("format", || shell::run(cargo().args(["fmt", "--all", "--check"])).context("run `cargo fmt --all`"))?;
+    // One build serves the tests and the programs they start.
+    timed("build", || shell::run(cargo().args(["build", "--workspace", "--all-targets"])))?;
+    timed("openapi.yaml", || contract::openapi(true))?;
+    timed("tests", || shell::run(cargo().args(["test", "--workspace"])))?;
+    timed("lints", || shell::run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])))
+}
+
+fn timed(what: &str, check: impl FnOnce() -> Result<()>) -> Result<()> {
+    println!("── {what}");
+    let since = Instant::now();
+    check()?;
+    println!("── {what}: {:.0} s", since.elapsed().as_secs_f64());
+    Ok(())
+}

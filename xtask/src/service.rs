@@ -1,0 +1,110 @@
+//! A running `holdfast up`, and its API as the demo uses it.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use ureq::unversioned::multipart::{Form, Part};
+
+/// The service, stopped when dropped.
+pub(crate) struct Service {
+    process: Child,
+    url: String,
+    key: String,
+}
+
+impl Service {
+    /// Starts the service on a free port and waits until it listens. What it logs goes to `holdfast.log`.
+    pub(crate) fn start(program: &Path, data: &Path) -> Result<Self> {
+        std::fs::create_dir_all(data)?;
+        let log = data.join("holdfast.log");
+        let mut process = Command::new(program)
+            .args(["up", "--listen", "127.0.0.1:0", "--data-dir"])
+            .arg(data)
+            // The demo is a world of its own, whatever the operator's shell has set.
+            .env_remove("DATABASE_URL")
+            .env_remove("HOLDFAST_OBJECT_STORE")
+            .stdout(Stdio::piped())
+            .stderr(File::create(&log)?)
+            .spawn()
+            .with_context(|| format!("cannot run {}", program.display()))?;
+        let output = process.stdout.take().context("the service has no output")?;
+        let listening = BufReader::new(output).lines().map_while(|line| line.ok()).find_map(|line| Some(line.strip_prefix("listening on ")?.to_owned()));
+        let Some(url) = listening else {
+            let _ = process.wait();
+            bail!("the service did not start: {}", std::fs::read_to_string(&log).unwrap_or_default().trim());
+        };
+        let key = std::fs::read_to_string(data.join("project.key")).context("the service wrote no project.key")?.trim().to_owned();
+        Ok(Self { process, url, key })
+    }
+
+    /// Where it listens.
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    fn bearer(&self) -> String {
+        format!("Bearer {}", self.key)
+    }
+
+    pub(crate) fn get(&self, path: &str) -> Result<Value> {
+        read(ureq::get(format!("{}{path}", self.url)).config().http_status_as_error(false).build().header("Authorization", self.bearer()).call()?)
+    }
+
+    pub(crate) fn post(&self, path: &str, body: &Value) -> Result<Value> {
+        let request = ureq::post(format!("{}{path}", self.url)).config().http_status_as_error(false).build();
+        read(request.header("Authorization", self.bearer()).send_json(body)?)
+    }
+
+    /// Uploads a dataset and returns its id.
+    pub(crate) fn upload(&self, file: &Path) -> Result<String> {
+        let form = Form::new().text("purpose", "fine-tune").part("file", Part::file(file)?);
+        let request = ureq::post(format!("{}/v1/files", self.url)).config().http_status_as_error(false).build();
+        let file = read(request.header("Authorization", self.bearer()).send(form)?)?;
+        Ok(file["id"].as_str().context("the service gave the file no id")?.to_owned())
+    }
+
+    /// Writes one of the adapter's files into `folder`.
+    pub(crate) fn download_adapter_file(&self, job: &str, name: &str, folder: &Path) -> Result<()> {
+        let url = format!("{}/v1/fine_tuning/jobs/{job}/adapter/{name}", self.url);
+        let mut answer = ureq::get(url).header("Authorization", self.bearer()).call()?;
+        let mut file = File::create(folder.join(name))?;
+        std::io::copy(&mut answer.body_mut().as_reader(), &mut file)?;
+        Ok(())
+    }
+
+    /// Stops the service and waits for its end.
+    pub(crate) fn stop(mut self) -> Result<()> {
+        self.terminate()?;
+        let status = self.process.wait()?;
+        if !status.success() {
+            bail!("the service ended with {status}");
+        }
+        Ok(())
+    }
+
+    fn terminate(&self) -> Result<()> {
+        crate::shell::run(Command::new("kill").arg(self.process.id().to_string()))
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        if matches!(self.process.try_wait(), Ok(None)) {
+            let _ = self.terminate();
+            let _ = self.process.wait();
+        }
+    }
+}
+
+fn read(mut answer: ureq::http::Response<ureq::Body>) -> Result<Value> {
+    let status = answer.status();
+    let body: Value = answer.body_mut().read_json().with_context(|| format!("the service answered {status} without JSON"))?;
+    if !status.is_success() {
+        bail!("the service answered {status}: {}", body["error"]["message"].as_str().unwrap_or_default());
+    }
+    Ok(body)
+}
