@@ -95,7 +95,11 @@ impl Programs {
         {
             let mut input = trainer.stdin.take().context("the trainer takes no input")?;
             for (review, _) in REVIEWS {
-                writeln!(input, "{}", json!({"messages": [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": review}]}))?;
+                writeln!(
+                    input,
+                    "{}",
+                    json!({"messages": [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": review}]})
+                )?;
             }
             for request in REFUSED {
                 writeln!(input, "{}", json!({"messages": [{"role": "user", "content": request}]}))?;
@@ -104,7 +108,10 @@ impl Programs {
         let output = trainer.wait_with_output()?;
         ensure!(output.status.success(), "holdfast-trainer generate ended with {}", output.status);
         let lines = String::from_utf8(output.stdout)?;
-        lines.lines().map(|line| Ok(serde_json::from_str::<Value>(line)?["answer"].as_str().unwrap_or_default().trim().to_owned())).collect()
+        lines
+            .lines()
+            .map(|line| Ok(serde_json::from_str::<Value>(line)?["answer"].as_str().unwrap_or_default().trim().to_owned()))
+            .collect()
     }
 }
 
@@ -138,7 +145,9 @@ fn train(service: &Service) -> Result<Value> {
                 bar.finish_and_clear();
                 return Ok(job);
             }
-            Some("failed" | "cancelled") => bail!("the job {}: {}", job["status"], job["error"]["message"].as_str().unwrap_or_default()),
+            Some("failed" | "cancelled") => {
+                bail!("the job {}: {}", job["status"], job["error"]["message"].as_str().unwrap_or_default())
+            }
             _ => {}
         }
         show(service, &id, &job, &bar, &mut conflicts)?;
@@ -162,7 +171,8 @@ fn show(service: &Service, id: &str, job: &Value, bar: &ProgressBar, conflicts: 
         return Ok(());
     };
     let events = service.get(&format!("/v1/fine_tuning/jobs/{id}/events?limit=10"))?;
-    let steps: Vec<&Value> = events["data"].as_array().into_iter().flatten().map(|e| &e["data"]).filter(|d| d["task_loss"].is_number()).collect();
+    let steps: Vec<&Value> =
+        events["data"].as_array().into_iter().flatten().map(|e| &e["data"]).filter(|d| d["task_loss"].is_number()).collect();
     for step in steps.iter().rev() {
         let number = step["step"].as_u64().unwrap_or(0);
         if number > conflicts.last_step {
@@ -209,7 +219,8 @@ fn validation_losses(service: &Service, id: &str) -> Result<Losses> {
         }
         after = format!("&after={}", page["last_id"].as_str().unwrap_or_default());
     }
-    let number = |event: Option<&Value>, key: &str| event.and_then(|e| e[key].as_f64()).context("the job has no validation event");
+    let number =
+        |event: Option<&Value>, key: &str| event.and_then(|e| e[key].as_f64()).context("the job has no validation event");
     Ok(Losses {
         before: number(found.last(), "valid_loss")?,
         after: number(found.first(), "valid_loss")?,
@@ -222,7 +233,11 @@ fn report(job: &Value, losses: Losses, before: &[String], after: &[String], adap
     let answer = |list: &[String], at: usize| list.get(at).cloned().unwrap_or_default().replace('\n', " ");
     println!("\n{} is ready", job["fine_tuned_model"].as_str().unwrap_or_default());
     println!("\nvalidation loss      {:.3} -> {:.3}", losses.before, losses.after);
-    println!("validation accuracy  {:.1}% -> {:.1}% of the tokens of the answers", 100.0 * losses.accuracy_before, 100.0 * losses.accuracy_after);
+    println!(
+        "validation accuracy  {:.1}% -> {:.1}% of the tokens of the answers",
+        100.0 * losses.accuracy_before,
+        100.0 * losses.accuracy_after
+    );
     println!("\nfresh reviews");
     for (at, (review, truth)) in REVIEWS.iter().enumerate() {
         println!("  {review}  ({truth})\n    before: {}\n    after:  {}", answer(before, at), answer(after, at));

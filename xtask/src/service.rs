@@ -32,12 +32,16 @@ impl Service {
             .spawn()
             .with_context(|| format!("cannot run {}", program.display()))?;
         let output = process.stdout.take().context("the service has no output")?;
-        let listening = BufReader::new(output).lines().map_while(|line| line.ok()).find_map(|line| Some(line.strip_prefix("listening on ")?.to_owned()));
+        let listening = BufReader::new(output)
+            .lines()
+            .map_while(|line| line.ok())
+            .find_map(|line| Some(line.strip_prefix("listening on ")?.to_owned()));
         let Some(url) = listening else {
             let _ = process.wait();
             bail!("the service did not start: {}", std::fs::read_to_string(&log).unwrap_or_default().trim());
         };
-        let key = std::fs::read_to_string(data.join("project.key")).context("the service wrote no project.key")?.trim().to_owned();
+        let key =
+            std::fs::read_to_string(data.join("project.key")).context("the service wrote no project.key")?.trim().to_owned();
         Ok(Self { process, url, key })
     }
 
@@ -51,7 +55,14 @@ impl Service {
     }
 
     pub(crate) fn get(&self, path: &str) -> Result<Value> {
-        read(ureq::get(format!("{}{path}", self.url)).config().http_status_as_error(false).build().header("Authorization", self.bearer()).call()?)
+        read(
+            ureq::get(format!("{}{path}", self.url))
+                .config()
+                .http_status_as_error(false)
+                .build()
+                .header("Authorization", self.bearer())
+                .call()?,
+        )
     }
 
     pub(crate) fn post(&self, path: &str, body: &Value) -> Result<Value> {

@@ -92,7 +92,8 @@ fn step(what: &str) {
 
 fn system_packages() -> Result<()> {
     let mut missing = Vec::new();
-    let works = |program: &str, arguments: &[&str]| Command::new(program).args(arguments).output().is_ok_and(|o| o.status.success());
+    let works =
+        |program: &str, arguments: &[&str]| Command::new(program).args(arguments).output().is_ok_and(|o| o.status.success());
     if !works("g++", &["--version"]) {
         missing.push("g++");
     }
@@ -132,8 +133,12 @@ fn python() -> Result<()> {
     }
     step("making a Python environment in .venv");
     output(Command::new("python3").args(["-m", "venv", ".venv"]).current_dir(root()))?;
-    output(Command::new(python_program()).args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(PYTHON_CLIENTS))
-        .context("the Python clients could not be installed; check the network, then run this again")?;
+    output(
+        Command::new(python_program())
+            .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
+            .args(PYTHON_CLIENTS),
+    )
+    .context("the Python clients could not be installed; check the network, then run this again")?;
     Ok(std::fs::write(stamp, wanted)?)
 }
 
@@ -152,17 +157,34 @@ fn download(package: &Package) -> Result<PathBuf> {
         pip.args(["--no-binary", ":all:"]);
     } else {
         // The same file whatever Python this machine has: nothing of it is run.
-        pip.args(["--only-binary", ":all:", "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--abi", "none"]);
-        for platform in ["manylinux_2_28_x86_64", "manylinux_2_25_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any"] {
+        pip.args([
+            "--only-binary",
+            ":all:",
+            "--python-version",
+            "3.11",
+            "--implementation",
+            "cp",
+            "--abi",
+            "cp311",
+            "--abi",
+            "none",
+        ]);
+        for platform in ["manylinux_2_28_x86_64", "manylinux_2_25_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any"]
+        {
             pip.args(["--platform", platform]);
         }
     }
-    output(pip.arg(package.requirement))
-        .with_context(|| format!("{} could not be downloaded; check the network and run this again: what is whole is kept", package.requirement))?;
+    output(pip.arg(package.requirement)).with_context(|| {
+        format!("{} could not be downloaded; check the network and run this again: what is whole is kept", package.requirement)
+    })?;
     let found = sha256(&path)?;
     if found != package.sha256 {
         std::fs::remove_file(&path)?;
-        bail!("{} has SHA-256 {found}, expected {}; it was removed. Run this again; if it stays so, the package was changed", package.file, package.sha256);
+        bail!(
+            "{} has SHA-256 {found}, expected {}; it was removed. Run this again; if it stays so, the package was changed",
+            package.file,
+            package.sha256
+        );
     }
     Ok(path)
 }
@@ -208,7 +230,12 @@ fn cpu_libtorch() -> Result<()> {
     let (torch, runtime, cupti) = (download(&TORCH)?, download(&CUDA_RUNTIME)?, download(&CUDA_CUPTI)?);
     step("unpacking libtorch into .libtorch");
     remove(&libtorch)?;
-    unpack(&torch, &["torch/include/", "torch/lib/libtorch_cpu.so", "torch/lib/libc10.so", "torch/lib/libgomp.so.1"], 1, &libtorch)?;
+    unpack(
+        &torch,
+        &["torch/include/", "torch/lib/libtorch_cpu.so", "torch/lib/libc10.so", "torch/lib/libgomp.so.1"],
+        1,
+        &libtorch,
+    )?;
     // libtorch_cpu.so is linked against these two even where no GPU is.
     unpack(&runtime, &["nvidia/cu13/lib/libcudart.so.13"], 2, &libtorch)?;
     unpack(&cupti, &["nvidia/cu13/lib/libcupti.so.13"], 2, &libtorch)?;
@@ -231,7 +258,9 @@ fn cuda_libtorch() -> Result<()> {
     remove(&libtorch)?;
     std::fs::create_dir_all(&libtorch)?;
     let mut pip = Command::new(python_program());
-    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target"]).arg(libtorch.join("site")).arg(TORCH.requirement);
+    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target"])
+        .arg(libtorch.join("site"))
+        .arg(TORCH.requirement);
     output(&mut pip).context("torch could not be installed; check the network and the disk (5 GB), then run this again")?;
     for folder in ["include", "lib"] {
         symlink(format!("site/torch/{folder}"), libtorch.join(folder))?;
@@ -241,7 +270,9 @@ fn cuda_libtorch() -> Result<()> {
 
 fn remove(folder: &Path) -> Result<()> {
     match std::fs::remove_dir_all(folder) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).with_context(|| format!("cannot remove {}", folder.display())),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("cannot remove {}", folder.display()))
+        }
         _ => Ok(()),
     }
 }

@@ -20,14 +20,19 @@ impl FromRequestParts<AppState> for Tenant {
             .and_then(|value| value.split_once(' '))
             .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
             .map(|(_, key)| key.trim())
-            .ok_or_else(|| ApiError::unauthorized("missing_api_key", "no API key: send the header `Authorization: Bearer KEY`"))?;
+            .ok_or_else(|| {
+                ApiError::unauthorized("missing_api_key", "no API key: send the header `Authorization: Bearer KEY`")
+            })?;
         let principal = state
             .store
             .authenticate(key)
             .await?
             .ok_or_else(|| ApiError::unauthorized("invalid_api_key", "this API key is unknown or revoked"))?;
         let project = principal.project.ok_or_else(|| {
-            ApiError::forbidden("no_project", "this key belongs to no project; use one made with `holdfast keys create --project`")
+            ApiError::forbidden(
+                "no_project",
+                "this key belongs to no project; use one made with `holdfast keys create --project`",
+            )
         })?;
         Ok(Self(project))
     }

@@ -56,7 +56,13 @@ pub(crate) struct BadLine {
 }
 
 impl ApiError {
-    fn new(status: StatusCode, r#type: &'static str, code: &'static str, param: Option<String>, message: impl Into<String>) -> Self {
+    fn new(
+        status: StatusCode,
+        r#type: &'static str,
+        code: &'static str,
+        param: Option<String>,
+        message: impl Into<String>,
+    ) -> Self {
         let error = ErrorDetail { message: message.into(), r#type, param, code: Some(code), errors: Vec::new() };
         Self { status, body: ErrorBody { error } }
     }
@@ -96,7 +102,13 @@ impl ApiError {
 
     /// 404 for a path that is no route.
     pub(crate) fn no_route() -> Self {
-        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", "unknown_url", None, "there is nothing at this URL; see openapi.yaml")
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            "unknown_url",
+            None,
+            "there is nothing at this URL; see openapi.yaml",
+        )
     }
 
     /// 405.

@@ -72,7 +72,11 @@ pub(crate) fn page<T: FromStr + Into<Uuid>>(
         return Err(ApiError::invalid("limit", "out_of_bounds", format!("limit must lie between 1 and {most}; it is {limit}")));
     }
     let after = after
-        .map(|text| text.parse::<T>().map_err(|_| ApiError::invalid("after", "invalid_cursor", "after must be the id of the last item of the page before")))
+        .map(|text| {
+            text.parse::<T>().map_err(|_| {
+                ApiError::invalid("after", "invalid_cursor", "after must be the id of the last item of the page before")
+            })
+        })
         .transpose()?
         .map(Into::into);
     Ok(PageRequest { after, limit, ascending })

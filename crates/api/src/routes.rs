@@ -42,7 +42,8 @@ struct BearerKey;
 
 impl Modify for BearerKey {
     fn modify(&self, openapi: &mut Spec) {
-        let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some("A key made with `holdfast keys create`")).build();
+        let scheme =
+            HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some("A key made with `holdfast keys create`")).build();
         openapi.components.get_or_insert_default().add_security_scheme("bearer_key", SecurityScheme::Http(scheme));
     }
 }

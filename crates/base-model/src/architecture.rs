@@ -102,7 +102,9 @@ impl Architecture {
         let num_attention_heads = size(config, "num_attention_heads")?;
         let num_key_value_heads = optional_size(config, "num_key_value_heads")?.unwrap_or(num_attention_heads);
         if !num_attention_heads.is_multiple_of(num_key_value_heads) {
-            return unsupported(format!("{num_attention_heads} attention heads do not divide among {num_key_value_heads} key/value heads"));
+            return unsupported(format!(
+                "{num_attention_heads} attention heads do not divide among {num_key_value_heads} key/value heads"
+            ));
         }
         let head_dim = match optional_size(config, "head_dim")? {
             Some(width) => width,
@@ -216,9 +218,7 @@ fn rope(config: &Value) -> Result<(f64, RopeScaling), Unsupported> {
     };
     let Some(scaling) = scaling else { return Ok((theta, RopeScaling::Default)) };
     let word = |key: &str| scaling.get(key).and_then(Value::as_str);
-    let needed = |key: &str| {
-        number(scaling, key)?.map_or_else(|| unsupported(format!("rope_scaling lacks {key}")), Ok)
-    };
+    let needed = |key: &str| number(scaling, key)?.map_or_else(|| unsupported(format!("rope_scaling lacks {key}")), Ok);
     let kind = match word("rope_type").or_else(|| word("type")).unwrap_or("default") {
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear { factor: needed("factor")? },

@@ -81,7 +81,10 @@ impl WeightFile {
     ///
     /// # Errors
     /// When it cannot be opened, or is no whole safetensors file.
-    #[expect(unsafe_code, reason = "mapping a file is unsafe because another process may cut it; base models are never written in place")]
+    #[expect(
+        unsafe_code,
+        reason = "mapping a file is unsafe because another process may cut it; base models are never written in place"
+    )]
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
         let at = |source| WeightsError::Open { path: path.to_owned(), source };
         let file = File::open(path).map_err(at)?;

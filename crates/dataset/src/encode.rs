@@ -49,7 +49,9 @@ pub enum EncodeError {
     #[error(transparent)]
     Template(#[from] TemplateError),
     /// The template rewrites earlier turns when later ones follow, so that the turn cannot be found in the text.
-    #[error("messages[{message}]: the model's chat template renders this turn differently when others follow; end the conversation with it, or give it weight 0")]
+    #[error(
+        "messages[{message}]: the model's chat template renders this turn differently when others follow; end the conversation with it, or give it weight 0"
+    )]
     NotAPrefix {
         /// The turn.
         message: usize,
@@ -58,7 +60,9 @@ pub enum EncodeError {
     #[error("cannot be tokenised: {0}")]
     Tokenizer(String),
     /// The row has too many tokens, and cutting was not asked for.
-    #[error("has {tokens} tokens, more than max_length {max_length}; shorten it, raise max_length, or set long_rows to \"truncate\"")]
+    #[error(
+        "has {tokens} tokens, more than max_length {max_length}; shorten it, raise max_length, or set long_rows to \"truncate\""
+    )]
     TooLong {
         /// How many it has.
         tokens: usize,
@@ -123,11 +127,8 @@ impl ChatTokenizer {
     /// The bytes of `text` that turn `index` adds after its header.
     fn locate(&self, row: &Row<'_>, index: usize, text: &str) -> Result<(usize, usize), EncodeError> {
         let head = self.template.render(row, index, true)?;
-        let whole = if index + 1 == row.messages.len() {
-            text.to_owned()
-        } else {
-            self.template.render(row, index + 1, false)?
-        };
+        let whole =
+            if index + 1 == row.messages.len() { text.to_owned() } else { self.template.render(row, index + 1, false)? };
         if !text.starts_with(&whole) || !whole.starts_with(&head) {
             return Err(EncodeError::NotAPrefix { message: index });
         }

@@ -39,7 +39,12 @@ impl RowOrder {
             Some((current, order)) if *current == epoch => order,
             _ => &self.epoch.insert((epoch, shuffled(seed, epoch, rows))).1,
         };
-        order.iter().skip(usize::try_from(within).unwrap_or(usize::MAX).saturating_mul(self.rows_per_step)).take(self.rows_per_step).copied().collect()
+        order
+            .iter()
+            .skip(usize::try_from(within).unwrap_or(usize::MAX).saturating_mul(self.rows_per_step))
+            .take(self.rows_per_step)
+            .copied()
+            .collect()
     }
 }
 

@@ -4,9 +4,9 @@
 use std::borrow::Cow;
 
 use holdfast_domain::limits::MAX_MESSAGES_PER_ROW;
+use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, MapAccess, Visitor};
-use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
@@ -167,7 +167,9 @@ impl<'a> Row<'a> {
             (None, Some(_), None) => wrong("completion", "missing; a row with a prompt needs one"),
             (None, None, Some(_)) => wrong("prompt", "missing; a row with a completion needs one"),
             (Some(_), ..) => wrong("", "has messages and prompt or completion; a row is one or the other"),
-            (None, None, None) => wrong("messages", "missing; a row is {\"messages\": […]} or {\"prompt\": …, \"completion\": …}"),
+            (None, None, None) => {
+                wrong("messages", "missing; a row is {\"messages\": […]} or {\"prompt\": …, \"completion\": …}")
+            }
         }
     }
 
@@ -243,7 +245,11 @@ fn explain(text: &str, error: &serde_json::Error) -> RowError {
         return whole("is empty; remove it".into());
     }
     let Ok(value) = serde_json::from_str::<Value>(text) else {
-        let what = if error.is_eof() { "the line ends inside it; was the file cut, or is one object spread over several lines?" } else { "check quotes, commas and escapes" };
+        let what = if error.is_eof() {
+            "the line ends inside it; was the file cut, or is one object spread over several lines?"
+        } else {
+            "check quotes, commas and escapes"
+        };
         return whole(format!("not valid JSON at column {}: {what}", error.column()));
     };
     let Value::Object(row) = value else {
@@ -265,12 +271,19 @@ fn explain(text: &str, error: &serde_json::Error) -> RowError {
                     return mistyped(format!("messages[{i}]"), "an object with role and content", message);
                 };
                 if !message.contains_key("role") {
-                    return RowError { path: format!("messages[{i}].role"), message: format!("missing; expected {}", Role::NAMES) };
+                    return RowError {
+                        path: format!("messages[{i}].role"),
+                        message: format!("missing; expected {}", Role::NAMES),
+                    };
                 }
                 for field in ["role", "content", "name", "tool_call_id"] {
                     let optional = field != "role";
                     if let Some(found) = message.get(field).filter(|v| !v.is_string() && !(optional && v.is_null())) {
-                        let expected = if found.is_array() && field == "content" { "a string; content in parts is not supported" } else { "a string" };
+                        let expected = if found.is_array() && field == "content" {
+                            "a string; content in parts is not supported"
+                        } else {
+                            "a string"
+                        };
                         return mistyped(format!("messages[{i}].{field}"), expected, found);
                     }
                 }
@@ -326,7 +339,9 @@ mod tests {
 
     #[test]
     fn weight_zero_leaves_a_turn_out_of_the_loss() -> Result<(), RowError> {
-        let row = Row::parse(br#"{"messages":[{"role":"assistant","content":"a","weight":0},{"role":"assistant","content":"b","weight":1}]}"#)?;
+        let row = Row::parse(
+            br#"{"messages":[{"role":"assistant","content":"a","weight":0},{"role":"assistant","content":"b","weight":1}]}"#,
+        )?;
         assert_eq!(row.messages.iter().map(|m| m.trained).collect::<Vec<_>>(), [false, true]);
         Ok(())
     }
@@ -336,20 +351,38 @@ mod tests {
         let cases = [
             ("", "is empty; remove it"),
             ("[]", "expected a JSON object, found an array"),
-            ("{", "not valid JSON at column 1: the line ends inside it; was the file cut, or is one object spread over several lines?"),
+            (
+                "{",
+                "not valid JSON at column 1: the line ends inside it; was the file cut, or is one object spread over several lines?",
+            ),
             ("{\"messages\":[}", "not valid JSON at column 14: check quotes, commas and escapes"),
             ("{}", "messages: missing; a row is {\"messages\": […]} or {\"prompt\": …, \"completion\": …}"),
             (r#"{"messages":"x"}"#, "messages: expected an array, found a string"),
             (r#"{"messages":[]}"#, "messages: is empty; a conversation needs at least one turn"),
-            (r#"{"messages":[{"role":"user","content":"u"}]}"#, "messages: has no assistant turn, so there is nothing to learn from"),
-            (r#"{"messages":[{"role":"bot","content":"u"}]}"#, "messages[0].role: expected system, developer, user, assistant or tool"),
-            (r#"{"messages":[{"content":"u"}]}"#, "messages[0].role: missing; expected system, developer, user, assistant or tool"),
+            (
+                r#"{"messages":[{"role":"user","content":"u"}]}"#,
+                "messages: has no assistant turn, so there is nothing to learn from",
+            ),
+            (
+                r#"{"messages":[{"role":"bot","content":"u"}]}"#,
+                "messages[0].role: expected system, developer, user, assistant or tool",
+            ),
+            (
+                r#"{"messages":[{"content":"u"}]}"#,
+                "messages[0].role: missing; expected system, developer, user, assistant or tool",
+            ),
             (r#"{"messages":[{"role":"user","content":5}]}"#, "messages[0].content: expected a string, found a number"),
             (r#"{"messages":[{"role":"user","content":""}]}"#, "messages[0].content: is empty"),
             (r#"{"messages":[{"role":"user"}]}"#, "messages[0].content: missing; expected a string"),
-            (r#"{"messages":[{"role":"user","content":"u","weight":1}]}"#, "messages[0].weight: only assistant turns take a weight"),
+            (
+                r#"{"messages":[{"role":"user","content":"u","weight":1}]}"#,
+                "messages[0].weight: only assistant turns take a weight",
+            ),
             (r#"{"messages":[{"role":"assistant","content":"u","weight":0.5}]}"#, "messages[0].weight: expected 0 or 1"),
-            (r#"{"messages":[{"role":"assistant","content":"u","weight":0}]}"#, "messages: every assistant turn has weight 0, so there is nothing to learn from"),
+            (
+                r#"{"messages":[{"role":"assistant","content":"u","weight":0}]}"#,
+                "messages: every assistant turn has weight 0, so there is nothing to learn from",
+            ),
             (r#"{"prompt":"p"}"#, "completion: missing; a row with a prompt needs one"),
         ];
         for (line, expected) in cases {

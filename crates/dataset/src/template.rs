@@ -46,9 +46,7 @@ impl ChatTemplate {
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_filter("tojson", to_json);
-        environment
-            .add_template_owned(NAME, source.to_owned())
-            .map_err(|e| TemplateError::Compile(first_line(&e)))?;
+        environment.add_template_owned(NAME, source.to_owned()).map_err(|e| TemplateError::Compile(first_line(&e)))?;
         Ok(Self { environment, bos_token: bos_token.to_owned(), eos_token: eos_token.to_owned() })
     }
 
@@ -182,7 +180,9 @@ mod tests {
     #[test]
     fn python_methods_and_json_behave_as_in_python() -> Result<(), TemplateError> {
         let template = ChatTemplate::new("{{ messages[0].content.strip() }}|{{ tools | tojson }}", "", "")?;
-        let row = row(r#"{"messages":[{"role":"user","content":" <a> "},{"role":"assistant","content":"b"}],"tools":[{"n":"é<","k":1}]}"#);
+        let row = row(
+            r#"{"messages":[{"role":"user","content":" <a> "},{"role":"assistant","content":"b"}],"tools":[{"n":"é<","k":1}]}"#,
+        );
         assert_eq!(template.render(&row, 2, false)?, r#"<a>|[{"n": "é<", "k": 1}]"#);
         Ok(())
     }
@@ -197,7 +197,8 @@ mod tests {
 
     #[test]
     fn an_endless_template_is_stopped() -> Result<(), TemplateError> {
-        let template = ChatTemplate::new("{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}", "", "")?;
+        let template =
+            ChatTemplate::new("{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}", "", "")?;
         assert!(template.render(&row(r#"{"prompt":"p","completion":"c"}"#), 2, false).is_err());
         Ok(())
     }

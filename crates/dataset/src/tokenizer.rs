@@ -68,14 +68,11 @@ impl ChatTokenizer {
     /// # Errors
     /// When one of the three files is missing or does not hold what it should.
     pub fn load(folder: &Path) -> Result<Self, LoadError> {
-        let read = |file: &'static str| {
-            std::fs::read(folder.join(file)).map_err(|source| LoadError::Read { file, source })
-        };
+        let read = |file: &'static str| std::fs::read(folder.join(file)).map_err(|source| LoadError::Read { file, source });
         let format = |file: &'static str| move |message: String| LoadError::Format { file, message };
-        let special_tokens: SpecialTokens = serde_json::from_slice(&read(files::SPECIAL_TOKENS)?)
-            .map_err(|e| format(files::SPECIAL_TOKENS)(e.to_string()))?;
-        let template = String::from_utf8(read(files::CHAT_TEMPLATE)?)
-            .map_err(|e| format(files::CHAT_TEMPLATE)(e.to_string()))?;
+        let special_tokens: SpecialTokens =
+            serde_json::from_slice(&read(files::SPECIAL_TOKENS)?).map_err(|e| format(files::SPECIAL_TOKENS)(e.to_string()))?;
+        let template = String::from_utf8(read(files::CHAT_TEMPLATE)?).map_err(|e| format(files::CHAT_TEMPLATE)(e.to_string()))?;
         Self::new(&read(files::TOKENIZER)?, &template, special_tokens)
     }
 
@@ -90,9 +87,7 @@ impl ChatTokenizer {
         // which the loss mask is made.
         tokenizer.with_post_processor(None::<PostProcessorWrapper>);
         tokenizer.with_padding(None);
-        tokenizer
-            .with_truncation(None)
-            .map_err(|e| LoadError::Format { file: files::TOKENIZER, message: e.to_string() })?;
+        tokenizer.with_truncation(None).map_err(|e| LoadError::Format { file: files::TOKENIZER, message: e.to_string() })?;
         let mut specials: Vec<(String, u32)> = tokenizer
             .get_added_tokens_decoder()
             .into_iter()

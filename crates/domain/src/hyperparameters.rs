@@ -58,8 +58,7 @@ pub enum Projection {
 
 impl Projection {
     /// All seven, in the order a layer applies them.
-    pub const ALL: [Self; 7] =
-        [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
+    pub const ALL: [Self; 7] = [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
 
     /// The name in checkpoints and in PEFT's configuration.
     #[must_use]
@@ -269,7 +268,10 @@ mod tests {
             (Requested { lora_dropout: Some(1.0), ..Default::default() }, "lora_dropout"),
             (Requested { max_length: Some(4), ..Default::default() }, "max_length"),
             (Requested { target_modules: Some(vec![]), ..Default::default() }, "target_modules"),
-            (Requested { target_modules: Some(vec!["q_proj".into(), "lm_head".into()]), ..Default::default() }, "target_modules[1]"),
+            (
+                Requested { target_modules: Some(vec!["q_proj".into(), "lm_head".into()]), ..Default::default() },
+                "target_modules[1]",
+            ),
         ];
         for (request, param) in cases {
             assert_eq!(request.resolve(100).map_err(|e| e.param), Err(param.to_owned()));
@@ -285,8 +287,9 @@ mod tests {
 
     #[test]
     fn steps_cover_every_row_in_every_epoch() -> Result<(), Invalid> {
-        let plan = Requested { n_epochs: Some(2), batch_size: Some(4), gradient_accumulation_steps: Some(2), ..Default::default() }
-            .resolve(17)?;
+        let plan =
+            Requested { n_epochs: Some(2), batch_size: Some(4), gradient_accumulation_steps: Some(2), ..Default::default() }
+                .resolve(17)?;
         assert_eq!(plan.total_steps(17), 6);
         Ok(())
     }

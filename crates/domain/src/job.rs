@@ -219,7 +219,9 @@ impl JobState {
             return Ok(Self::Failed {
                 error: JobError::new(
                     "worker_lost",
-                    format!("The worker was lost {attempt} times while it ran this job. Nothing of your data is lost: create the job again, or ask the operator why its workers stop."),
+                    format!(
+                        "The worker was lost {attempt} times while it ran this job. Nothing of your data is lost: create the job again, or ask the operator why its workers stop."
+                    ),
                 ),
             });
         }

@@ -19,7 +19,9 @@ pub fn check(name: &str) -> Result<(), Invalid> {
     Err(Invalid::new(
         "name",
         "invalid_name",
-        format!("{name:?} is no name: use letters, digits, `.`, `_`, `-` and single slashes between parts, at most 128 characters"),
+        format!(
+            "{name:?} is no name: use letters, digits, `.`, `_`, `-` and single slashes between parts, at most 128 characters"
+        ),
     ))
 }
 

@@ -121,9 +121,8 @@ impl RequestedSafety {
                 format!("this deployment trains with rho of at least {}; {rho} is weaker", floor.rho),
             ));
         }
-        let alignment_set = defense
-            .needs_alignment()
-            .then(|| self.alignment_set.clone().unwrap_or_else(|| floor.alignment_set.clone()));
+        let alignment_set =
+            defense.needs_alignment().then(|| self.alignment_set.clone().unwrap_or_else(|| floor.alignment_set.clone()));
         Ok(Safety { defense, rho, kl_positions: self.kl_positions.unwrap_or(KlPositions::Response), alignment_set })
     }
 }

@@ -51,7 +51,8 @@ pub async fn import_model(args: &StoreArgs, source: &Path, name: &str) -> Result
     holdfast_domain::model_name::check(name)?;
     std::fs::create_dir_all(&args.data_dir).with_context(|| format!("cannot make {}", args.data_dir.display()))?;
     // Beside the object store, so that there is room for it.
-    let folder = tempfile::Builder::new().prefix("import-").tempdir_in(&args.data_dir).context("cannot make a folder for the import")?;
+    let folder =
+        tempfile::Builder::new().prefix("import-").tempdir_in(&args.data_dir).context("cannot make a folder for the import")?;
     println!("reading {}", source.display());
     let (from, to) = (source.to_owned(), folder.path().to_owned());
     let imported = tokio::task::spawn_blocking(move || holdfast_import::import(&from, &to)).await??;

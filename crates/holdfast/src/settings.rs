@@ -89,7 +89,10 @@ impl WorkerArgs {
             None => std::env::current_exe().context("cannot find this program's own folder")?.with_file_name("holdfast-trainer"),
         };
         if !trainer.is_file() {
-            bail!("the trainer {} is not there; build it with `cargo build --release -p holdfast-trainer`, or set --trainer", trainer.display());
+            bail!(
+                "the trainer {} is not there; build it with `cargo build --release -p holdfast-trainer`, or set --trainer",
+                trainer.display()
+            );
         }
         let host = std::fs::read_to_string("/etc/hostname").unwrap_or_default();
         let default_name = || format!("{}-{}", host.trim(), std::process::id());

@@ -48,8 +48,7 @@ pub(crate) fn write_weights(out: &Path, architecture: &Architecture, source: &im
         let dtype = source.dtype(&tensor)?;
         views.push((tensor.name.clone(), TensorView { tensor, dtype, source, failure: &failure }));
     }
-    safetensors::serialize_to_file(views, None, &path)
-        .map_err(|e| ImportError::format(files::WEIGHTS, e.to_string()))?;
+    safetensors::serialize_to_file(views, None, &path).map_err(|e| ImportError::format(files::WEIGHTS, e.to_string()))?;
     failure.into_inner().map_or(Ok(()), Err)
 }
 

@@ -42,7 +42,9 @@ impl Gguf {
         let content = Guard::new(&mut file, length.min(MAX_HEADER_BYTES))
             .map_err(candle_core::Error::from)
             .and_then(|mut guarded| Content::read(&mut guarded))
-            .map_err(|e| ImportError::format(&name, format!("is not a sound GGUF file (truncated, or its header lies): {}", reason(&e))))?;
+            .map_err(|e| {
+                ImportError::format(&name, format!("is not a sound GGUF file (truncated, or its header lies): {}", reason(&e)))
+            })?;
         Ok(Self { name, file: RefCell::new(file), length, content })
     }
 
@@ -80,7 +82,11 @@ impl Gguf {
         }
         match self.text("llama.rope.scaling.type") {
             None | Some("none") => {}
-            Some(other) => return Err(self.wrong(format!("llama.rope.scaling.type {other:?} is not supported from GGUF; import the Hugging Face directory of the model"))),
+            Some(other) => {
+                return Err(self.wrong(format!(
+                    "llama.rope.scaling.type {other:?} is not supported from GGUF; import the Hugging Face directory of the model"
+                )));
+            }
         }
         let number = |key: &str| {
             let key = format!("llama.{key}");
@@ -129,7 +135,9 @@ impl Gguf {
         }
         let dtype = info.ggml_dtype;
         if !matches!(dtype, F32 | F16 | BF16 | Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0) {
-            return Err(self.wrong(format!("tensor {name} is stored as {dtype:?}; supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0")));
+            return Err(self.wrong(format!(
+                "tensor {name} is stored as {dtype:?}; supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0"
+            )));
         }
         let (block, block_bytes) = (dtype.block_size() as u64, dtype.type_size() as u64);
         let elements = shape.iter().try_fold(1_u64, |product, &d| product.checked_mul(d as u64));
@@ -172,7 +180,8 @@ impl TensorSource for Llama<'_> {
     }
 
     fn bytes(&self, tensor: &ExpectedTensor) -> Result<Cow<'_, [u8]>, ImportError> {
-        let (name, rotary) = gguf_name(&tensor.name).ok_or_else(|| self.gguf.wrong(format!("{} has no name in GGUF", tensor.name)))?;
+        let (name, rotary) =
+            gguf_name(&tensor.name).ok_or_else(|| self.gguf.wrong(format!("{} has no name in GGUF", tensor.name)))?;
         let mut numbers = self.gguf.dequantized(&name, &tensor.shape)?;
         if rotary {
             numbers = unpermuted(&numbers, self.architecture.head_dim, self.architecture.hidden_size);

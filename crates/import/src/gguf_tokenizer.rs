@@ -17,7 +17,9 @@ pub(crate) fn rebuild(gguf: &Gguf) -> Result<TextFiles, ImportError> {
         Some("gpt2") => {}
         other => {
             let found = other.unwrap_or("(none)");
-            return Err(gguf.wrong(format!("tokenizer.ggml.model {found:?} is not supported; supported: \"gpt2\" (byte-level BPE)")));
+            return Err(
+                gguf.wrong(format!("tokenizer.ggml.model {found:?} is not supported; supported: \"gpt2\" (byte-level BPE)"))
+            );
         }
     }
     let tokens = strings(gguf, "tokenizer.ggml.tokens")?;
@@ -34,7 +36,8 @@ pub(crate) fn rebuild(gguf: &Gguf) -> Result<TextFiles, ImportError> {
         })
         .collect();
     let splitting = Splitting::of(gguf)?;
-    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": splitting.byte_level_regex});
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": splitting.byte_level_regex});
     let vocabulary: Map<_, _> = tokens.iter().enumerate().map(|(id, token)| ((*token).to_owned(), json!(id))).collect();
     if vocabulary.len() != tokens.len() {
         return Err(gguf.wrong("tokenizer.ggml.tokens holds a token twice"));
@@ -100,20 +103,25 @@ struct Splitting {
 
 impl Splitting {
     fn of(gguf: &Gguf) -> Result<Self, ImportError> {
-        let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+        let split =
+            |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
         let plain = Self { normalizer: json!(null), first: None, byte_level_regex: true, ignore_merges: false };
         Ok(match gguf.text("tokenizer.ggml.pre") {
             Some("smollm") => Self { first: Some(json!({"type": "Digits", "individual_digits": true})), ..plain },
             Some("gpt-2") => plain,
             Some("llama-bpe") => Self {
-                first: Some(split(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")),
+                first: Some(split(
+                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+                )),
                 byte_level_regex: false,
                 ignore_merges: true,
                 ..plain
             },
             other => {
                 let found = other.unwrap_or("(none)");
-                return Err(gguf.wrong(format!("tokenizer.ggml.pre {found:?} is not supported; supported: smollm, gpt-2, llama-bpe")));
+                return Err(
+                    gguf.wrong(format!("tokenizer.ggml.pre {found:?} is not supported; supported: smollm, gpt-2, llama-bpe"))
+                );
             }
         })
     }

@@ -120,16 +120,16 @@ impl Shards {
         } else {
             return Err(ImportError::format(
                 files::WEIGHTS,
-                format!("is missing, and so is {INDEX}; pickled weights (.bin, .pt, .pth) are never read: save the model as safetensors"),
+                format!(
+                    "is missing, and so is {INDEX}; pickled weights (.bin, .pt, .pth) are never read: save the model as safetensors"
+                ),
             ));
         }
         Ok(shards)
     }
 
     fn open_indexed(&mut self, source: &Path, index: &Value) -> Result<(), ImportError> {
-        let map = index["weight_map"]
-            .as_object()
-            .ok_or_else(|| ImportError::format(INDEX, "has no weight_map"))?;
+        let map = index["weight_map"].as_object().ok_or_else(|| ImportError::format(INDEX, "has no weight_map"))?;
         let mut opened = BTreeMap::new();
         for (tensor, file) in map {
             let name = file.as_str().filter(|name| is_plain(name)).ok_or_else(|| {

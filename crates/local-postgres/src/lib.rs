@@ -25,7 +25,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Debug, thiserror::Error)]
 pub enum PostgresError {
     /// The machine has no server binaries.
-    #[error("no PostgreSQL server found (looked for `initdb` in PATH and under /usr/lib/postgresql); install it with `apt-get install postgresql`, or set DATABASE_URL")]
+    #[error(
+        "no PostgreSQL server found (looked for `initdb` in PATH and under /usr/lib/postgresql); install it with `apt-get install postgresql`, or set DATABASE_URL"
+    )]
     NotInstalled,
     /// Root needs another user to run Postgres as.
     #[error("Postgres refuses to run as root, and this machine has neither a `postgres` nor a `nobody` user to run it as")]
@@ -115,7 +117,10 @@ impl LocalPostgres {
             if ended.is_some() || since.elapsed() > START_TIMEOUT {
                 let log = std::fs::read_to_string(self.cluster.log()).unwrap_or_default();
                 let tail: Vec<&str> = log.lines().rev().take(5).collect();
-                return Err(PostgresError::Failed { program: "postgres", output: tail.into_iter().rev().collect::<Vec<_>>().join("; ") });
+                return Err(PostgresError::Failed {
+                    program: "postgres",
+                    output: tail.into_iter().rev().collect::<Vec<_>>().join("; "),
+                });
             }
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -176,7 +181,8 @@ impl Cluster {
         let asked = std::path::absolute(folder).map_err(io_error(format!("cannot resolve {}", folder.display())))?;
         let user = if geteuid().is_root() { Some(unprivileged_user().ok_or(PostgresError::NoUser)?) } else { None };
         let short = &hex::encode(Sha256::digest(asked.as_os_str().as_encoded_bytes()))[..12];
-        let root = if user.is_some() && !is_open_to_all(&asked) { Path::new("/var/lib/holdfast").join(short) } else { asked.clone() };
+        let root =
+            if user.is_some() && !is_open_to_all(&asked) { Path::new("/var/lib/holdfast").join(short) } else { asked.clone() };
         // The path of a Unix socket has at most 107 bytes.
         let inside = root.join("socket");
         let socket = if inside.as_os_str().len() <= 80 { inside } else { std::env::temp_dir().join(format!("holdfast-{short}")) };
@@ -198,7 +204,8 @@ impl Cluster {
 
     fn lock(&self) -> Result<File, PostgresError> {
         let path = self.root.join("lock");
-        let file = File::options().create(true).append(true).open(&path).map_err(io_error(format!("cannot open {}", path.display())))?;
+        let file =
+            File::options().create(true).append(true).open(&path).map_err(io_error(format!("cannot open {}", path.display())))?;
         match file.try_lock() {
             Ok(()) => Ok(file),
             Err(TryLockError::WouldBlock) => Err(PostgresError::InUse(self.asked.clone())),
@@ -327,7 +334,8 @@ fn binaries(data: &Path) -> Option<PathBuf> {
     if let Some((_, folder)) = same.or_else(|| found.pop()) {
         return Some(folder);
     }
-    std::env::split_paths(&std::env::var_os("PATH")?).find(|folder| folder.join("initdb").exists() && folder.join("postgres").exists())
+    std::env::split_paths(&std::env::var_os("PATH")?)
+        .find(|folder| folder.join("initdb").exists() && folder.join("postgres").exists())
 }
 
 fn unprivileged_user() -> Option<User> {

@@ -107,10 +107,14 @@ impl Store {
     }
 
     pub(crate) async fn alignment_set_by_id(&self, id: Uuid) -> Result<AlignmentSet, StoreError> {
-        sqlx::query_as!(Row, "select id, name, version, object_key, bytes, sha256, row_count from alignment_sets where id = $1", id)
-            .fetch_optional(&self.pool)
-            .await?
-            .ok_or(StoreError::NotFound)?
-            .try_into()
+        sqlx::query_as!(
+            Row,
+            "select id, name, version, object_key, bytes, sha256, row_count from alignment_sets where id = $1",
+            id
+        )
+        .fetch_optional(&self.pool)
+        .await?
+        .ok_or(StoreError::NotFound)?
+        .try_into()
     }
 }

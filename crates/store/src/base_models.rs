@@ -55,7 +55,8 @@ impl Store {
         }
         let content: [u8; 32] = content.finalize().into();
 
-        let existing = sqlx::query!("select content_sha256 from base_models where name = $1", name).fetch_optional(&self.pool).await?;
+        let existing =
+            sqlx::query!("select content_sha256 from base_models where name = $1", name).fetch_optional(&self.pool).await?;
         if let Some(existing) = existing {
             if existing.content_sha256 == content {
                 return self.base_model(name).await;
@@ -118,7 +119,12 @@ impl Store {
             .fetch_optional(&self.pool)
             .await?
             .ok_or(StoreError::NotFound)?;
-        Ok(BaseModel { id: row.id, name: row.name, parameter_count: row.parameter_count.unsigned_abs(), created_at: row.created_at })
+        Ok(BaseModel {
+            id: row.id,
+            name: row.name,
+            parameter_count: row.parameter_count.unsigned_abs(),
+            created_at: row.created_at,
+        })
     }
 
     /// All base models, by name.
@@ -126,10 +132,17 @@ impl Store {
     /// # Errors
     /// When the database fails.
     pub async fn base_models(&self) -> Result<Vec<BaseModel>, StoreError> {
-        let rows = sqlx::query!("select id, name, parameter_count, created_at from base_models order by name").fetch_all(&self.pool).await?;
+        let rows = sqlx::query!("select id, name, parameter_count, created_at from base_models order by name")
+            .fetch_all(&self.pool)
+            .await?;
         Ok(rows
             .into_iter()
-            .map(|r| BaseModel { id: r.id, name: r.name, parameter_count: r.parameter_count.unsigned_abs(), created_at: r.created_at })
+            .map(|r| BaseModel {
+                id: r.id,
+                name: r.name,
+                parameter_count: r.parameter_count.unsigned_abs(),
+                created_at: r.created_at,
+            })
             .collect())
     }
 
@@ -142,7 +155,11 @@ impl Store {
             .fetch_optional(&self.pool)
             .await?
             .ok_or(StoreError::NotFound)?;
-        let content = row.content_sha256.as_slice().try_into().map_err(|_| StoreError::Corrupt(format!("the hash of base model {name}")))?;
+        let content = row
+            .content_sha256
+            .as_slice()
+            .try_into()
+            .map_err(|_| StoreError::Corrupt(format!("the hash of base model {name}")))?;
         Ok(BaseModelFiles { content_sha256: content, files: self.base_model_files_by_content(&content).await? })
     }
 

@@ -166,10 +166,11 @@ impl Store {
     pub async fn delete_file(&self, project: ProjectId, id: FileId) -> Result<(), StoreError> {
         let mut transaction = self.pool.begin().await?;
         // The lock keeps a job from being created with the file in between.
-        let key = sqlx::query_scalar!("select object_key from files where project_id = $1 and id = $2 for update", project.0, id.0)
-            .fetch_optional(&mut *transaction)
-            .await?
-            .ok_or(StoreError::NotFound)?;
+        let key =
+            sqlx::query_scalar!("select object_key from files where project_id = $1 and id = $2 for update", project.0, id.0)
+                .fetch_optional(&mut *transaction)
+                .await?
+                .ok_or(StoreError::NotFound)?;
         let needed_by = sqlx::query_scalar!(
             "select id from jobs where project_id = $1 and status in ('validating_files', 'queued', 'running')
              and (training_file_id = $2 or validation_file_id = $2) limit 1",

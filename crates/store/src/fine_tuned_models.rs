@@ -57,9 +57,12 @@ impl Store {
     /// When the project has no such job, or the database fails.
     pub async fn adapter_files(&self, project: ProjectId, job: JobId) -> Result<Vec<AdapterFile>, StoreError> {
         self.job(project, job).await?;
-        let rows = sqlx::query!("select name, object_key, bytes, sha256 from adapter_files where job_id = $1 order by name", job.0)
-            .fetch_all(&self.pool)
-            .await?;
-        rows.into_iter().map(|r| Ok(AdapterFile { name: r.name, object: object_ref(r.object_key, r.bytes, &r.sha256)? })).collect()
+        let rows =
+            sqlx::query!("select name, object_key, bytes, sha256 from adapter_files where job_id = $1 order by name", job.0)
+                .fetch_all(&self.pool)
+                .await?;
+        rows.into_iter()
+            .map(|r| Ok(AdapterFile { name: r.name, object: object_ref(r.object_key, r.bytes, &r.sha256)? }))
+            .collect()
     }
 }

@@ -194,7 +194,8 @@ impl Store {
         .execute(&mut *transaction)
         .await?;
         events::message(&mut transaction, id, Level::Info, &format!("Created fine-tuning job: {id}")).await?;
-        events::message(&mut transaction, id, Level::Info, "Validating the files against the model's template and tokenizer").await?;
+        events::message(&mut transaction, id, Level::Info, "Validating the files against the model's template and tokenizer")
+            .await?;
         queue::notify(&mut transaction).await?;
         transaction.commit().await?;
         self.job(project, id).await
@@ -268,7 +269,9 @@ impl Store {
 
 fn missing(error: StoreError, param: &str, code: &'static str, name: &str) -> StoreError {
     match error {
-        StoreError::NotFound => Invalid::new(param, code, format!("there is no {param} {name:?}, or it belongs to another project")).into(),
+        StoreError::NotFound => {
+            Invalid::new(param, code, format!("there is no {param} {name:?}, or it belongs to another project")).into()
+        }
         other => other,
     }
 }
@@ -301,8 +304,12 @@ pub(crate) async fn lock(connection: &mut PgConnection, id: JobId) -> Result<Job
 /// Writes the state that follows `job`'s, if it is still in that one.
 pub(crate) async fn write_state(connection: &mut PgConnection, job: &Job, next: &JobState) -> Result<(), StoreError> {
     let (attempt, error, model, tokens): (i32, Option<&JobError>, Option<&str>, Option<i64>) = match next {
-        JobState::ValidatingFiles { attempt } | JobState::Queued { attempt } | JobState::Running { attempt } => (*attempt, None, None, None),
-        JobState::Succeeded { fine_tuned_model, trained_tokens } => (attempt_of(&job.state), None, Some(fine_tuned_model), Some(*trained_tokens)),
+        JobState::ValidatingFiles { attempt } | JobState::Queued { attempt } | JobState::Running { attempt } => {
+            (*attempt, None, None, None)
+        }
+        JobState::Succeeded { fine_tuned_model, trained_tokens } => {
+            (attempt_of(&job.state), None, Some(fine_tuned_model), Some(*trained_tokens))
+        }
         JobState::Failed { error } => (attempt_of(&job.state), Some(error), None, None),
         JobState::Cancelled => (attempt_of(&job.state), None, None, None),
     };

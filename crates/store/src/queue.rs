@@ -98,9 +98,13 @@ impl Store {
 
         let job = Job { state: next, ..job };
         match self.inputs(&job).await {
-            Ok((base, training, validation, alignment)) => Ok(Some(Claim { job, work, attempt, base, training, validation, alignment })),
+            Ok((base, training, validation, alignment)) => {
+                Ok(Some(Claim { job, work, attempt, base, training, validation, alignment }))
+            }
             Err(StoreError::NotFound) => {
-                let error = JobError::new("file_not_found", "A file of this job was deleted. Upload it again and create the job anew.").about("training_file");
+                let error =
+                    JobError::new("file_not_found", "A file of this job was deleted. Upload it again and create the job anew.")
+                        .about("training_file");
                 self.fail(id, attempt, error).await?;
                 Ok(None)
             }
@@ -196,10 +200,14 @@ impl Store {
         for line in lines {
             match line {
                 Line::Phase { phase } => {
-                    sqlx::query!("update jobs set phase = $2 where id = $1", id.0, phase.as_str()).execute(&mut *transaction).await?;
+                    sqlx::query!("update jobs set phase = $2 where id = $1", id.0, phase.as_str())
+                        .execute(&mut *transaction)
+                        .await?;
                 }
                 Line::Started { total_steps, rows, alignment_rows, trainable_parameters } => {
-                    let message = format!("Training {trainable_parameters} parameters on {rows} rows and {alignment_rows} alignment rows in {total_steps} steps");
+                    let message = format!(
+                        "Training {trainable_parameters} parameters on {rows} rows and {alignment_rows} alignment rows in {total_steps} steps"
+                    );
                     events::message(&mut transaction, id, Level::Info, &message).await?;
                 }
                 Line::Validation { step, loss, token_accuracy } => {
@@ -217,7 +225,9 @@ impl Store {
                 tokens_per_second: last.tokens_per_second,
                 eta_seconds: last.eta_seconds,
             };
-            sqlx::query!("update jobs set progress = $2 where id = $1", id.0, to_json(&progress)?).execute(&mut *transaction).await?;
+            sqlx::query!("update jobs set progress = $2 where id = $1", id.0, to_json(&progress)?)
+                .execute(&mut *transaction)
+                .await?;
             sqlx::query!(
                 "insert into job_metrics (job_id, attempt, first_step, steps) values ($1, $2, $3, $4)",
                 id.0,
@@ -243,7 +253,13 @@ impl Store {
     /// # Errors
     /// [`StoreError::Fenced`] when the worker no longer holds the job; nothing has then changed, and the staged objects are
     /// swept.
-    pub async fn publish(&self, id: JobId, attempt: i32, files: &[AdapterFile], trained_tokens: u64) -> Result<String, StoreError> {
+    pub async fn publish(
+        &self,
+        id: JobId,
+        attempt: i32,
+        files: &[AdapterFile],
+        trained_tokens: u64,
+    ) -> Result<String, StoreError> {
         let (mut transaction, job) = self.hold(id, attempt).await?;
         let model = model_name::fine_tuned(&job.base_model, &job.organization, job.suffix.as_deref(), id);
         let next = job.state.clone().succeed(model.clone(), trained_tokens.cast_signed())?;
@@ -282,13 +298,16 @@ impl Store {
     /// # Errors
     /// When the database fails.
     pub async fn reap(&self) -> Result<u64, StoreError> {
-        let expired = sqlx::query_scalar!("select job_id from job_leases where expires_at < now() limit 100").fetch_all(&self.pool).await?;
+        let expired =
+            sqlx::query_scalar!("select job_id from job_leases where expires_at < now() limit 100").fetch_all(&self.pool).await?;
         let mut reaped = 0;
         for id in expired.into_iter().map(JobId) {
             let mut transaction = self.pool.begin().await?;
             let job = jobs::lock(&mut transaction, id).await?;
             // Its worker may have renewed or finished in between.
-            let gone = sqlx::query!("delete from job_leases where job_id = $1 and expires_at < now()", id.0).execute(&mut *transaction).await?;
+            let gone = sqlx::query!("delete from job_leases where job_id = $1 and expires_at < now()", id.0)
+                .execute(&mut *transaction)
+                .await?;
             if gone.rows_affected() == 0 {
                 continue;
             }
@@ -310,9 +329,13 @@ impl Store {
     async fn hold(&self, id: JobId, attempt: i32) -> Result<(Transaction<'static, Postgres>, Job), StoreError> {
         let mut transaction = self.pool.begin().await?;
         let job = jobs::lock(&mut transaction, id).await?;
-        let holds = sqlx::query_scalar!("select 1 as one from job_leases where job_id = $1 and attempt = $2 and expires_at > now()", id.0, attempt)
-            .fetch_optional(&mut *transaction)
-            .await?;
+        let holds = sqlx::query_scalar!(
+            "select 1 as one from job_leases where job_id = $1 and attempt = $2 and expires_at > now()",
+            id.0,
+            attempt
+        )
+        .fetch_optional(&mut *transaction)
+        .await?;
         if holds.is_none() || jobs::attempt_of(&job.state) != attempt {
             return Err(StoreError::Fenced);
         }

@@ -176,4 +176,3 @@ const INIT_STREAM: u64 = u64::MAX;
 fn set(leaf: &Tensor, value: &Tensor) {
     tch::no_grad(|| leaf.shallow_clone().copy_(value));
 }
-

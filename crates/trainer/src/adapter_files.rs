@@ -94,10 +94,14 @@ pub fn write(folder: &Path, adapter: &Adapter, base_model: &str) -> Result<()> {
 pub fn read(folder: &Path, model: &Model) -> Result<Adapter> {
     let path = folder.join(CONFIG);
     let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let config: PeftConfig = serde_json::from_slice(&bytes).with_context(|| format!("{} is no PEFT configuration", path.display()))?;
+    let config: PeftConfig =
+        serde_json::from_slice(&bytes).with_context(|| format!("{} is no PEFT configuration", path.display()))?;
     ensure!(config.peft_type == "LORA", "{CONFIG}: peft_type {:?} is not supported; supported: LORA", config.peft_type);
     ensure!(!config.use_rslora && !config.use_dora, "{CONFIG}: rsLoRA and DoRA are not supported");
-    ensure!(config.rank_pattern.is_empty() && config.alpha_pattern.is_empty(), "{CONFIG}: ranks that differ by module are not supported");
+    ensure!(
+        config.rank_pattern.is_empty() && config.alpha_pattern.is_empty(),
+        "{CONFIG}: ranks that differ by module are not supported"
+    );
     ensure!(config.r > 0, "{CONFIG}: r must be positive");
     let mut targets = config
         .target_modules

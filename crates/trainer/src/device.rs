@@ -13,11 +13,15 @@ pub fn parse(word: &str) -> Result<Device> {
     let index = match word.split_once(':') {
         None if word == "cpu" => return Ok(Device::Cpu),
         None if word == "cuda" => 0,
-        Some(("cuda", index)) => index.parse::<usize>().map_err(|_| anyhow::anyhow!("device {word:?}: {index:?} is no GPU number"))?,
+        Some(("cuda", index)) => {
+            index.parse::<usize>().map_err(|_| anyhow::anyhow!("device {word:?}: {index:?} is no GPU number"))?
+        }
         _ => bail!("device {word:?} is none of cpu, cuda, cuda:N"),
     };
     if !Cuda::is_available() {
-        bail!("device {word:?}: this libtorch finds no CUDA; run on cpu, or install libtorch for GPUs with `cargo xtask setup --cuda`");
+        bail!(
+            "device {word:?}: this libtorch finds no CUDA; run on cpu, or install libtorch for GPUs with `cargo xtask setup --cuda`"
+        );
     }
     let count = Cuda::device_count();
     if i64::try_from(index).is_ok_and(|index| index < count) {

@@ -11,7 +11,13 @@ use crate::model::Model;
 /// All prompts go through the model together, padded on the right; each row's next token is read at its own last position.
 /// Every step reads whole rows again.
 #[must_use]
-pub fn greedy(model: &Model, adapter: Option<&Adapter>, prompts: &[Vec<u32>], stop_ids: &[u32], max_tokens: usize) -> Vec<Vec<u32>> {
+pub fn greedy(
+    model: &Model,
+    adapter: Option<&Adapter>,
+    prompts: &[Vec<u32>],
+    stop_ids: &[u32],
+    max_tokens: usize,
+) -> Vec<Vec<u32>> {
     let mut rows: Vec<Vec<u32>> = prompts.to_vec();
     let mut open: Vec<usize> = (0..rows.len()).filter(|&row| !rows[row].is_empty()).collect();
     for _ in 0..max_tokens {

@@ -35,9 +35,7 @@ fn bad_data(message: impl Into<String>) -> anyhow::Error {
 #[must_use]
 pub fn run(folder: &Path) -> ExitRecord {
     let record = match catch_unwind(AssertUnwindSafe(|| train(folder))) {
-        Ok(Ok(trained_tokens)) => {
-            ExitRecord { code: exit::DONE, message: "done".into(), reason: "done".into(), trained_tokens }
-        }
+        Ok(Ok(trained_tokens)) => ExitRecord { code: exit::DONE, message: "done".into(), reason: "done".into(), trained_tokens },
         Ok(Err(error)) => failed(&error),
         Err(panic) => fault(&panic_message(panic.as_ref())),
     };
@@ -89,7 +87,12 @@ pub fn read_plan(folder: &Path) -> Result<Plan> {
     let bytes = std::fs::read(folder.join(paths::PLAN)).map_err(|e| bad_data(format!("{}: {e}", paths::PLAN)))?;
     let plan: Plan = serde_json::from_slice(&bytes).map_err(|e| bad_data(format!("{}: {e}", paths::PLAN)))?;
     if plan.format != plan::FORMAT {
-        return Err(bad_data(format!("{}: format {} is not {}; use the trainer of the worker's version", paths::PLAN, plan.format, plan::FORMAT)));
+        return Err(bad_data(format!(
+            "{}: format {} is not {}; use the trainer of the worker's version",
+            paths::PLAN,
+            plan.format,
+            plan::FORMAT
+        )));
     }
     Ok(plan)
 }
@@ -151,7 +154,8 @@ fn train(folder: &Path) -> Result<u64> {
 fn read_rows(folder: &Path, name: &str, tokenizer: &ChatTokenizer, options: EncodeOptions) -> Result<Vec<Example>> {
     let file = File::open(folder.join(name)).map_err(|e| bad_data(format!("{name}: {e}")))?;
     let mut examples = Vec::new();
-    let report = encode_file(file, tokenizer, options, |_, example| examples.push(example)).with_context(|| format!("cannot read {name}"))?;
+    let report = encode_file(file, tokenizer, options, |_, example| examples.push(example))
+        .with_context(|| format!("cannot read {name}"))?;
     if report.error_count > 0 {
         return Err(bad_data(format!("{name}: {}", report.summary())));
     }

@@ -121,7 +121,8 @@ mod tests {
     #[test]
     fn a_position_counts_as_correct_where_the_target_ranks_first() {
         let head = Tensor::eye(3, (Kind::Float, Device::Cpu));
-        let loss = task(&Tensor::from_slice2(&[[9.0_f32, 0.0, 0.0], [0.0, 9.0, 0.0]]), &head, &Tensor::from_slice(&[0_i64, 2]), 2.0);
+        let loss =
+            task(&Tensor::from_slice2(&[[9.0_f32, 0.0, 0.0], [0.0, 9.0, 0.0]]), &head, &Tensor::from_slice(&[0_i64, 2]), 2.0);
         assert_eq!(loss.correct, 1);
     }
 }

@@ -62,7 +62,9 @@ fn main() -> ExitCode {
             return ExitCode::from(record.code);
         }
         Command::Oracle { case_dir, config } => check_oracle(&case_dir, config.as_deref()),
-        Command::Generate { base, adapter, max_tokens, device } => answer(&base, adapter.as_deref(), max_tokens, &device).map(|()| true),
+        Command::Generate { base, adapter, max_tokens, device } => {
+            answer(&base, adapter.as_deref(), max_tokens, &device).map(|()| true)
+        }
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

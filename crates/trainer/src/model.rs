@@ -24,8 +24,8 @@ pub struct Model {
     pub device: Device,
     embedding: Tensor, // [vocabulary, hidden]
     layers: Vec<Layer>,
-    norm: Tensor, // [hidden]
-    head: Tensor, // [vocabulary, hidden]; the embedding itself where they are tied
+    norm: Tensor,               // [hidden]
+    head: Tensor,               // [vocabulary, hidden]; the embedding itself where they are tied
     rotary_frequencies: Tensor, // [head_dim / 2]
 }
 

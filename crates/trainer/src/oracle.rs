@@ -120,7 +120,9 @@ impl Case {
             tensors.insert(name, Tensor::from_data_size(stored.bytes, &shape, kind));
         }
         let examples = |side: &str| -> Result<Vec<Example>> {
-            let get = |part: &str| tensors.get(&format!("{side}_{part}")).with_context(|| format!("case.safetensors lacks {side}_{part}"));
+            let get = |part: &str| {
+                tensors.get(&format!("{side}_{part}")).with_context(|| format!("case.safetensors lacks {side}_{part}"))
+            };
             examples(get("ids")?, get("labels")?)
         };
         Ok(Self { user: examples("user")?, align: examples("align")?, model, folder: folder.to_owned(), scalars, tensors })

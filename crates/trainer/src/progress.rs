@@ -26,11 +26,8 @@ impl ProgressLog {
     /// When it cannot be written.
     pub fn open(job: &Path) -> Result<Self> {
         let path = job.join(paths::PROGRESS);
-        let file = File::options()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        let file =
+            File::options().create(true).append(true).open(&path).with_context(|| format!("cannot write {}", path.display()))?;
         // Draws nothing when standard error is no terminal.
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
         let now = Instant::now();

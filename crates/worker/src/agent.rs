@@ -49,7 +49,12 @@ pub enum Outcome {
 ///
 /// # Errors
 /// When the folder cannot be read or the trainer cannot be started: faults of this machine, not of the job.
-pub async fn run(config: &WorkerConfig, folder: &Path, reports: &impl Reports, mut stop: watch::Receiver<Option<Stop>>) -> std::io::Result<Outcome> {
+pub async fn run(
+    config: &WorkerConfig,
+    folder: &Path,
+    reports: &impl Reports,
+    mut stop: watch::Receiver<Option<Stop>>,
+) -> std::io::Result<Outcome> {
     let mut trainer = process::launch(&config.trainer, folder)?;
     let mut log = ProgressTail::new(folder.join(paths::PROGRESS));
     let ended = loop {

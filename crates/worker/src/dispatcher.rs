@@ -20,41 +20,45 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(10 * 60);
 /// How long to wait after the database or the object store failed.
 const BACKOFF: Duration = Duration::from_secs(5);
 
+/// Where job folders are, under the worker's folder.
+const JOBS: &str = "jobs";
+/// Where base models are kept, under the worker's folder.
+const BASE_MODELS: &str = "base-models";
+
 /// Works until `shutdown` is true, then gives back what it holds.
-///
-/// # Errors
-/// When its folders cannot be made.
-pub async fn run(store: Store, config: WorkerConfig, mut shutdown: watch::Receiver<bool>) -> std::io::Result<()> {
-    for folder in ["jobs", "base-models"] {
-        tokio::fs::create_dir_all(config.folder.join(folder)).await?;
-    }
+pub async fn run(store: Store, config: WorkerConfig, mut shutdown: watch::Receiver<bool>) {
     let housekeeping = tokio::spawn(keep_house(store.clone(), config.lease));
     let mut waker = store.listen().await.ok();
     while !is_now_true(&shutdown) {
-        let claimed = store.claim(&config.name, config.lease).await;
-        match claimed {
-            Ok(Some(claim)) => {
-                let span = tracing::info_span!("job", job = %claim.job.id, attempt = claim.attempt, work = ?claim.work);
-                hold(&store, &config, &claim, &shutdown).instrument(span).await;
-            }
-            Ok(None) => {
-                tokio::select! {
-                    () = woken(&mut waker) => {}
-                    () = tokio::time::sleep(config.poll) => {}
-                    () = is_true(&mut shutdown) => {}
-                }
-            }
+        let pause = match step(&store, &config, &shutdown).await {
+            Ok(true) => continue,
+            Ok(false) => config.poll,
             Err(error) => {
                 tracing::warn!(%error, "no job could be claimed; trying again");
-                tokio::select! {
-                    () = tokio::time::sleep(BACKOFF) => {}
-                    () = is_true(&mut shutdown) => {}
-                }
+                BACKOFF
             }
+        };
+        tokio::select! {
+            () = woken(&mut waker) => {}
+            () = tokio::time::sleep(pause) => {}
+            () = is_true(&mut shutdown) => {}
         }
     }
     housekeeping.abort();
-    Ok(())
+}
+
+/// Claims one job and works on it to its end. Returns whether there was one.
+///
+/// # Errors
+/// When no job could be claimed because the database failed. What goes wrong with a claimed job is written on the job.
+pub async fn step(store: &Store, config: &WorkerConfig, shutdown: &watch::Receiver<bool>) -> Result<bool, StoreError> {
+    for folder in [JOBS, BASE_MODELS] {
+        tokio::fs::create_dir_all(config.folder.join(folder)).await?;
+    }
+    let Some(claim) = store.claim(&config.name, config.lease).await? else { return Ok(false) };
+    let span = tracing::info_span!("job", job = %claim.job.id, attempt = claim.attempt, work = ?claim.work);
+    hold(store, config, &claim, shutdown).instrument(span).await;
+    Ok(true)
 }
 
 /// Waits for a hint that there may be work. Without a listener, or when it fails, polling goes on alone.
@@ -157,10 +161,15 @@ async fn is_true(shutdown: &mut watch::Receiver<bool>) {
     }
 }
 
-async fn work(store: &Store, config: &WorkerConfig, claim: &Claim, stop: watch::Receiver<Option<Stop>>) -> Result<(), StoreError> {
-    let folder = JobFolder::create(&config.folder.join("jobs"), claim).await?;
+async fn work(
+    store: &Store,
+    config: &WorkerConfig,
+    claim: &Claim,
+    stop: watch::Receiver<Option<Stop>>,
+) -> Result<(), StoreError> {
+    let folder = JobFolder::create(&config.folder.join(JOBS), claim).await?;
     folder.fetch_rows(store, claim).await?;
-    let base = base_cache::ensure(store, &config.folder.join("base-models"), &claim.base, config.cache_bytes).await?;
+    let base = base_cache::ensure(store, &config.folder.join(BASE_MODELS), &claim.base, config.cache_bytes).await?;
     let (id, attempt) = (claim.job.id, claim.attempt);
     if claim.work == Work::Check {
         return match check::check(claim, &folder, &base).await? {

@@ -13,7 +13,7 @@ mod job_folder;
 mod outcome;
 mod process;
 
-pub use dispatcher::run;
+pub use dispatcher::{run, step};
 
 /// How a worker works.
 #[derive(Debug, Clone)]

@@ -15,15 +15,21 @@ pub(crate) fn judge(ended: Ended, record: Option<ExitRecord>) -> Result<u64, Job
         (Some(record), _) => judge_record(record),
         (None, Ended::Signal(KILLED)) => Err(JobError::new(
             "out_of_memory",
-            format!("The trainer was killed from outside (signal 9), most often because the machine ran out of memory. {LESS_MEMORY}."),
+            format!(
+                "The trainer was killed from outside (signal 9), most often because the machine ran out of memory. {LESS_MEMORY}."
+            ),
         )),
         (None, Ended::Signal(signal)) => Err(JobError::new(
             "trainer_crashed",
-            format!("The trainer crashed (signal {signal}). Nothing of your data is lost; create the job again, and tell the operator if it happens twice."),
+            format!(
+                "The trainer crashed (signal {signal}). Nothing of your data is lost; create the job again, and tell the operator if it happens twice."
+            ),
         )),
         (None, Ended::Code(code)) => Err(JobError::new(
             "trainer_crashed",
-            format!("The trainer ended with code {code} and left no record. Create the job again, and tell the operator if it happens twice."),
+            format!(
+                "The trainer ended with code {code} and left no record. Create the job again, and tell the operator if it happens twice."
+            ),
         )),
     }
 }

@@ -30,9 +30,14 @@ const BLOCK_BYTES: u64 = 512;
         (status = 404, description = "The project has no such job", body = ErrorBody),
     )
 )]
-pub(crate) async fn get_adapter(tenant: Tenant, State(state): State<AppState>, Path(id): Path<String>) -> Result<Response, ApiError> {
+pub(crate) async fn get_adapter(
+    tenant: Tenant,
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
     let files = files(&state, tenant, &id).await?;
-    let bytes: u64 = files.iter().map(|file| BLOCK_BYTES + file.object.bytes.next_multiple_of(BLOCK_BYTES)).sum::<u64>() + 2 * BLOCK_BYTES;
+    let bytes: u64 =
+        files.iter().map(|file| BLOCK_BYTES + file.object.bytes.next_multiple_of(BLOCK_BYTES)).sum::<u64>() + 2 * BLOCK_BYTES;
     let mut parts: Vec<BoxStream<'static, Result<Bytes, StoreError>>> = Vec::new();
     for file in files {
         let padding = file.object.bytes.next_multiple_of(BLOCK_BYTES) - file.object.bytes;
@@ -68,7 +73,8 @@ pub(crate) async fn get_adapter_file(
     let file = files(&state, tenant, &id).await?.into_iter().find(|file| file.name == name);
     let file = file.ok_or_else(|| ApiError::not_found("file", &name))?;
     let stream = state.store.objects().read(&file.object.key).await?;
-    let headers = [(header::CONTENT_TYPE, "application/octet-stream".to_owned()), (header::CONTENT_LENGTH, file.object.bytes.to_string())];
+    let headers =
+        [(header::CONTENT_TYPE, "application/octet-stream".to_owned()), (header::CONTENT_LENGTH, file.object.bytes.to_string())];
     Ok((headers, Body::from_stream(stream)).into_response())
 }
 

@@ -47,8 +47,13 @@ struct Staged {
         (status = 413, description = "The file is larger than this deployment takes", body = ErrorBody),
     )
 )]
-pub(crate) async fn create_file(tenant: Tenant, State(state): State<AppState>, form: Result<Multipart, axum::extract::multipart::MultipartRejection>) -> Result<Json<File>, ApiError> {
-    let mut form = form.map_err(|e| ApiError::malformed("invalid_form", format!("expected multipart/form-data: {}", e.body_text())))?;
+pub(crate) async fn create_file(
+    tenant: Tenant,
+    State(state): State<AppState>,
+    form: Result<Multipart, axum::extract::multipart::MultipartRejection>,
+) -> Result<Json<File>, ApiError> {
+    let mut form =
+        form.map_err(|e| ApiError::malformed("invalid_form", format!("expected multipart/form-data: {}", e.body_text())))?;
     let mut purpose = None;
     let mut staged = None;
     // Some clients send the file before the purpose, so the bytes go to a staged object and everything is decided after.
@@ -56,7 +61,9 @@ pub(crate) async fn create_file(tenant: Tenant, State(state): State<AppState>, f
         match field.name() {
             Some("purpose") => purpose = Some(word(field).await?),
             Some("file") if staged.is_none() => staged = Some(stage(&state, tenant, field).await?),
-            Some("file") => return Err(ApiError::invalid("file", "duplicate_field", "the form holds two files; upload one at a time")),
+            Some("file") => {
+                return Err(ApiError::invalid("file", "duplicate_field", "the form holds two files; upload one at a time"));
+            }
             _ => {
                 word(field).await?;
             }
@@ -90,7 +97,12 @@ async fn stage(state: &AppState, tenant: Tenant, field: Field<'_>) -> Result<Sta
     }
 }
 
-async fn copy(mut field: Field<'_>, writer: &mut ObjectWriter, check: &mut StructureCheck, max_bytes: u64) -> Result<(), ApiError> {
+async fn copy(
+    mut field: Field<'_>,
+    writer: &mut ObjectWriter,
+    check: &mut StructureCheck,
+    max_bytes: u64,
+) -> Result<(), ApiError> {
     let mut bytes = 0;
     while let Some(chunk) = field.chunk().await.map_err(|e| unreadable(&e))? {
         bytes += chunk.len() as u64;
@@ -109,7 +121,11 @@ async fn word(mut field: Field<'_>) -> Result<String, ApiError> {
         bytes.extend_from_slice(&chunk);
         if bytes.len() > MAX_FIELD_BYTES {
             let name = field.name().unwrap_or_default().to_owned();
-            return Err(ApiError::invalid(name, "too_long", format!("a form field other than `file` has at most {MAX_FIELD_BYTES} bytes")));
+            return Err(ApiError::invalid(
+                name,
+                "too_long",
+                format!("a form field other than `file` has at most {MAX_FIELD_BYTES} bytes"),
+            ));
         }
     }
     String::from_utf8(bytes).map_err(|_| ApiError::malformed("invalid_form", "a form field is not UTF-8"))
@@ -141,7 +157,11 @@ fn unreadable(error: &MultipartError) -> ApiError {
         (status = 401, description = "No key, or an unknown one", body = ErrorBody),
     )
 )]
-pub(crate) async fn list_files(tenant: Tenant, State(state): State<AppState>, QueryString(query): QueryString<ListFiles>) -> Result<Json<List<File>>, ApiError> {
+pub(crate) async fn list_files(
+    tenant: Tenant,
+    State(state): State<AppState>,
+    QueryString(query): QueryString<ListFiles>,
+) -> Result<Json<List<File>>, ApiError> {
     let ascending = query.order == Some(Order::Asc);
     let page = extract::page::<FileId>(query.after.as_deref(), query.limit, 10_000, 10_000, ascending)?;
     let files = state.store.files(tenant.0, query.purpose.as_deref(), page).await?;
@@ -157,7 +177,11 @@ pub(crate) async fn list_files(tenant: Tenant, State(state): State<AppState>, Qu
         (status = 404, description = "The project has no such file", body = ErrorBody),
     )
 )]
-pub(crate) async fn get_file(tenant: Tenant, State(state): State<AppState>, Path(file_id): Path<String>) -> Result<Json<File>, ApiError> {
+pub(crate) async fn get_file(
+    tenant: Tenant,
+    State(state): State<AppState>,
+    Path(file_id): Path<String>,
+) -> Result<Json<File>, ApiError> {
     Ok(Json(find(&state, tenant, &file_id).await?.into()))
 }
 
@@ -170,10 +194,15 @@ pub(crate) async fn get_file(tenant: Tenant, State(state): State<AppState>, Path
         (status = 404, description = "The project has no such file", body = ErrorBody),
     )
 )]
-pub(crate) async fn get_file_content(tenant: Tenant, State(state): State<AppState>, Path(file_id): Path<String>) -> Result<Response, ApiError> {
+pub(crate) async fn get_file_content(
+    tenant: Tenant,
+    State(state): State<AppState>,
+    Path(file_id): Path<String>,
+) -> Result<Response, ApiError> {
     let file = find(&state, tenant, &file_id).await?;
     let stream = state.store.objects().read(&file.object.key).await?;
-    let headers = [(header::CONTENT_TYPE, "application/octet-stream".to_owned()), (header::CONTENT_LENGTH, file.object.bytes.to_string())];
+    let headers =
+        [(header::CONTENT_TYPE, "application/octet-stream".to_owned()), (header::CONTENT_LENGTH, file.object.bytes.to_string())];
     Ok((headers, Body::from_stream(stream)).into_response())
 }
 
@@ -187,7 +216,11 @@ pub(crate) async fn get_file_content(tenant: Tenant, State(state): State<AppStat
         (status = 404, description = "The project has no such file", body = ErrorBody),
     )
 )]
-pub(crate) async fn delete_file(tenant: Tenant, State(state): State<AppState>, Path(file_id): Path<String>) -> Result<Json<DeletedFile>, ApiError> {
+pub(crate) async fn delete_file(
+    tenant: Tenant,
+    State(state): State<AppState>,
+    Path(file_id): Path<String>,
+) -> Result<Json<DeletedFile>, ApiError> {
     let id: FileId = extract::id("file_id", &file_id)?;
     state.store.delete_file(tenant.0, id).await.map_err(|e| not_found(e, &file_id))?;
     Ok(Json(DeletedFile { id, object: "file", deleted: true }))

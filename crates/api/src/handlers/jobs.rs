@@ -37,7 +37,11 @@ const MAX_SEED: u64 = (1 << 31) - 1;
         (status = 413, description = "The body is larger than 1 MiB", body = ErrorBody),
     )
 )]
-pub(crate) async fn create_job(tenant: Tenant, State(state): State<AppState>, JsonBody(mut body): JsonBody<CreateJob>) -> Result<Json<Job>, ApiError> {
+pub(crate) async fn create_job(
+    tenant: Tenant,
+    State(state): State<AppState>,
+    JsonBody(mut body): JsonBody<CreateJob>,
+) -> Result<Json<Job>, ApiError> {
     let (requested, at) = body.take_hyperparameters()?;
     if let Some(suffix) = &body.suffix {
         model_name::check_suffix(suffix)?;
@@ -70,7 +74,9 @@ pub(crate) async fn create_job(tenant: Tenant, State(state): State<AppState>, Js
     };
     let created = state.store.create_job(tenant.0, &job).await.map_err(|error| match error {
         StoreError::Invalid(invalid) if invalid.code == "model_not_found" => ApiError::not_found("model", &job.base_model),
-        StoreError::Invalid(invalid) if invalid.code == "file_not_found" => ApiError::not_found(&invalid.param, &job.training_file.to_string()),
+        StoreError::Invalid(invalid) if invalid.code == "file_not_found" => {
+            ApiError::not_found(&invalid.param, &job.training_file.to_string())
+        }
         other => other.into(),
     })?;
     show(&state.store, created).await
@@ -140,7 +146,11 @@ pub(crate) async fn list_jobs(
         (status = 404, description = "The project has no such job", body = ErrorBody),
     )
 )]
-pub(crate) async fn get_job(tenant: Tenant, State(state): State<AppState>, Path(id): Path<String>) -> Result<Json<Job>, ApiError> {
+pub(crate) async fn get_job(
+    tenant: Tenant,
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<Json<Job>, ApiError> {
     let row = state.store.job(tenant.0, job_id(&id)?).await.map_err(|e| not_found(e, &id))?;
     show(&state.store, row).await
 }
@@ -156,7 +166,11 @@ pub(crate) async fn get_job(tenant: Tenant, State(state): State<AppState>, Path(
         (status = 404, description = "The project has no such job", body = ErrorBody),
     )
 )]
-pub(crate) async fn cancel_job(tenant: Tenant, State(state): State<AppState>, Path(id): Path<String>) -> Result<Json<Job>, ApiError> {
+pub(crate) async fn cancel_job(
+    tenant: Tenant,
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<Json<Job>, ApiError> {
     let row = state.store.cancel_job(tenant.0, job_id(&id)?).await.map_err(|e| not_found(e, &id))?;
     show(&state.store, row).await
 }

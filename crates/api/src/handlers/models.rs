@@ -33,7 +33,11 @@ pub(crate) async fn list_models(tenant: Tenant, State(state): State<AppState>) -
         (status = 404, description = "There is no such model", body = ErrorBody),
     )
 )]
-pub(crate) async fn get_model(tenant: Tenant, State(state): State<AppState>, Path(name): Path<String>) -> Result<Json<Model>, ApiError> {
+pub(crate) async fn get_model(
+    tenant: Tenant,
+    State(state): State<AppState>,
+    Path(name): Path<String>,
+) -> Result<Json<Model>, ApiError> {
     let found = if name.starts_with("ft:") {
         state.store.fine_tuned_model(tenant.0, &name).await.map(Model::from)
     } else {

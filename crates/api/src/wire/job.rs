@@ -231,7 +231,9 @@ impl CreateJob {
         }
         for (key, value) in &pairs {
             if key.chars().count() > MAX_METADATA_KEY_CHARS || value.chars().count() > MAX_METADATA_VALUE_CHARS {
-                let message = format!("a metadata key has at most {MAX_METADATA_KEY_CHARS} characters and its value at most {MAX_METADATA_VALUE_CHARS}");
+                let message = format!(
+                    "a metadata key has at most {MAX_METADATA_KEY_CHARS} characters and its value at most {MAX_METADATA_VALUE_CHARS}"
+                );
                 return Err(Invalid::new("metadata", "out_of_bounds", message));
             }
             if key.contains('\0') || value.contains('\0') {
@@ -415,12 +417,16 @@ impl Job {
     pub(crate) fn new(row: Row, queue_position: Option<u64>) -> Self {
         let status = row.state.status();
         let attempt = match &row.state {
-            JobState::ValidatingFiles { attempt } | JobState::Queued { attempt } | JobState::Running { attempt } => Some(*attempt),
+            JobState::ValidatingFiles { attempt } | JobState::Queued { attempt } | JobState::Running { attempt } => {
+                Some(*attempt)
+            }
             JobState::Succeeded { .. } | JobState::Failed { .. } | JobState::Cancelled => None,
         };
         let (fine_tuned_model, trained_tokens, error) = match row.state {
             JobState::Succeeded { fine_tuned_model, trained_tokens } => (Some(fine_tuned_model), Some(trained_tokens), None),
-            JobState::Failed { error } => (None, None, Some(JobError { code: error.code, message: error.message, param: error.param })),
+            JobState::Failed { error } => {
+                (None, None, Some(JobError { code: error.code, message: error.message, param: error.param }))
+            }
             _ => (None, None, None),
         };
         let hyperparameters = ResolvedHyperparameters::from(row.hyperparameters);

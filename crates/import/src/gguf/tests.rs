@@ -61,7 +61,13 @@ fn refusal(bytes: &[u8]) -> String {
 
 fn llama() -> Header {
     let mut header = Header::default().entry("general.architecture", STRING, &[&5_u64.to_le_bytes()[..], b"llama"].concat());
-    for (key, value) in [("embedding_length", 8_u32), ("feed_forward_length", 8), ("block_count", 1), ("attention.head_count", 2), ("context_length", 64)] {
+    for (key, value) in [
+        ("embedding_length", 8_u32),
+        ("feed_forward_length", 8),
+        ("block_count", 1),
+        ("attention.head_count", 2),
+        ("context_length", 64),
+    ] {
         header = header.entry(&format!("llama.{key}"), U32, &value.to_le_bytes());
     }
     header

@@ -1,0 +1,105 @@
+//! Each mistake once: a clear 4xx in the contract's shape, and nothing stored.
+
+use anyhow::Result;
+use holdfast_tests::{ROW, TestApp};
+
+#[test]
+fn a_dataset_with_bad_lines_is_refused_with_every_one_of_them() -> Result<()> {
+    let app = TestApp::start()?;
+    let no_reply = r#"{"messages":[{"role":"user","content":"u"}]}"#;
+    let content =
+        [ROW, "not json", ROW, r#"{"messages":[]}"#, r#"{"messages":[{"role":"bot","content":"x"}]}"#, no_reply].join("\n");
+    let answer = app.upload(content.as_bytes())?;
+    assert_eq!((answer.status, answer.error()), (400, ("invalid_dataset", "file")));
+    let lines: Vec<_> =
+        answer.body["error"]["errors"].as_array().into_iter().flatten().filter_map(|e| e["line"].as_u64()).collect();
+    assert_eq!(lines, [2, 4, 5, 6]);
+    assert_eq!(app.call("GET", "/v1/files", None)?.body["data"].as_array().map(Vec::len), Some(0));
+    Ok(())
+}
+
+#[test]
+fn a_file_without_rows_or_not_in_utf8_is_refused() -> Result<()> {
+    let app = TestApp::start()?;
+    for (content, message) in [(&b""[..], "the file holds no rows"), (b"{\"messages\": \"\xff\"}\n", "not UTF-8")] {
+        let answer = app.upload(content)?;
+        assert_eq!((answer.status, answer.error()), (400, ("invalid_dataset", "file")));
+        assert!(answer.body["error"]["message"].as_str().is_some_and(|m| m.contains(message)), "{}", answer.body);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_form_that_is_not_the_contract_s_is_refused() -> Result<()> {
+    let app = TestApp::start()?;
+    let row = ROW.as_bytes();
+    let cases: [(&[(&str, Option<&str>, &[u8])], (&str, &str)); 5] = [
+        (&[("purpose", None, b"fine-tune")], ("missing", "file")),
+        (&[("file", Some("a.jsonl"), row)], ("missing", "purpose")),
+        (&[("file", Some("a.jsonl"), row), ("purpose", None, b"assistants")], ("unsupported_purpose", "purpose")),
+        (&[("purpose", None, b"fine-tune"), ("file", None, row)], ("invalid_filename", "file")),
+        (&[("file", Some("a.jsonl"), row), ("file", Some("b.jsonl"), row)], ("duplicate_field", "file")),
+    ];
+    for (fields, error) in cases {
+        let answer = app.upload_form(fields)?;
+        assert_eq!((answer.status, answer.error()), (400, error), "{}", answer.body);
+    }
+    assert_eq!(app.call("POST", "/v1/files", Some("{}"))?.error().0, "invalid_form");
+    Ok(())
+}
+
+#[test]
+fn a_path_in_a_filename_is_dropped() -> Result<()> {
+    let app = TestApp::start()?;
+    let answer = app.upload_form(&[("purpose", None, b"fine-tune"), ("file", Some("../../etc/x.jsonl"), ROW.as_bytes())])?;
+    assert_eq!(answer.body["filename"], "x.jsonl");
+    Ok(())
+}
+
+#[test]
+fn a_job_that_cannot_be_is_refused_and_the_value_named() -> Result<()> {
+    let app = TestApp::start()?;
+    let file = app.uploaded(ROW.as_bytes())?;
+    let missing = "file-00000000000000000000000000000000";
+    let with = |rest: &str| format!(r#"{{"model":"m","training_file":"{file}"{rest}}}"#);
+    let hyper =
+        |value: &str| with(&format!(r#","method":{{"type":"supervised","supervised":{{"hyperparameters":{{{value}}}}}}}"#));
+    let cases = [
+        ("{".to_owned(), 400, ("invalid_json", "")),
+        ("{}".to_owned(), 400, ("invalid_json", "")),
+        (format!(r#"{{"model":"m","training_file":"{missing}"}}"#), 404, ("not_found", "training_file")),
+        (r#"{"model":"m","training_file":"nonsense"}"#.to_owned(), 404, ("not_found", "training_file")),
+        (with(""), 404, ("not_found", "model")),
+        (with(r#","seed":-1"#), 400, ("invalid_type", "seed")),
+        (with(r#","seed":3000000000"#), 400, ("out_of_bounds", "seed")),
+        (with(r#","suffix":"a b""#), 400, ("invalid_suffix", "suffix")),
+        (with(r#","method":{"type":"dpo"}"#), 400, ("unsupported_method", "method.type")),
+        (with(r#","hyperparameters":{"n_epochs":99}"#), 400, ("out_of_bounds", "hyperparameters.n_epochs")),
+        (hyper(r#""n_epochs":0"#), 400, ("out_of_bounds", "method.supervised.hyperparameters.n_epochs")),
+        (hyper(r#""n_epochs":"many""#), 400, ("invalid_type", "method.supervised.hyperparameters.n_epochs")),
+        (hyper(r#""lora_rank":1000"#), 400, ("out_of_bounds", "method.supervised.hyperparameters.lora_rank")),
+        (
+            hyper(r#""target_modules":["lm_head"]"#),
+            400,
+            ("unknown_target_module", "method.supervised.hyperparameters.target_modules[0]"),
+        ),
+        (with(r#","safety":{"defense":"none"}"#), 400, ("safety_below_floor", "safety.defense")),
+        (with(r#","safety":{"rho":0.5}"#), 400, ("safety_below_floor", "safety.rho")),
+    ];
+    for (body, status, error) in cases {
+        let answer = app.call("POST", "/v1/fine_tuning/jobs", Some(&body))?;
+        assert_eq!((answer.status, answer.error()), (status, error), "{body}: {}", answer.body);
+    }
+    assert_eq!(app.call("GET", "/v1/fine_tuning/jobs", None)?.body["data"].as_array().map(Vec::len), Some(0));
+    Ok(())
+}
+
+#[test]
+fn an_unknown_url_and_a_wrong_method_have_the_contract_s_shape() -> Result<()> {
+    let app = TestApp::start()?;
+    assert_eq!(app.call("GET", "/v1/nothing", None)?.error().0, "unknown_url");
+    assert_eq!(app.call("PUT", "/v1/files", None)?.error().0, "method_not_allowed");
+    assert_eq!(app.call("GET", "/v1/files?limit=0", None)?.error(), ("out_of_bounds", "limit"));
+    assert_eq!(app.call("GET", "/v1/files?after=x", None)?.error(), ("invalid_cursor", "after"));
+    Ok(())
+}

@@ -1,0 +1,86 @@
+//! Jobs with the real trainer and the real model.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use holdfast_tests::{MODEL, ROW, TestApp};
+
+fn create(app: &TestApp, content: &str, more: &str) -> Result<String> {
+    let file = app.uploaded(content.as_bytes())?;
+    let body = format!(r#"{{"model":"{MODEL}","training_file":"{file}"{more}}}"#);
+    let job = app.call("POST", "/v1/fine_tuning/jobs", Some(&body))?;
+    assert_eq!(job.body["status"], "validating_files", "{}", job.body);
+    Ok(job.body["id"].as_str().context("no id")?.to_owned())
+}
+
+#[test]
+fn rows_that_only_the_model_can_judge_fail_the_job_with_their_lines() -> Result<()> {
+    let app = TestApp::with_model()?;
+    let forged = ROW.replace("a film", "<|im_end|> a film");
+    let long = ROW.replace("a film", &"word ".repeat(400));
+    for (content, words) in [
+        (format!("{ROW}\n{forged}\n"), "line 2: messages[0].content holds the model's special token \"<|im_end|>\""),
+        (format!("{long}\n{ROW}\n"), "line 1: has "),
+    ] {
+        let job =
+            create(&app, &content, r#","method":{"type":"supervised","supervised":{"hyperparameters":{"max_length":128}}}"#)?;
+        assert!(app.step_worker()?);
+        let shown = app.call("GET", &format!("/v1/fine_tuning/jobs/{job}"), None)?.body;
+        assert_eq!((shown["status"].as_str(), shown["error"]["code"].as_str()), (Some("failed"), Some("invalid_training_file")));
+        assert!(shown["error"]["message"].as_str().is_some_and(|m| m.contains(words)), "{shown}");
+        assert!(!shown.to_string().contains("a film"), "an error quotes a row");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_killed_trainer_fails_its_job_with_what_to_do() -> Result<()> {
+    let app = TestApp::with_model()?;
+    let job = create(&app, &format!("{ROW}\n").repeat(64), r#","hyperparameters":{"n_epochs":50}"#)?;
+    assert!(app.step_worker()?, "the check");
+    let target = job.clone();
+    let killer = std::thread::spawn(move || {
+        for _ in 0..600 {
+            std::thread::sleep(Duration::from_millis(100));
+            let killed = Command::new("pkill").args(["-KILL", "-f", &format!("holdfast-trainer train .*{target}")]).status();
+            if killed.is_ok_and(|status| status.success()) {
+                return;
+            }
+        }
+    });
+    assert!(app.step_worker()?, "the training");
+    killer.join().map_err(|_| anyhow::anyhow!("the killer failed"))?;
+    let shown = app.call("GET", &format!("/v1/fine_tuning/jobs/{job}"), None)?.body;
+    assert_eq!((shown["status"].as_str(), shown["error"]["code"].as_str()), (Some("failed"), Some("out_of_memory")));
+    assert!(shown["error"]["message"].as_str().is_some_and(|m| m.contains("Lower batch_size")), "{shown}");
+    Ok(())
+}
+
+#[test]
+fn a_cancelled_job_ends_at_once_and_only_once() -> Result<()> {
+    let app = TestApp::with_model()?;
+    let job = create(&app, ROW, "")?;
+    let cancel = || app.call("POST", &format!("/v1/fine_tuning/jobs/{job}/cancel"), None);
+    assert_eq!(cancel()?.body["status"], "cancelled");
+    let again = cancel()?;
+    assert_eq!((again.status, again.error().0), (400, "invalid_state"));
+    assert!(!app.step_worker()?, "nothing is left to do");
+    assert_eq!(app.call("GET", &format!("/v1/fine_tuning/jobs/{job}/adapter"), None)?.error().0, "no_adapter");
+    Ok(())
+}
+
+#[test]
+fn a_file_that_an_open_job_needs_stays() -> Result<()> {
+    let app = TestApp::with_model()?;
+    let job = create(&app, ROW, "")?;
+    let file = app.call("GET", &format!("/v1/fine_tuning/jobs/{job}"), None)?.body["training_file"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    let refused = app.call("DELETE", &format!("/v1/files/{file}"), None)?;
+    assert_eq!((refused.status, refused.error()), (400, ("file_in_use", "file_id")));
+    app.call("POST", &format!("/v1/fine_tuning/jobs/{job}/cancel"), None)?;
+    assert_eq!(app.call("DELETE", &format!("/v1/files/{file}"), None)?.status, 200);
+    Ok(())
+}
