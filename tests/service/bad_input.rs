@@ -33,7 +33,8 @@ fn a_file_without_rows_or_not_in_utf8_is_refused() -> Result<()> {
 fn a_form_that_is_not_the_contract_s_is_refused() -> Result<()> {
     let app = TestApp::start()?;
     let row = ROW.as_bytes();
-    let cases: [(&[(&str, Option<&str>, &[u8])], (&str, &str)); 5] = [
+    type Fields<'a> = &'a [(&'a str, Option<&'a str>, &'a [u8])];
+    let cases: [(Fields<'_>, (&str, &str)); 5] = [
         (&[("purpose", None, b"fine-tune")], ("missing", "file")),
         (&[("file", Some("a.jsonl"), row)], ("missing", "purpose")),
         (&[("file", Some("a.jsonl"), row), ("purpose", None, b"assistants")], ("unsupported_purpose", "purpose")),

@@ -65,7 +65,7 @@ pub(crate) fn run() -> Result<()> {
 
     println!("asking the fine-tuned model");
     let after = programs.answers(&base, Some(&adapter))?;
-    report(&job, losses, &before, &after, &adapter);
+    report(&job, &losses, &before, &after, &adapter);
     Ok(())
 }
 
@@ -229,7 +229,7 @@ fn validation_losses(service: &Service, id: &str) -> Result<Losses> {
     })
 }
 
-fn report(job: &Value, losses: Losses, before: &[String], after: &[String], adapter: &Path) {
+fn report(job: &Value, losses: &Losses, before: &[String], after: &[String], adapter: &Path) {
     let answer = |list: &[String], at: usize| list.get(at).cloned().unwrap_or_default().replace('\n', " ");
     println!("\n{} is ready", job["fine_tuned_model"].as_str().unwrap_or_default());
     println!("\nvalidation loss      {:.3} -> {:.3}", losses.before, losses.after);

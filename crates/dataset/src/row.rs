@@ -277,8 +277,8 @@ fn explain(text: &str, error: &serde_json::Error) -> RowError {
                     };
                 }
                 for field in ["role", "content", "name", "tool_call_id"] {
-                    let optional = field != "role";
-                    if let Some(found) = message.get(field).filter(|v| !v.is_string() && !(optional && v.is_null())) {
+                    let may_be_null = field != "role";
+                    if let Some(found) = message.get(field).filter(|v| !(v.is_string() || may_be_null && v.is_null())) {
                         let expected = if found.is_array() && field == "content" {
                             "a string; content in parts is not supported"
                         } else {

@@ -122,6 +122,7 @@ fn raise_exception(message: &str) -> Result<String, Error> {
 }
 
 /// `json.dumps(value, ensure_ascii=False)`: Python's separators, and none of the escapes minijinja adds for HTML.
+#[expect(clippy::needless_pass_by_value, reason = "minijinja hands a filter its arguments by value")]
 fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
     options.assert_all_used()?;

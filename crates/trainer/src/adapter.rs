@@ -128,7 +128,6 @@ impl Adapter {
     }
 
     /// All weights as one vector, `[parameters]`; changing it changes the factors.
-    #[must_use]
     pub fn flat(&self) -> &Tensor {
         &self.flat
     }
@@ -159,7 +158,6 @@ impl Adapter {
     }
 
     /// `(α / r) · B A x`, `[.., out]`, of `x: [.., in]`; `None` where the map is not adapted.
-    #[must_use]
     pub fn delta(&self, layer: usize, projection: Projection, x: &Tensor, train: bool) -> Option<Tensor> {
         let at = self.config.targets.binary_search(&projection).ok()?;
         let module = self.modules.get(layer * self.config.targets.len() + at)?;

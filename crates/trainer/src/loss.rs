@@ -6,7 +6,7 @@
 use tch::{Kind, Tensor};
 
 /// Positions whose logits exist at one time: 256 of them over 128,000 tokens are 131 MB.
-const CHUNK: i64 = 256;
+const CHUNK: usize = 256;
 
 /// A loss over some positions.
 #[derive(Debug)]
@@ -55,11 +55,11 @@ fn log_softmax(hidden: &Tensor, head: &Tensor) -> Tensor {
 fn in_chunks(hidden: &Tensor, head: &Tensor, divisor: f64, each: impl Fn(i64, i64, Tensor) -> (f64, i64, Tensor)) -> Loss {
     tch::no_grad(|| {
         let hidden = hidden.detach();
-        let positions = hidden.size()[0];
+        let (positions, chunk) = (hidden.size()[0], CHUNK as i64);
         let by_hidden = hidden.empty_like();
         let (mut sum, mut correct) = (0.0, 0);
-        for at in (0..positions).step_by(CHUNK as usize) {
-            let length = CHUNK.min(positions - at);
+        for at in (0..positions).step_by(CHUNK) {
+            let length = chunk.min(positions - at);
             let log_p = log_softmax(&hidden.narrow(0, at, length), head);
             let (chunk_sum, chunk_correct, by_logits) = each(at, length, log_p);
             sum += chunk_sum;
@@ -88,7 +88,7 @@ mod tests {
     #[test]
     fn the_task_loss_and_its_derivative_equal_autograd_over_the_whole_rectangle() {
         tch::manual_seed(1);
-        let positions = CHUNK + 7;
+        let positions = CHUNK as i64 + 7;
         let (hidden, head) = (random(&[positions, 6]).set_requires_grad(true), random(&[11, 6]));
         let targets = Tensor::randint(11, [positions], (Kind::Int64, Device::Cpu));
         let whole = hidden.matmul(&head.tr()).cross_entropy_for_logits(&targets);
@@ -101,7 +101,7 @@ mod tests {
     #[test]
     fn the_kl_and_its_derivative_equal_autograd_over_the_whole_rectangle() {
         tch::manual_seed(2);
-        let positions = CHUNK + 7;
+        let positions = CHUNK as i64 + 7;
         let (hidden, base, head) = (random(&[positions, 6]).set_requires_grad(true), random(&[positions, 6]), random(&[11, 6]));
         let log_p = |h: &Tensor| h.matmul(&head.tr()).log_softmax(-1, Kind::Float);
         let whole = (log_p(&base).exp() * (log_p(&base) - log_p(&hidden))).sum(Kind::Float) / positions as f64;

@@ -84,7 +84,6 @@ impl Model {
     }
 
     /// The output matrix, `[vocabulary, hidden]`.
-    #[must_use]
     pub fn head(&self) -> &Tensor {
         &self.head
     }
@@ -100,7 +99,6 @@ impl Model {
     ///
     /// Rows are padded on the right and attention is causal, so a padded position reaches no real one and needs no mask.
     /// With `train`, the adapter's dropout is on.
-    #[must_use]
     pub fn hidden(&self, ids: &Tensor, adapter: Option<&Adapter>, train: bool) -> Tensor {
         let rotary = self.rotary(ids.size()[1]);
         let mut x = Tensor::embedding(&self.embedding, ids, -1, false, false); // [rows, time, hidden]
@@ -120,7 +118,6 @@ impl Model {
     }
 
     /// Logits in float32, `[.., vocabulary]`, of final hidden states `[.., hidden]`.
-    #[must_use]
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
         hidden.linear(&self.head, None::<&Tensor>).to_kind(Kind::Float)
     }

@@ -49,7 +49,6 @@ impl AdamW {
     }
 
     /// The state by name, for a checkpoint.
-    #[must_use]
     pub fn state(&self) -> [(&'static str, &Tensor); 2] {
         [("first_moment", &self.first), ("second_moment", &self.second)]
     }

@@ -12,6 +12,7 @@ use holdfast_base_model::{WeightFile, files};
 use holdfast_dataset::Example;
 use holdfast_dataset::batch::Batch;
 use holdfast_domain::Safety;
+use holdfast_domain::hyperparameters::Precision;
 use holdfast_domain::safety::{Defense, KlPositions};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -165,13 +166,14 @@ impl Case {
             figures.number(format!("{mode}/kl"), kl, &self.scalars[mode]["kl"], EXACT)?;
             self.gradient(figures, &adapter, &format!("{mode}/g_align"), &align)?;
             let user = self.user_gradient(&adapter).1;
-            let merged = surgery::merge(user, Some(&align), &self.safety(Defense::Safegrad, positions)?);
+            let merged = surgery::merge(user, Some(&align), &self.safety(Defense::Safegrad, positions)?, Precision::F32);
             facts(figures, mode, merged.facts, &self.scalars[mode], EXACT)?;
             self.gradient(figures, &adapter, &format!("{mode}/g_final"), &merged.gradient)?;
         }
         let against = self.expected_gradient(&adapter, "forced_conflict/g_user")?;
         let align = self.align_gradient(&adapter, KlPositions::Response).1;
-        let merged = surgery::merge(against, Some(&align), &self.safety(Defense::Safegrad, KlPositions::Response)?);
+        let merged =
+            surgery::merge(against, Some(&align), &self.safety(Defense::Safegrad, KlPositions::Response)?, Precision::F32);
         facts(figures, "forced_conflict", merged.facts, &self.scalars["forced_conflict"], EXACT)?;
         self.gradient(figures, &adapter, "forced_conflict/g_final", &merged.gradient)
     }
@@ -195,7 +197,7 @@ impl Case {
             } else {
                 None
             };
-            let merged = surgery::merge(user, align.as_ref(), &safety);
+            let merged = surgery::merge(user, align.as_ref(), &safety, Precision::F32);
             if defense.needs_alignment() {
                 facts(figures, &at, merged.facts, expected, HISTORY)?;
             }

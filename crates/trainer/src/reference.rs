@@ -79,7 +79,6 @@ impl Reference {
 }
 
 /// The token ids of a batch on the model's device, `[rows, time]`.
-#[must_use]
 pub fn ids(batch: &Batch, model: &Model) -> Tensor {
     Tensor::from_slice(&batch.ids).view([batch.rows as i64, batch.width as i64]).to_device(model.device)
 }
@@ -93,7 +92,6 @@ fn base_hidden(model: &Model, batch: &Batch, positions: Option<&Tensor>) -> Tens
 }
 
 /// `[rows, time, hidden]` to `[positions, hidden]`.
-#[must_use]
 pub fn at_positions(hidden: &Tensor, positions: &Tensor) -> Tensor {
     hidden.flatten(0, 1).index_select(0, positions)
 }

@@ -79,7 +79,7 @@ impl Run<'_> {
                 alignment_gradient(self.model, self.adapter, reference, &passes, true) // a
             });
             let norm_user = user.gradient.norm();
-            let mut merged = surgery::merge(user.gradient, align.as_ref().map(|(_, a)| a), safety); // g
+            let mut merged = surgery::merge(user.gradient, align.as_ref().map(|(_, a)| a), safety, h.precision); // g
             let gradient_norm = merged.gradient.clip(h.max_grad_norm);
             ensure!(
                 user.loss.is_finite() && gradient_norm.is_finite(),

@@ -157,7 +157,7 @@ fn is_now_true(shutdown: &watch::Receiver<bool>) -> bool {
 async fn is_true(shutdown: &mut watch::Receiver<bool>) {
     let said = shutdown.wait_for(|down| *down).await.is_ok();
     if !said {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

@@ -31,7 +31,7 @@ impl Header {
 
     fn tensor(mut self, name: &str, dims: &[u64], kind: u32, offset: u64) -> Self {
         text(&mut self.tensors, name);
-        self.tensors.extend((dims.len() as u32).to_le_bytes());
+        self.tensors.extend(u32::try_from(dims.len()).expect("few").to_le_bytes());
         self.tensors.extend(dims.iter().flat_map(|d| d.to_le_bytes()));
         self.tensors.extend(kind.to_le_bytes());
         self.tensors.extend(offset.to_le_bytes());
