@@ -15,6 +15,7 @@ fn a_dataset_with_bad_lines_is_refused_with_every_one_of_them() -> Result<()> {
         answer.body["error"]["errors"].as_array().into_iter().flatten().filter_map(|e| e["line"].as_u64()).collect();
     assert_eq!(lines, [2, 4, 5, 6]);
     assert_eq!(app.call("GET", "/v1/files", None)?.body["data"].as_array().map(Vec::len), Some(0));
+    assert_eq!(app.object_count("projects"), 0);
     Ok(())
 }
 

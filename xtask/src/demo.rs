@@ -137,7 +137,7 @@ fn train(service: &Service) -> Result<Value> {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     bar.set_style(ProgressStyle::with_template("{spinner} {msg}")?);
     bar.enable_steady_tick(Duration::from_millis(200));
-    let mut conflicts = Conflicts::default();
+    let mut shown = Shown::default();
     loop {
         let job = service.get(&format!("/v1/fine_tuning/jobs/{id}"))?;
         match job["status"].as_str() {
@@ -150,20 +150,21 @@ fn train(service: &Service) -> Result<Value> {
             }
             _ => {}
         }
-        show(service, &id, &job, &bar, &mut conflicts)?;
+        show(service, &id, &job, &bar, &mut shown)?;
         std::thread::sleep(Duration::from_millis(500));
     }
 }
 
-/// How many of the steps that were seen had gradients in conflict.
+/// What was shown so far: how many of the steps that were seen had gradients in conflict.
 #[derive(Default)]
-struct Conflicts {
+struct Shown {
+    next_line: u64,
     last_step: u64,
     seen: u64,
     conflicting: u64,
 }
 
-fn show(service: &Service, id: &str, job: &Value, bar: &ProgressBar, conflicts: &mut Conflicts) -> Result<()> {
+fn show(service: &Service, id: &str, job: &Value, bar: &ProgressBar, shown: &mut Shown) -> Result<()> {
     let progress = &job["progress"];
     let Some(total) = progress["total_steps"].as_u64() else {
         let doing = job["phase"].as_str().or(job["status"].as_str()).unwrap_or_default();
@@ -175,10 +176,10 @@ fn show(service: &Service, id: &str, job: &Value, bar: &ProgressBar, conflicts: 
         events["data"].as_array().into_iter().flatten().map(|e| &e["data"]).filter(|d| d["task_loss"].is_number()).collect();
     for step in steps.iter().rev() {
         let number = step["step"].as_u64().unwrap_or(0);
-        if number > conflicts.last_step {
-            conflicts.last_step = number;
-            conflicts.seen += 1;
-            conflicts.conflicting += u64::from(step["conflict"] == true);
+        if number > shown.last_step {
+            shown.last_step = number;
+            shown.seen += 1;
+            shown.conflicting += u64::from(step["conflict"] == true);
         }
     }
     let Some(step) = steps.first() else { return Ok(()) };
@@ -188,14 +189,23 @@ fn show(service: &Service, id: &str, job: &Value, bar: &ProgressBar, conflicts: 
     }
     bar.set_position(progress["step"].as_u64().unwrap_or(0));
     let number = |value: &Value| value.as_f64().unwrap_or(0.0);
-    bar.set_message(format!(
+    let message = format!(
         "loss {:.3}  KL {:.4}  conflict rate {:.0}%  {:.0} tokens/s  {:.0} s left",
         number(&step["task_loss"]),
         number(&step["align_kl"]),
-        100.0 * conflicts.conflicting as f64 / conflicts.seen.max(1) as f64,
+        100.0 * shown.conflicting as f64 / shown.seen.max(1) as f64,
         number(&progress["tokens_per_second"]),
         number(&progress["eta_seconds"]),
-    ));
+    );
+    if bar.is_hidden() {
+        // No terminal: a line now and then says as much.
+        let number = progress["step"].as_u64().unwrap_or(0);
+        if number >= shown.next_line {
+            shown.next_line = number + total.div_ceil(8);
+            println!("step {number}/{total}  {message}");
+        }
+    }
+    bar.set_message(message);
     Ok(())
 }
 

@@ -131,6 +131,18 @@ impl Objects {
         Ok(())
     }
 
+    /// Removes a staged object that will get no row. What cannot be removed now, the sweeper removes.
+    pub async fn discard(&self, object: &ObjectRef) {
+        let removed = async {
+            self.inner.delete(&Key::from(object.key.as_str())).await?;
+            sqlx::query!("delete from staged_objects where key = $1", object.key).execute(&self.pool).await?;
+            Ok::<_, StoreError>(())
+        };
+        if let Err(error) = removed.await {
+            tracing::warn!(%error, key = object.key, "a refused upload could not be removed yet");
+        }
+    }
+
     /// Removes objects that were staged longer than `grace` ago and that no row claims. Returns how many.
     ///
     /// # Errors

@@ -54,13 +54,36 @@ pub(crate) async fn create_file(
 ) -> Result<Json<File>, ApiError> {
     let mut form =
         form.map_err(|e| ApiError::malformed("invalid_form", format!("expected multipart/form-data: {}", e.body_text())))?;
-    let mut purpose = None;
     let mut staged = None;
-    // Some clients send the file before the purpose, so the bytes go to a staged object and everything is decided after.
+    let accepted = match read_form(&state, tenant, &mut form, &mut staged).await {
+        Ok(purpose) => accept(purpose.as_deref(), staged.as_mut()),
+        Err(error) => Err(error),
+    };
+    let file = match (accepted, &staged) {
+        (Ok(file), _) => file,
+        (Err(error), None) => return Err(error),
+        (Err(error), Some(staged)) => {
+            state.store.objects().discard(&staged.object).await;
+            return Err(error);
+        }
+    };
+    let object = staged.map(|staged| staged.object).ok_or_else(no_file)?;
+    Ok(Json(state.store.create_file(tenant.0, &file, &object).await?.into()))
+}
+
+/// Reads the form's fields and returns the purpose. Some clients send the file before it, so the bytes go to a staged object
+/// and everything is decided after.
+async fn read_form(
+    state: &AppState,
+    tenant: Tenant,
+    form: &mut Multipart,
+    staged: &mut Option<Staged>,
+) -> Result<Option<String>, ApiError> {
+    let mut purpose = None;
     while let Some(field) = form.next_field().await.map_err(|e| unreadable(&e))? {
         match field.name() {
             Some("purpose") => purpose = Some(word(field).await?),
-            Some("file") if staged.is_none() => staged = Some(stage(&state, tenant, field).await?),
+            Some("file") if staged.is_none() => *staged = Some(stage(state, tenant, field).await?),
             Some("file") => {
                 return Err(ApiError::invalid("file", "duplicate_field", "the form holds two files; upload one at a time"));
             }
@@ -69,18 +92,28 @@ pub(crate) async fn create_file(
             }
         }
     }
-    let staged = staged.ok_or_else(|| ApiError::invalid("file", "missing", "the form has no field `file`"))?;
-    match purpose.as_deref() {
+    Ok(purpose)
+}
+
+/// Decides whether what came can become a file.
+fn accept(purpose: Option<&str>, staged: Option<&mut Staged>) -> Result<NewFile, ApiError> {
+    let staged = staged.ok_or_else(no_file)?;
+    match purpose {
         Some(PURPOSE) => {}
         Some(_) => return Err(ApiError::invalid("purpose", "unsupported_purpose", "purpose must be \"fine-tune\"")),
-        None => return Err(ApiError::invalid("purpose", "missing", "the form has no field `purpose`; it must be \"fine-tune\"")),
+        None => {
+            return Err(ApiError::invalid("purpose", "missing", "the form has no field `purpose`; it must be \"fine-tune\""));
+        }
     }
-    let report = staged.check.finish();
+    let report = std::mem::take(&mut staged.check).finish();
     if report.error_count > 0 {
         return Err(ApiError::bad_dataset(report.summary(), report.errors));
     }
-    let file = NewFile { id: staged.id, filename: staged.filename, purpose: PURPOSE.into(), row_count: report.rows };
-    Ok(Json(state.store.create_file(tenant.0, &file, &staged.object).await?.into()))
+    Ok(NewFile { id: staged.id, filename: std::mem::take(&mut staged.filename), purpose: PURPOSE.into(), row_count: report.rows })
+}
+
+fn no_file() -> ApiError {
+    ApiError::invalid("file", "missing", "the form has no field `file`")
 }
 
 /// Streams a field into a staged object. Whatever ends it early, the object is given up; the sweeper knows it.

@@ -1,0 +1,145 @@
+//! What holds of training whatever the numbers are, on the small reference model.
+
+use std::path::Path;
+use std::sync::Mutex;
+
+use anyhow::Result;
+use holdfast_base_model::files;
+use holdfast_dataset::Example;
+use holdfast_dataset::batch::Batch;
+use holdfast_domain::hyperparameters::{Precision, Requested};
+use holdfast_domain::plan;
+use holdfast_domain::progress::Step;
+use holdfast_domain::safety::{Floor, KlPositions, RequestedSafety};
+use holdfast_domain::{Hyperparameters, Plan};
+use holdfast_trainer::adapter::{Adapter, AdapterConfig};
+use holdfast_trainer::model::{Model, read_architecture};
+use holdfast_trainer::reference::Reference;
+use holdfast_trainer::train::{Run, alignment_gradient, task_gradient};
+use holdfast_trainer::{adapter_files, gradient};
+use tch::{Device, Kind, Tensor};
+
+fn fixture() -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/smollm2")
+}
+
+fn model() -> Result<Model> {
+    let folder = fixture();
+    Model::load_as(read_architecture(&folder.join(files::CONFIG))?, &folder.join(files::WEIGHTS), Kind::Float, Device::Cpu)
+}
+
+/// Rows of different lengths, each with its last tokens supervised.
+fn examples(count: u32) -> Vec<Example> {
+    (0..count)
+        .map(|row| {
+            let length = 6 + (row * 7) % 11;
+            let ids: Vec<u32> = (0..length).map(|time| 3 + (row * 31 + time * 17) % 150).collect();
+            let supervised = (0..length).map(|time| time + 2 + row % 3 >= length).collect();
+            Example { ids, supervised }
+        })
+        .collect()
+}
+
+fn plan(more: Requested) -> Result<Plan> {
+    let requested = Requested { precision: Some(Precision::F32), learning_rate: Some(1e-2), n_epochs: Some(3), ..more };
+    Ok(Plan {
+        format: plan::FORMAT,
+        base_model: "m".into(),
+        validation: false,
+        hyperparameters: requested.resolve(8)?,
+        safety: RequestedSafety::default().resolve(&Floor::default())?,
+        seed: 5,
+        device: "cpu".into(),
+    })
+}
+
+fn train(model: &Model, plan: &Plan) -> Result<(Adapter, Vec<Step>)> {
+    // libtorch's generator is one for the whole process; a trainer has a process to itself, tests do not.
+    static GENERATOR: Mutex<()> = Mutex::new(());
+    let _alone = GENERATOR.lock();
+    let (rows, alignment) = (examples(8), examples(5));
+    let reference = Reference::new(model, alignment, KlPositions::Response);
+    let adapter = Adapter::init(model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
+    let mut steps = Vec::new();
+    let run = Run { model, adapter: &adapter, examples: &rows, reference: Some(&reference), plan };
+    run.train(|step| {
+        steps.push(step);
+        Ok(())
+    })?;
+    Ok((adapter, steps))
+}
+
+fn largest_difference(x: &Tensor, y: &Tensor) -> f64 {
+    (x - y).abs().max().double_value(&[])
+}
+
+#[test]
+fn how_a_step_is_cut_into_passes_makes_no_difference() -> Result<()> {
+    let model = model()?;
+    let adapter = adapter_files::read(&fixture(), &model)?;
+    let rows = examples(6);
+    let batches = |per_pass: usize| rows.chunks(per_pass).map(Batch::new).collect::<Vec<_>>();
+    let (whole, cut) = (task_gradient(&model, &adapter, &batches(6), false), task_gradient(&model, &adapter, &batches(2), false));
+    assert!((whole.loss - cut.loss).abs() < 1e-6);
+    assert!(largest_difference(&whole.gradient.0, &cut.gradient.0) < 1e-5);
+
+    let reference = Reference::new(&model, rows, KlPositions::Response);
+    let (kl, gradient) = alignment_gradient(&model, &adapter, &reference, &[(0..6).collect()], false);
+    let (kl_cut, gradient_cut) = alignment_gradient(&model, &adapter, &reference, &[vec![0, 1, 2], vec![3], vec![4, 5]], false);
+    assert!((kl - kl_cut).abs() < 1e-6);
+    assert!(largest_difference(&gradient.0, &gradient_cut.0) < 1e-5);
+    Ok(())
+}
+
+#[test]
+fn the_first_step_of_a_fresh_adapter_projects_nothing() -> Result<()> {
+    let model = model()?;
+    let (_, steps) = train(&model, &plan(Requested::default())?)?;
+    let first = steps[0].alignment.clone().expect("facts");
+    assert!(first.align_kl.abs() < 1e-6 && !first.conflict, "{first:?}");
+    assert!((first.coefficient - 1.0).abs() < f64::EPSILON);
+    Ok(())
+}
+
+#[test]
+fn the_same_seed_gives_the_same_adapter_bit_for_bit_and_another_does_not() -> Result<()> {
+    let model = model()?;
+    let same = plan(Requested {
+        lora_dropout: Some(0.2),
+        gradient_accumulation_steps: Some(2),
+        batch_size: Some(2),
+        ..Default::default()
+    })?;
+    let other = Plan { seed: 6, ..same.clone() };
+    let [first, second, third] = [&same, &same, &other].map(|plan| train(&model, plan));
+    let (first, second, third) = (first?.0, second?.0, third?.0);
+    assert!(largest_difference(first.flat(), second.flat()).abs() < f64::MIN_POSITIVE);
+    assert!(largest_difference(first.flat(), third.flat()) > 0.0);
+    Ok(())
+}
+
+#[test]
+fn training_lowers_the_loss_and_reports_every_step() -> Result<()> {
+    let model = model()?;
+    let plan = plan(Requested { batch_size: Some(4), n_epochs: None, ..Default::default() })?;
+    let (adapter, steps) = train(&model, &plan)?;
+    assert_eq!(steps.len() as u64, Hyperparameters::total_steps(&plan.hyperparameters, 8));
+    assert!(steps[steps.len() - 1].task_loss < steps[0].task_loss);
+    assert!(gradient::dot(adapter.flat(), adapter.flat()).is_finite());
+    Ok(())
+}
+
+#[test]
+fn an_adapter_for_another_model_is_refused_by_name() -> Result<()> {
+    let model = model()?;
+    let folder = tempfile::tempdir()?;
+    let config =
+        AdapterConfig { rank: 2, alpha: 4.0, dropout: 0.0, targets: vec![holdfast_domain::hyperparameters::Projection::QProj] };
+    adapter_files::write(folder.path(), &Adapter::init(&model, config, 1), "m")?;
+    let mut peft: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.path().join(adapter_files::CONFIG))?)?;
+    peft["r"] = 3.into();
+    std::fs::write(folder.path().join(adapter_files::CONFIG), peft.to_string())?;
+    let error = adapter_files::read(folder.path(), &model).map(|_| ()).map_err(|e| e.to_string());
+    assert!(error.is_err_and(|e| e.contains("q_proj.lora_A.weight has shape")));
+    Ok(())
+}
