@@ -33,12 +33,12 @@ pub struct TensorBytes<'a> {
 #[derive(Debug, thiserror::Error)]
 pub enum WeightsError {
     /// The file cannot be opened or mapped.
-    #[error("{path}: {source}")]
+    #[error("{path}: {cause}")]
     Open {
         /// The file.
         path: PathBuf,
         /// The cause.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// The file is not a whole safetensors file.
     #[error("{path} is not a sound safetensors file (truncated, or its header lies): {reason}")]
@@ -86,7 +86,7 @@ impl WeightFile {
         reason = "mapping a file is unsafe because another process may cut it; base models are never written in place"
     )]
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
-        let at = |source| WeightsError::Open { path: path.to_owned(), source };
+        let at = |cause| WeightsError::Open { path: path.to_owned(), cause };
         let file = File::open(path).map_err(at)?;
         let map = unsafe { Mmap::map(&file) }.map_err(at)?;
         let (header_length, metadata) = SafeTensors::read_metadata(&map)

@@ -42,12 +42,12 @@ pub struct ChatTokenizer {
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// A file is missing or unreadable.
-    #[error("{file}: {source}")]
+    #[error("{file}: {cause}")]
     Read {
         /// Its name.
         file: &'static str,
         /// The cause.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// A file does not hold what its name says.
     #[error("{file}: {message}")]
@@ -68,7 +68,7 @@ impl ChatTokenizer {
     /// # Errors
     /// When one of the three files is missing or does not hold what it should.
     pub fn load(folder: &Path) -> Result<Self, LoadError> {
-        let read = |file: &'static str| std::fs::read(folder.join(file)).map_err(|source| LoadError::Read { file, source });
+        let read = |file: &'static str| std::fs::read(folder.join(file)).map_err(|cause| LoadError::Read { file, cause });
         let format = |file: &'static str| move |message: String| LoadError::Format { file, message };
         let special_tokens: SpecialTokens =
             serde_json::from_slice(&read(files::SPECIAL_TOKENS)?).map_err(|e| format(files::SPECIAL_TOKENS)(e.to_string()))?;

@@ -30,12 +30,12 @@ pub enum ImportError {
     #[error("{0} is neither a Hugging Face model directory nor a .gguf file")]
     NotAModel(PathBuf),
     /// A file cannot be read or written.
-    #[error("{path}: {source}")]
+    #[error("{path}: {cause}")]
     Io {
         /// The file.
         path: PathBuf,
         /// The cause.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// A file lacks something, or does not hold what its name says.
     #[error("{file}: {reason}")]
@@ -71,7 +71,7 @@ impl ImportError {
 
     fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
-        move |source| Self::Io { path, source }
+        move |cause| Self::Io { path, cause }
     }
 }
 

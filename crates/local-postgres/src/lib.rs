@@ -36,12 +36,12 @@ pub enum PostgresError {
     #[error("{0} is in use by another process; stop that one, or choose another --data-dir")]
     InUse(PathBuf),
     /// A file or a process could not be made.
-    #[error("{what}: {source}")]
+    #[error("{what}: {cause}")]
     Io {
         /// What was tried.
         what: String,
         /// The cause.
-        source: io::Error,
+        cause: io::Error,
     },
     /// One of Postgres' programs failed.
     #[error("{program} failed: {output}")]
@@ -55,7 +55,7 @@ pub enum PostgresError {
 
 fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> PostgresError {
     let what = what.into();
-    move |source| PostgresError::Io { what, source }
+    move |cause| PostgresError::Io { what, cause }
 }
 
 /// A running server; stopped when dropped.

@@ -26,19 +26,39 @@ pub enum StoreError {
     Migration(String),
     /// The database failed.
     #[error("database: {0}")]
-    Database(#[from] sqlx::Error),
+    Database(sqlx::Error),
     /// The object store failed.
     #[error("object store: {0}")]
-    Objects(#[from] object_store::Error),
+    Objects(object_store::Error),
     /// A local file failed.
     #[error("{0}")]
-    Io(#[from] std::io::Error),
+    Io(std::io::Error),
     /// An object's bytes are not those its row names.
     #[error("object {key} does not have the SHA-256 its row names")]
     Checksum {
         /// The object.
         key: String,
     },
+}
+
+// Written out, because a derived conversion would make the cause a `source` as well, and whoever prints the chain would read
+// it twice.
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Database(error)
+    }
+}
+
+impl From<object_store::Error> for StoreError {
+    fn from(error: object_store::Error) -> Self {
+        Self::Objects(error)
+    }
+}
+
+impl From<std::io::Error> for StoreError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Io(error)
+    }
 }
 
 impl StoreError {

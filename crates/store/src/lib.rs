@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use object_store::ObjectStore;
-use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
+use sqlx::{Connection, PgConnection, PgPool};
 use uuid::Uuid;
 
 pub mod alignment_sets;
@@ -42,6 +42,8 @@ impl Store {
     /// # Errors
     /// When it cannot be reached.
     pub async fn connect(database_url: &str, objects: Arc<dyn ObjectStore>) -> Result<Self, StoreError> {
+        // A pool tries again until its time is up and then says only that; one plain connection says what is wrong.
+        PgConnection::connect(database_url).await?.close().await?;
         let pool = PgPoolOptions::new().max_connections(20).connect(database_url).await?;
         Ok(Self { objects: Objects::new(pool.clone(), objects), pool })
     }
