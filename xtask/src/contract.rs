@@ -4,12 +4,14 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use crate::shell::{cargo, output, root, run};
+use crate::shell::{cargo, output, root, run, target};
 
 /// Rewrites openapi.yaml, or fails when it is stale.
 pub(crate) fn openapi(check: bool) -> Result<()> {
     let path = root().join("openapi.yaml");
-    let written = output(cargo().args(["run", "--quiet", "-p", "holdfast-api", "--bin", "openapi"]))?;
+    // Of the whole workspace, so that dependencies keep the features the other builds gave them and are not built again.
+    run(cargo().args(["build", "--quiet", "--workspace", "--bin", "openapi"]))?;
+    let written = output(&mut Command::new(target().join("debug/openapi")))?;
     if !check {
         return Ok(std::fs::write(path, written)?);
     }
@@ -24,8 +26,9 @@ pub(crate) fn sqlx() -> Result<()> {
     let descriptions = root().join(".sqlx");
     let _ = std::fs::remove_dir_all(&descriptions);
     std::fs::create_dir_all(&descriptions)?;
-    let mut database = cargo();
-    database.args(["run", "--quiet", "-p", "holdfast-local-postgres", "--bin", "with-postgres", "--"]);
+    run(cargo().args(["build", "--quiet", "--workspace", "--bin", "with-postgres"]))?;
+    let mut database = Command::new(target().join("debug/with-postgres"));
+    database.current_dir(root());
     // The macros read the database while the store is compiled; touching it makes that happen.
     let steps = "for f in migrations/*.sql; do psql -q -v ON_ERROR_STOP=1 -d \"$DATABASE_URL\" -f $f || exit 1; done; touch crates/store/src/lib.rs && cargo check --quiet -p holdfast-store";
     run(database.args(["sh", "-c", steps]).env("SQLX_OFFLINE", "false").env("SQLX_OFFLINE_DIR", &descriptions))?;

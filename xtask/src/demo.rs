@@ -36,7 +36,7 @@ pub(crate) fn run() -> Result<()> {
     setup::run(Libtorch::Cpu)?;
     println!("building the service and the trainer");
     shell::run(cargo().args(["build", "--release", "--quiet", "-p", "holdfast", "-p", "holdfast-trainer"]))?;
-    let programs = Programs { folder: root().join("target/release") };
+    let programs = Programs { folder: shell::target().join("release") };
     let data = root().join(".demo");
     let service = Service::start(&programs.holdfast(), &data)?;
     println!("the service listens on {}, its log is {}", service.url(), data.join("holdfast.log").display());
