@@ -14,8 +14,10 @@ create table jobs (
     hyperparameters jsonb not null,
     safety jsonb not null,
     status text not null check (status in ('validating_files', 'queued', 'running', 'succeeded', 'failed', 'cancelled')),
-    -- Claims in the present status; every write of a worker names the one it holds.
+    -- Claims so far, never lowered: every write of a worker names the one it holds, so no two may share a number.
     attempt integer not null default 0 check (attempt >= 0),
+    -- Workers whose lease ran out while they held it.
+    lost_workers integer not null default 0 check (lost_workers >= 0),
     phase text,
     progress jsonb,
     error jsonb,

@@ -68,7 +68,7 @@ fn a_job_that_cannot_be_is_refused_and_the_value_named() -> Result<()> {
         |value: &str| with(&format!(r#","method":{{"type":"supervised","supervised":{{"hyperparameters":{{{value}}}}}}}"#));
     let cases = [
         ("{".to_owned(), 400, ("invalid_json", "")),
-        ("{}".to_owned(), 400, ("invalid_json", "")),
+        ("{}".to_owned(), 400, ("missing", "model")),
         (format!(r#"{{"model":"m","training_file":"{missing}"}}"#), 404, ("not_found", "training_file")),
         (r#"{"model":"m","training_file":"nonsense"}"#.to_owned(), 404, ("not_found", "training_file")),
         (with(""), 404, ("not_found", "model")),

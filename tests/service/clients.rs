@@ -22,7 +22,7 @@ fn the_openai_python_sdk_takes_a_job_from_file_to_adapter() -> Result<()> {
         .env("HOLDFAST_MODEL", MODEL)
         .output()?;
     stop.send(true)?;
-    app.runtime.block_on(worker)?;
+    app.runtime.block_on(worker)??;
     ensure!(output.status.success(), "{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     Ok(())
 }

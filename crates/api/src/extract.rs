@@ -30,6 +30,11 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
         let value = serde_path_to_error::deserialize(&mut json).map_err(|e| {
             let path = e.path().to_string();
             let cause = e.into_inner();
+            let text = cause.to_string();
+            if let Some(field) = text.strip_prefix("missing field `").and_then(|rest| rest.split('`').next()) {
+                let path = if path == "." { field.to_owned() } else { format!("{path}.{field}") };
+                return ApiError::invalid(path.clone(), "missing", format!("{path} is missing"));
+            }
             if cause.is_data() && path != "." {
                 ApiError::invalid(path.clone(), "invalid_type", format!("{path}: {cause}"))
             } else {

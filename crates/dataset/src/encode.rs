@@ -1,6 +1,7 @@
 //! Conversations to token ids with a loss mask.
 
 use holdfast_domain::hyperparameters::LongRows;
+use serde_json::value::RawValue;
 
 use crate::row::Row;
 use crate::template::TemplateError;
@@ -38,10 +39,10 @@ pub struct EncodeOptions {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EncodeError {
     /// A text holds a special token of the model, which would forge a turn.
-    #[error("messages[{message}].content holds the model's special token {token:?}; remove it or spell it differently")]
+    #[error("{place} holds the model's special token {token:?}; remove it or spell it differently")]
     SpecialToken {
-        /// The turn.
-        message: usize,
+        /// Where, as `messages[2].content`.
+        place: String,
         /// The token, which is the model's and not the tenant's text.
         token: String,
     },
@@ -115,13 +116,24 @@ impl ChatTokenizer {
     }
 
     fn refuse_special_tokens(&self, row: &Row<'_>) -> Result<(), EncodeError> {
+        let refuse = |place: String, text: &str| match self.specials.iter().find(|(token, _)| text.contains(token.as_str())) {
+            Some((token, _)) => Err(EncodeError::SpecialToken { place, token: token.clone() }),
+            None => Ok(()),
+        };
+        // JSON may spell a token by escapes, so it is written anew before it is searched.
+        let plain = |json: &RawValue| {
+            serde_json::from_str::<serde_json::Value>(json.get()).map_or_else(|_| String::new(), |v| v.to_string())
+        };
         for (index, message) in row.messages.iter().enumerate() {
-            let Some(content) = &message.content else { continue };
-            if let Some((token, _)) = self.specials.iter().find(|(token, _)| content.contains(token.as_str())) {
-                return Err(EncodeError::SpecialToken { message: index, token: token.clone() });
+            for (field, text) in [("content", &message.content), ("name", &message.name), ("tool_call_id", &message.tool_call_id)]
+            {
+                refuse(format!("messages[{index}].{field}"), text.as_deref().unwrap_or_default())?;
+            }
+            if let Some(calls) = message.tool_calls {
+                refuse(format!("messages[{index}].tool_calls"), &plain(calls))?;
             }
         }
-        Ok(())
+        row.tools.map_or(Ok(()), |tools| refuse("tools".into(), &plain(tools)))
     }
 
     /// The bytes of `text` that turn `index` adds after its header.

@@ -102,11 +102,6 @@ id!(
     EventId,
     "ftevent-"
 );
-id!(
-    /// A worker process.
-    WorkerId,
-    "worker_"
-);
 
 #[cfg(test)]
 mod tests {

@@ -12,6 +12,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::limits::MAX_LOST_WORKERS;
+
 /// What the public contract calls a job's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -168,7 +170,7 @@ impl JobState {
     /// When the job is not being checked.
     pub fn accept_files(self) -> Result<Self, InvalidTransition> {
         match self {
-            Self::ValidatingFiles { .. } => Ok(Self::Queued { attempt: 0 }),
+            Self::ValidatingFiles { attempt } => Ok(Self::Queued { attempt }),
             other => other.refuse("queued"),
         }
     }
@@ -206,29 +208,35 @@ impl JobState {
         Ok(Self::Cancelled)
     }
 
-    /// Its worker was lost, or gave it back: it waits again, or fails once `max_attempts` claims are spent.
+    /// Its worker gives it back: it waits again.
     ///
     /// # Errors
     /// When no worker could have held the job.
-    pub fn release(self, max_attempts: i32) -> Result<Self, InvalidTransition> {
-        let attempt = match self {
-            Self::ValidatingFiles { attempt } | Self::Running { attempt } => attempt,
-            other => return other.refuse("released"),
-        };
-        if attempt >= max_attempts {
+    pub fn give_back(self) -> Result<Self, InvalidTransition> {
+        match self {
+            Self::Running { attempt } => Ok(Self::Queued { attempt }),
+            Self::ValidatingFiles { attempt } => Ok(Self::ValidatingFiles { attempt }),
+            other => other.refuse("released"),
+        }
+    }
+
+    /// Its worker was lost, as the `lost_workers`th of this job: it waits again, or fails once that is too many.
+    ///
+    /// # Errors
+    /// When no worker could have held the job.
+    pub fn lose_worker(self, lost_workers: i32) -> Result<Self, InvalidTransition> {
+        let next = self.give_back()?;
+        if lost_workers >= MAX_LOST_WORKERS {
             return Ok(Self::Failed {
                 error: JobError::new(
                     "worker_lost",
                     format!(
-                        "The worker was lost {attempt} times while it ran this job. Nothing of your data is lost: create the job again, or ask the operator why its workers stop."
+                        "{lost_workers} workers were lost while they ran this job. Nothing of your data is lost: create the job again, or ask the operator why its workers stop."
                     ),
                 ),
             });
         }
-        Ok(match self {
-            Self::Running { .. } => Self::Queued { attempt },
-            same => same,
-        })
+        Ok(next)
     }
 }
 
@@ -239,7 +247,7 @@ mod tests {
     #[test]
     fn the_straight_way_leads_from_upload_to_model() -> Result<(), InvalidTransition> {
         let state = JobState::NEW.claim()?.accept_files()?.claim()?;
-        assert_eq!(state, JobState::Running { attempt: 1 });
+        assert_eq!(state, JobState::Running { attempt: 2 }, "no two claims share a number");
         assert_eq!(state.succeed("ft:x".into(), 10)?.status(), Status::Succeeded);
         Ok(())
     }
@@ -256,16 +264,16 @@ mod tests {
             assert!(end.clone().claim().is_err());
             assert!(end.clone().cancel().is_err());
             assert!(end.clone().fail(JobError::new("x", "y")).is_err());
-            assert!(end.clone().release(3).is_err());
+            assert!(end.clone().lose_worker(1).is_err());
             assert!(end.succeed("ft:y".into(), 1).is_err());
         }
     }
 
     #[test]
-    fn a_lost_worker_gives_the_job_back_until_the_attempts_are_spent() -> Result<(), InvalidTransition> {
-        assert_eq!(JobState::Running { attempt: 2 }.release(3)?, JobState::Queued { attempt: 2 });
-        assert_eq!(JobState::Running { attempt: 3 }.release(3)?.status(), Status::Failed);
-        assert_eq!(JobState::ValidatingFiles { attempt: 1 }.release(3)?, JobState::ValidatingFiles { attempt: 1 });
+    fn a_lost_worker_gives_the_job_back_until_too_many_are_lost() -> Result<(), InvalidTransition> {
+        assert_eq!(JobState::Running { attempt: 9 }.lose_worker(1)?, JobState::Queued { attempt: 9 });
+        assert_eq!(JobState::Running { attempt: 9 }.lose_worker(MAX_LOST_WORKERS)?.status(), Status::Failed);
+        assert_eq!(JobState::ValidatingFiles { attempt: 1 }.lose_worker(1)?, JobState::ValidatingFiles { attempt: 1 });
         Ok(())
     }
 

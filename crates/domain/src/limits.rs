@@ -28,5 +28,5 @@ pub const MAX_METADATA_VALUE_CHARS: usize = 512;
 /// Longest suffix of a fine-tuned model's name, in characters.
 pub const MAX_SUFFIX_CHARS: usize = 64;
 
-/// Times a job is tried before a lost worker fails it.
-pub const MAX_ATTEMPTS: i32 = 3;
+/// Workers a job may lose before it fails.
+pub const MAX_LOST_WORKERS: i32 = 3;

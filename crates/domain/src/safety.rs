@@ -121,6 +121,13 @@ impl RequestedSafety {
                 format!("this deployment trains with rho of at least {}; {rho} is weaker", floor.rho),
             ));
         }
+        if let Some(set) = self.alignment_set.as_ref().filter(|set| **set != floor.alignment_set) {
+            return Err(Invalid::new(
+                "alignment_set",
+                "safety_below_floor",
+                format!("this deployment trains on the alignment set {:?}; {set:?} may be weaker", floor.alignment_set),
+            ));
+        }
         let alignment_set =
             defense.needs_alignment().then(|| self.alignment_set.clone().unwrap_or_else(|| floor.alignment_set.clone()));
         Ok(Safety { defense, rho, kl_positions: self.kl_positions.unwrap_or(KlPositions::Response), alignment_set })
@@ -145,6 +152,7 @@ mod tests {
             RequestedSafety { defense: Some(Defense::None), ..Default::default() },
             RequestedSafety { defense: Some(Defense::KlPenalty), ..Default::default() },
             RequestedSafety { rho: Some(0.5), ..Default::default() },
+            RequestedSafety { alignment_set: Some("small".into()), ..Default::default() },
         ];
         for request in weaker {
             let code = request.resolve(&Floor::default()).map_err(|e| e.code);

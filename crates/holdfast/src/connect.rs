@@ -60,6 +60,8 @@ async fn open(args: &StoreArgs, database_url: &str) -> Result<Store> {
     make_folder(&folder)?;
     let objects =
         LocalFileSystem::new_with_prefix(&folder).with_context(|| format!("cannot use the object store {}", folder.display()))?;
+    // A row must not outlive its bytes when the power goes.
+    let objects = objects.with_fsync(true);
     let store = Store::connect(database_url, Arc::new(objects)).await.context("cannot reach the database (DATABASE_URL)")?;
     store.migrate().await?;
     store.objects().probe().await.with_context(|| format!("cannot write to the object store {}", folder.display()))?;

@@ -29,7 +29,7 @@ pub async fn up(args: &StoreArgs, address: SocketAddr, api: &ApiArgs, worker: &W
         let listener = listen(address).await?;
         let working = tokio::spawn(holdfast_worker::run(store.clone(), config, shutdown.clone()));
         let served = serve_until(listener, AppState { store: store.clone(), settings: Arc::new(settings) }, shutdown).await;
-        working.await?;
+        working.await?.context("the worker failed")?;
         served
     }
     .await;
@@ -64,8 +64,9 @@ pub async fn worker(args: &StoreArgs, worker: &WorkerArgs) -> Result<()> {
     let shutdown = shutdown_signal()?;
     let connection = connect(args).await?;
     tracing::info!(worker = config.name, "looking for jobs");
-    holdfast_worker::run(connection.store.clone(), config, shutdown).await;
-    connection.close().await
+    let outcome = holdfast_worker::run(connection.store.clone(), config, shutdown).await;
+    connection.close().await?;
+    outcome.context("the worker failed")
 }
 
 /// The API on a port of its own, for tests: everything but the signals.

@@ -112,7 +112,8 @@ impl LocalPostgres {
 
     fn wait_until_ready(&mut self) -> Result<(), PostgresError> {
         let since = Instant::now();
-        while !self.cluster.is_ready() {
+        // A killed server leaves a file that says "ready" too; only the one that names this process counts.
+        while !(self.cluster.server_pid() == self.pid() && self.cluster.is_ready()) {
             let ended = self.server.try_wait().map_err(io_error("cannot watch postgres"))?;
             if ended.is_some() || since.elapsed() > START_TIMEOUT {
                 let log = std::fs::read_to_string(self.cluster.log()).unwrap_or_default();
@@ -127,13 +128,16 @@ impl LocalPostgres {
         Ok(())
     }
 
+    fn pid(&self) -> Option<Pid> {
+        i32::try_from(self.server.id()).ok().and_then(Pid::from_raw)
+    }
+
     fn shut_down(&mut self) -> Result<(), PostgresError> {
         let watch = || io_error("cannot watch postgres");
         if self.server.try_wait().map_err(watch())?.is_some() {
             return Ok(());
         }
-        let pid = i32::try_from(self.server.id()).ok().and_then(Pid::from_raw);
-        if let Some(pid) = pid {
+        if let Some(pid) = self.pid() {
             // SIGINT is Postgres' fast shutdown.
             kill_process(pid, Signal::INT).map_err(|e| io_error("cannot stop postgres")(e.into()))?;
         }
@@ -355,6 +359,18 @@ fn is_open_to_all(folder: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_killed_server_starts_again() -> Result<(), Box<dyn std::error::Error>> {
+        let folder = std::env::temp_dir().join(format!("holdfast-postgres-killed-{}", std::process::id()));
+        let mut postgres = LocalPostgres::start(&folder)?;
+        postgres.server.kill()?;
+        postgres.server.wait()?;
+        drop(postgres);
+        LocalPostgres::start(&folder)?.stop()?;
+        std::fs::remove_dir_all(&folder)?;
+        Ok(())
+    }
 
     #[test]
     fn a_cluster_starts_refuses_a_second_user_stops_and_starts_again() -> Result<(), Box<dyn std::error::Error>> {

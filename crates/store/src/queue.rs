@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use holdfast_domain::ids::JobId;
 use holdfast_domain::job::{JobError, JobState};
-use holdfast_domain::limits::MAX_ATTEMPTS;
 use holdfast_domain::model_name;
 use holdfast_domain::progress::{Progress as Line, Step};
 use sqlx::{PgConnection, Postgres, Transaction};
@@ -177,16 +176,22 @@ impl Store {
     /// [`StoreError::Fenced`] when the worker no longer holds the job.
     pub async fn give_back(&self, id: JobId, attempt: i32) -> Result<(), StoreError> {
         let (mut transaction, job) = self.hold(id, attempt).await?;
-        // A worker that stops on purpose spends none of the job's attempts.
-        let next = match job.state.clone() {
-            JobState::Running { attempt } => JobState::Queued { attempt: attempt - 1 },
-            JobState::ValidatingFiles { attempt } => JobState::ValidatingFiles { attempt: attempt - 1 },
-            _ => return Err(StoreError::Fenced),
-        };
+        let next = job.state.clone().give_back()?;
         jobs::write_state(&mut transaction, &job, &next).await?;
         drop_lease(&mut transaction, id).await?;
         events::message(&mut transaction, id, Level::Warn, "The worker was stopped; the job waits for another").await?;
         notify(&mut transaction).await?;
+        Ok(transaction.commit().await?)
+    }
+
+    /// The worker could not go on, through no fault of the job: as if it were lost, but at once.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] when the worker no longer holds the job.
+    pub async fn give_up(&self, id: JobId, attempt: i32) -> Result<(), StoreError> {
+        let (mut transaction, job) = self.hold(id, attempt).await?;
+        drop_lease(&mut transaction, id).await?;
+        lose_worker(&mut transaction, &job).await?;
         Ok(transaction.commit().await?)
     }
 
@@ -229,7 +234,8 @@ impl Store {
                 .execute(&mut *transaction)
                 .await?;
             sqlx::query!(
-                "insert into job_metrics (job_id, attempt, first_step, steps) values ($1, $2, $3, $4)",
+                "insert into job_metrics (job_id, attempt, first_step, steps) values ($1, $2, $3, $4)
+                 on conflict (job_id, attempt, first_step) do update set steps = excluded.steps",
                 id.0,
                 attempt,
                 first.step.cast_signed(),
@@ -311,14 +317,7 @@ impl Store {
             if gone.rows_affected() == 0 {
                 continue;
             }
-            let next = job.state.clone().release(MAX_ATTEMPTS)?;
-            jobs::write_state(&mut transaction, &job, &next).await?;
-            let (level, message) = match &next {
-                JobState::Failed { error } => (Level::Error, error.message.as_str()),
-                _ => (Level::Warn, "The worker was lost; the job waits for another"),
-            };
-            events::message(&mut transaction, id, level, message).await?;
-            notify(&mut transaction).await?;
+            lose_worker(&mut transaction, &job).await?;
             transaction.commit().await?;
             reaped += 1;
         }
@@ -341,6 +340,22 @@ impl Store {
         }
         Ok((transaction, job))
     }
+}
+
+/// Counts a lost worker, and returns the job to the queue or fails it.
+async fn lose_worker(connection: &mut PgConnection, job: &Job) -> Result<(), StoreError> {
+    let lost =
+        sqlx::query_scalar!("update jobs set lost_workers = lost_workers + 1 where id = $1 returning lost_workers", job.id.0)
+            .fetch_one(&mut *connection)
+            .await?;
+    let next = job.state.clone().lose_worker(lost)?;
+    jobs::write_state(connection, job, &next).await?;
+    let (level, message) = match &next {
+        JobState::Failed { error } => (Level::Error, error.message.as_str()),
+        _ => (Level::Warn, "The worker was lost; the job waits for another"),
+    };
+    events::message(connection, job.id, level, message).await?;
+    notify(connection).await
 }
 
 pub(crate) async fn drop_lease(connection: &mut PgConnection, job: JobId) -> Result<(), StoreError> {

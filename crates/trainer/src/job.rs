@@ -106,11 +106,13 @@ fn train(folder: &Path) -> Result<u64> {
     let base = folder.join(paths::BASE);
     let tokenizer = ChatTokenizer::load(&base).map_err(|e| bad_data(format!("{}/{e}", paths::BASE)))?;
     let max_length = h.max_length as usize;
-    let rows = |name: &str, long_rows| read_rows(folder, name, &tokenizer, EncodeOptions { max_length, long_rows });
-    let examples = rows(paths::TRAIN, h.long_rows)?;
-    let validation = if plan.validation { rows(paths::VALIDATION, h.long_rows)? } else { Vec::new() };
-    // The operator's rows are not the tenant's to shorten: one too long for this job's limit is cut, not an error.
-    let alignment = if plan.safety.defense.needs_alignment() { rows(paths::ALIGNMENT, LongRows::Truncate)? } else { Vec::new() };
+    let rows = |name: &str, options| read_rows(folder, name, &tokenizer, options);
+    let tenants = EncodeOptions { max_length, long_rows: h.long_rows };
+    let examples = rows(paths::TRAIN, tenants)?;
+    let validation = if plan.validation { rows(paths::VALIDATION, tenants)? } else { Vec::new() };
+    // The operator's rows are not the tenant's to shorten: a small max_length would cut refusals to nothing.
+    let operators = EncodeOptions { max_length: usize::MAX, long_rows: LongRows::Error };
+    let alignment = if plan.safety.defense.needs_alignment() { rows(paths::ALIGNMENT, operators)? } else { Vec::new() };
 
     let device = device::parse(&plan.device)?;
     let model = Model::load(&base, device::kind(h.precision), device).map_err(|e| bad_data(format!("{}: {e:#}", paths::BASE)))?;

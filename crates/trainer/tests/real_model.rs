@@ -52,7 +52,10 @@ fn token_ids_and_loss_masks_equal_those_of_transformers() -> Result<()> {
         let line = serde_json::json!({ "messages": conversation["messages"] }).to_string();
         let encoded = tokenizer.encode(&Row::parse(line.as_bytes())?, OPTIONS);
         if index == FORGED_TURN {
-            assert_eq!(encoded, Err(EncodeError::SpecialToken { message: 0, token: "<|im_end|>".into() }));
+            assert_eq!(
+                encoded,
+                Err(EncodeError::SpecialToken { place: "messages[0].content".into(), token: "<|im_end|>".into() })
+            );
             continue;
         }
         let encoded = encoded?;

@@ -1,9 +1,10 @@
 //! Claims jobs, keeps their leases, and writes down how they end.
 
+use std::fs::{File, TryLockError};
+use std::path::Path;
 use std::time::Duration;
 
 use holdfast_domain::ids::JobId;
-use holdfast_domain::job::JobError;
 use holdfast_domain::progress::Progress;
 use holdfast_store::queue::{AdapterFile, Claim, Work};
 use holdfast_store::{Listener, Store, StoreError};
@@ -26,7 +27,13 @@ const JOBS: &str = "jobs";
 const BASE_MODELS: &str = "base-models";
 
 /// Works until `shutdown` is true, then gives back what it holds.
-pub async fn run(store: Store, config: WorkerConfig, mut shutdown: watch::Receiver<bool>) {
+///
+/// # Errors
+/// When another worker uses its folder, or the folder cannot be made.
+pub async fn run(store: Store, config: WorkerConfig, mut shutdown: watch::Receiver<bool>) -> std::io::Result<()> {
+    let _alone = lock(&config.folder)?;
+    // What a killed worker left: rows of tenants among it.
+    let _ = tokio::fs::remove_dir_all(config.folder.join(JOBS)).await;
     let housekeeping = tokio::spawn(keep_house(store.clone(), config.lease));
     let mut waker = store.listen().await.ok();
     while !is_now_true(&shutdown) {
@@ -45,6 +52,21 @@ pub async fn run(store: Store, config: WorkerConfig, mut shutdown: watch::Receiv
         }
     }
     housekeeping.abort();
+    Ok(())
+}
+
+/// Keeps the folder to one worker; it is released when the file closes.
+fn lock(folder: &Path) -> std::io::Result<File> {
+    std::fs::create_dir_all(folder)?;
+    let file = File::options().create(true).append(true).open(folder.join("lock"))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::Error(error)) => Err(error),
+        Err(TryLockError::WouldBlock) => {
+            let message = format!("another worker uses {}; give each its own --data-dir", folder.display());
+            Err(std::io::Error::new(std::io::ErrorKind::ResourceBusy, message))
+        }
+    }
 }
 
 /// Claims one job and works on it to its end. Returns whether there was one.
@@ -109,11 +131,9 @@ async fn hold(store: &Store, config: &WorkerConfig, claim: &Claim, shutdown: &wa
         Ok(()) => tracing::info!("done"),
         Err(StoreError::Fenced) => tracing::info!("the job is no longer this worker's"),
         Err(error) => {
-            tracing::error!(%error, "the job could not be worked on");
-            let message = "The worker failed to prepare or finish this job; your data is safe. Create the job again, and tell the operator if it happens twice.";
-            let failed = store.fail(claim.job.id, claim.attempt, JobError::new("worker_failed", message)).await;
-            if let Err(error) = failed {
-                tracing::warn!(%error, "the failure could not be written down; the lease will expire");
+            tracing::error!(%error, "the job could not be worked on; another attempt may");
+            if let Err(error) = store.give_up(claim.job.id, claim.attempt).await {
+                tracing::warn!(%error, "the job could not be given back; its lease will expire");
             }
         }
     }

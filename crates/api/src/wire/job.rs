@@ -28,7 +28,7 @@ pub(crate) struct CreateJob {
     /// A part of the model's name, 1 to 64 characters.
     #[schema(example = "reviews")]
     pub(crate) suffix: Option<String>,
-    /// Decides every random choice of the run; drawn from the job's id when absent.
+    /// Decides every random choice of the run; 42 when absent.
     #[schema(minimum = 0, maximum = 2_147_483_647)]
     pub(crate) seed: Option<u64>,
     /// At most 16 pairs.
