@@ -101,6 +101,7 @@ fn an_unknown_url_and_a_wrong_method_have_the_contract_s_shape() -> Result<()> {
     let app = TestApp::start()?;
     assert_eq!(app.call("GET", "/v1/nothing", None)?.error().0, "unknown_url");
     assert_eq!(app.call("PUT", "/v1/files", None)?.error().0, "method_not_allowed");
+    assert_eq!(app.call("GET", "/v1/files/%FF", None)?.error().0, "invalid_path");
     assert_eq!(app.call("GET", "/v1/files?limit=0", None)?.error(), ("out_of_bounds", "limit"));
     assert_eq!(app.call("GET", "/v1/files?after=x", None)?.error(), ("invalid_cursor", "after"));
     Ok(())

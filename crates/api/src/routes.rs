@@ -15,6 +15,7 @@ use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use crate::extract::Path;
 use crate::handlers::{adapters, files, health, jobs, models};
 use crate::{ApiError, AppState};
 
@@ -94,9 +95,9 @@ pub fn router(state: AppState) -> Router {
 async fn model_with_slashes(
     tenant: crate::auth::Tenant,
     state: axum::extract::State<AppState>,
-    axum::extract::Path((owner, rest)): axum::extract::Path<(String, String)>,
+    Path((owner, rest)): Path<(String, String)>,
 ) -> Result<axum::Json<crate::wire::model::Model>, ApiError> {
-    models::get_model(tenant, state, axum::extract::Path(format!("{owner}/{rest}"))).await
+    models::get_model(tenant, state, Path(format!("{owner}/{rest}"))).await
 }
 
 /// Method, path and request id; never a query string or a header, which may hold what is not ours to log.

@@ -1,5 +1,6 @@
 //! From settings to a store: the database that is named, or a private one.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -58,6 +59,7 @@ async fn open(args: &StoreArgs, database_url: &str) -> Result<Store> {
         },
     };
     make_folder(&folder)?;
+    keep_private(&folder)?;
     let objects =
         LocalFileSystem::new_with_prefix(&folder).with_context(|| format!("cannot use the object store {}", folder.display()))?;
     // A row must not outlive its bytes when the power goes.
@@ -70,6 +72,12 @@ async fn open(args: &StoreArgs, database_url: &str) -> Result<Store> {
 
 fn make_folder(folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))
+}
+
+/// Tenants' rows are in it: nobody but the service may look inside.
+fn keep_private(folder: &Path) -> Result<()> {
+    let closed = std::fs::Permissions::from_mode(0o700);
+    std::fs::set_permissions(folder, closed).with_context(|| format!("cannot close {} to others", folder.display()))
 }
 
 impl Connection {

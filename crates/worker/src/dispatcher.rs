@@ -1,6 +1,7 @@
 //! Claims jobs, keeps their leases, and writes down how they end.
 
 use std::fs::{File, TryLockError};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -58,6 +59,8 @@ pub async fn run(store: Store, config: WorkerConfig, mut shutdown: watch::Receiv
 /// Keeps the folder to one worker; it is released when the file closes.
 fn lock(folder: &Path) -> std::io::Result<File> {
     std::fs::create_dir_all(folder)?;
+    // Tenants' rows are in it: nobody but the service may look inside.
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))?;
     let file = File::options().create(true).append(true).open(folder.join("lock"))?;
     match file.try_lock() {
         Ok(()) => Ok(file),

@@ -6,7 +6,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use holdfast_domain::plan::paths;
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group, set_parent_process_death_signal};
 use tokio::process::{Child, Command};
 
 /// What a trainer may know of its surroundings: never the database, never a key.
@@ -41,7 +41,8 @@ pub(crate) fn launch(program: &Path, folder: &Path) -> std::io::Result<Child> {
     std::fs::create_dir_all(&out)?;
     let log = std::fs::File::create(out.join(LOG))?;
     let inherited = ENVIRONMENT.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
-    Command::new(program)
+    let mut command = Command::new(program);
+    command
         .arg("train")
         .arg(folder)
         .env_clear()
@@ -50,9 +51,17 @@ pub(crate) fn launch(program: &Path, folder: &Path) -> std::io::Result<Child> {
         .stdout(log.try_clone()?)
         .stderr(log)
         .process_group(0)
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|e| std::io::Error::new(e.kind(), format!("cannot run the trainer {}: {e}", program.display())))
+        .kill_on_drop(true);
+    end_with_worker(&mut command);
+    command.spawn().map_err(|e| std::io::Error::new(e.kind(), format!("cannot run the trainer {}: {e}", program.display())))
+}
+
+/// A worker that is killed must not leave a trainer that goes on beside the next attempt.
+#[expect(unsafe_code, reason = "what runs between fork and exec must be async-signal-safe; prctl is")]
+fn end_with_worker(command: &mut Command) {
+    unsafe {
+        command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+    }
 }
 
 /// Ends a trainer: politely, then not.

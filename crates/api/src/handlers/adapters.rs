@@ -1,7 +1,7 @@
 //! A job's adapter, as PEFT, vLLM and `LoRAX` load it: one file, or all of them in a tar.
 
 use axum::body::Body;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
@@ -13,6 +13,7 @@ use http::header;
 
 use crate::auth::Tenant;
 use crate::error::ErrorBody;
+use crate::extract::Path;
 use crate::handlers::jobs::{job_id, not_found};
 use crate::{ApiError, AppState};
 

@@ -2,8 +2,8 @@
 
 use axum::Json;
 use axum::body::Body;
+use axum::extract::State;
 use axum::extract::multipart::{Field, Multipart, MultipartError};
-use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
 use holdfast_dataset::structure::StructureCheck;
 use holdfast_domain::ids::FileId;
@@ -15,7 +15,7 @@ use http::{StatusCode, header};
 
 use crate::auth::Tenant;
 use crate::error::ErrorBody;
-use crate::extract::{self, QueryString};
+use crate::extract::{self, Path, QueryString};
 use crate::wire::file::{DeletedFile, File, ListFiles, Order, UploadForm};
 use crate::wire::list::List;
 use crate::{ApiError, AppState};

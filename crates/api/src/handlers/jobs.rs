@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use holdfast_domain::ids::{EventId, FileId, JobId};
 use holdfast_domain::job::Status;
 use holdfast_domain::{Invalid, model_name, safety::RequestedSafety};
@@ -14,7 +14,7 @@ use utoipa::IntoParams;
 
 use crate::auth::Tenant;
 use crate::error::ErrorBody;
-use crate::extract::{self, JsonBody, QueryString};
+use crate::extract::{self, JsonBody, Path, QueryString};
 use crate::wire::event::Event;
 use crate::wire::job::{CreateJob, Job};
 use crate::wire::list::List;

@@ -1,11 +1,12 @@
 //! Models: the operator's bases and what the project's jobs made of them.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use holdfast_store::StoreError;
 
 use crate::auth::Tenant;
 use crate::error::ErrorBody;
+use crate::extract::Path;
 use crate::wire::list::List;
 use crate::wire::model::Model;
 use crate::{ApiError, AppState};
