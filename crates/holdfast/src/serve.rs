@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use holdfast_api::AppState;
@@ -12,6 +13,9 @@ use tokio::sync::watch;
 use crate::connect::connect;
 use crate::first_start;
 use crate::settings::{ApiArgs, StoreArgs, WorkerArgs};
+
+/// How long requests under way may take when the service stops.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// `holdfast up`.
 ///
@@ -83,12 +87,25 @@ pub async fn listen(address: SocketAddr) -> Result<TcpListener> {
 /// When the listener fails.
 pub async fn serve_until(listener: TcpListener, state: AppState, mut shutdown: watch::Receiver<bool>) -> Result<()> {
     println!("listening on http://{}", listener.local_addr()?);
-    axum::serve(listener, holdfast_api::router(state))
-        .with_graceful_shutdown(async move {
-            let _ = shutdown.wait_for(|down| *down).await;
-        })
-        .await
-        .context("the listener failed")
+    let mut late = shutdown.clone();
+    let served = axum::serve(listener, holdfast_api::router(state)).with_graceful_shutdown(async move {
+        let _ = shutdown.wait_for(|down| *down).await;
+    });
+    let patience = async move {
+        let told = late.wait_for(|down| *down).await.is_ok();
+        if !told {
+            // A sender that is gone will never say it.
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(DRAIN_TIMEOUT).await;
+    };
+    tokio::select! {
+        served = served => served.context("the listener failed"),
+        () = patience => {
+            tracing::warn!("some requests did not end in time and were cut off");
+            Ok(())
+        }
+    }
 }
 
 /// Becomes true at Ctrl-C or SIGTERM.

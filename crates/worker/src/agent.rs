@@ -76,7 +76,7 @@ pub async fn run(
 }
 
 /// Waits for the word to stop. A sender that is gone will never say it.
-async fn stopped(stop: &mut watch::Receiver<Option<Stop>>) -> Stop {
+pub(crate) async fn stopped(stop: &mut watch::Receiver<Option<Stop>>) -> Stop {
     let reason = stop.wait_for(Option::is_some).await.map(|reason| *reason);
     match reason {
         Ok(reason) => reason.unwrap_or(Stop::Lost),

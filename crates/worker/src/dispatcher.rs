@@ -2,10 +2,11 @@
 
 use std::fs::{File, TryLockError};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use holdfast_domain::ids::JobId;
+use holdfast_domain::job::JobError;
 use holdfast_domain::progress::Progress;
 use holdfast_store::queue::{AdapterFile, Claim, Work};
 use holdfast_store::{Listener, Store, StoreError};
@@ -131,7 +132,7 @@ async fn hold(store: &Store, config: &WorkerConfig, claim: &Claim, shutdown: &wa
         never = heart => never,
     };
     match outcome {
-        Ok(()) => tracing::info!("done"),
+        Ok(()) => tracing::info!("let go"),
         Err(StoreError::Fenced) => tracing::info!("the job is no longer this worker's"),
         Err(error) => {
             tracing::error!(%error, "the job could not be worked on; another attempt may");
@@ -188,18 +189,19 @@ async fn work(
     store: &Store,
     config: &WorkerConfig,
     claim: &Claim,
-    stop: watch::Receiver<Option<Stop>>,
+    mut stop: watch::Receiver<Option<Stop>>,
 ) -> Result<(), StoreError> {
-    let folder = JobFolder::create(&config.folder.join(JOBS), claim).await?;
-    folder.fetch_rows(store, claim).await?;
-    let base = base_cache::ensure(store, &config.folder.join(BASE_MODELS), &claim.base, config.cache_bytes).await?;
     let (id, attempt) = (claim.job.id, claim.attempt);
-    if claim.work == Work::Check {
-        return match check::check(claim, &folder, &base).await? {
-            Ok(summary) => store.accept_files(id, attempt, &summary).await,
-            Err(error) => store.fail(id, attempt, error).await,
-        };
-    }
+    let folder = JobFolder::create(&config.folder.join(JOBS), claim).await?;
+    let prepared = tokio::select! {
+        prepared = prepare(store, config, claim, &folder) => prepared?,
+        reason = agent::stopped(&mut stop) => return stopped(store, claim, reason).await,
+    };
+    let base = match prepared {
+        Prepared::Checked(Ok(summary)) => return store.accept_files(id, attempt, &summary).await,
+        Prepared::Checked(Err(error)) => return store.fail(id, attempt, error).await,
+        Prepared::ToTrain { base } => base,
+    };
     folder.complete(store, claim, &base, &config.device).await?;
     let reports = ToStore { store, job: id, attempt };
     match agent::run(config, folder.path(), &reports, stop).await? {
@@ -212,9 +214,37 @@ async fn work(
             }
             store.publish(id, attempt, &files, trained_tokens).await.map(|_| ())
         }
-        Outcome::Failed(error) => store.fail(id, attempt, error).await,
-        Outcome::Stopped(Stop::Lost) => Err(StoreError::Fenced),
-        Outcome::Stopped(Stop::Shutdown) => store.give_back(id, attempt).await,
+        Outcome::Failed(error) => {
+            tracing::warn!(code = error.code, reason = error.message, "the trainer made no adapter");
+            store.fail(id, attempt, error).await
+        }
+        Outcome::Stopped(reason) => stopped(store, claim, reason).await,
+    }
+}
+
+/// What a claim comes to before a trainer is needed.
+enum Prepared {
+    /// The files were checked: what they hold, or why they cannot be used.
+    Checked(Result<String, JobError>),
+    /// The rows and the base model are here.
+    ToTrain { base: PathBuf },
+}
+
+/// Brings the files, and checks them when that is the work.
+async fn prepare(store: &Store, config: &WorkerConfig, claim: &Claim, folder: &JobFolder) -> Result<Prepared, StoreError> {
+    folder.fetch_rows(store, claim).await?;
+    let base = base_cache::ensure(store, &config.folder.join(BASE_MODELS), &claim.base, config.cache_bytes).await?;
+    Ok(match claim.work {
+        Work::Check => Prepared::Checked(check::check(claim, folder, &base).await?),
+        Work::Train => Prepared::ToTrain { base },
+    })
+}
+
+/// Lets go of a claim.
+async fn stopped(store: &Store, claim: &Claim, reason: Stop) -> Result<(), StoreError> {
+    match reason {
+        Stop::Lost => Err(StoreError::Fenced),
+        Stop::Shutdown => store.give_back(claim.job.id, claim.attempt).await,
     }
 }
 
