@@ -69,12 +69,8 @@ pub fn encode_file(
 ) -> std::io::Result<Report> {
     let mut report = Report::default();
     let mut visit = |number: u64, line: Line<'_>| {
-        let outcome = match line {
-            Line::TooLong => Err(format!("is longer than {} bytes", holdfast_domain::limits::MAX_LINE_BYTES)),
-            Line::Whole(bytes) => Row::parse(bytes)
-                .map_err(|e| e.to_string())
-                .and_then(|row| tokenizer.encode(&row, options).map_err(|e| e.to_string())),
-        };
+        let row = Row::parse_line(line).map_err(|e| e.to_string());
+        let outcome = row.and_then(|row| tokenizer.encode(&row, options).map_err(|e| e.to_string()));
         match outcome {
             Ok(example) => {
                 report.rows += 1;

@@ -3,12 +3,14 @@
 
 use std::borrow::Cow;
 
-use holdfast_domain::limits::MAX_MESSAGES_PER_ROW;
+use holdfast_domain::limits::{MAX_LINE_BYTES, MAX_MESSAGES_PER_ROW};
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
+
+use crate::lines::Line;
 
 /// A conversation that has the right shape.
 #[derive(Debug)]
@@ -149,6 +151,17 @@ impl<'a> Row<'a> {
             return wrong("messages", "every assistant turn has weight 0, so there is nothing to learn from");
         }
         Ok(row)
+    }
+
+    /// Reads one line of a file, which may have been too long to keep.
+    ///
+    /// # Errors
+    /// As [`Self::parse`], or when the line was too long.
+    pub fn parse_line(line: Line<'a>) -> Result<Self, RowError> {
+        match line {
+            Line::Whole(bytes) => Self::parse(bytes),
+            Line::TooLong => wrong("", format!("is longer than {MAX_LINE_BYTES} bytes")),
+        }
     }
 
     /// Reads one line that may be a prompt alone, for a model to answer.

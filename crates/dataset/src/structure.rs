@@ -31,13 +31,9 @@ impl StructureCheck {
 }
 
 fn check_line(report: &mut Report, number: u64, line: Line<'_>) {
-    let outcome = match line {
-        Line::TooLong => Err(format!("is longer than {} bytes", holdfast_domain::limits::MAX_LINE_BYTES)),
-        Line::Whole(bytes) => Row::parse(bytes).map(|_| ()).map_err(|e| e.to_string()),
-    };
-    match outcome {
-        Ok(()) => report.rows += 1,
-        Err(message) => report.record(LineError { line: number, message }),
+    match Row::parse_line(line) {
+        Ok(_) => report.rows += 1,
+        Err(error) => report.record(LineError { line: number, message: error.to_string() }),
     }
 }
 

@@ -23,6 +23,20 @@ pub struct BaseModel {
     pub created_at: OffsetDateTime,
 }
 
+struct Row {
+    id: Uuid,
+    name: String,
+    parameter_count: i64,
+    created_at: OffsetDateTime,
+}
+
+impl From<Row> for BaseModel {
+    fn from(row: Row) -> Self {
+        let Row { id, name, parameter_count, created_at } = row;
+        Self { id, name, parameter_count: parameter_count.unsigned_abs(), created_at }
+    }
+}
+
 /// A base model's files, by name, and the hash over all of them.
 #[derive(Debug, Clone)]
 pub struct BaseModelFiles {
@@ -115,16 +129,10 @@ impl Store {
     /// # Errors
     /// When there is none of this name, or the database fails.
     pub async fn base_model(&self, name: &str) -> Result<BaseModel, StoreError> {
-        let row = sqlx::query!("select id, name, parameter_count, created_at from base_models where name = $1", name)
+        let row = sqlx::query_as!(Row, "select id, name, parameter_count, created_at from base_models where name = $1", name)
             .fetch_optional(&self.pool)
-            .await?
-            .ok_or(StoreError::NotFound)?;
-        Ok(BaseModel {
-            id: row.id,
-            name: row.name,
-            parameter_count: row.parameter_count.unsigned_abs(),
-            created_at: row.created_at,
-        })
+            .await?;
+        row.map(BaseModel::from).ok_or(StoreError::NotFound)
     }
 
     /// All base models, by name.
@@ -132,18 +140,10 @@ impl Store {
     /// # Errors
     /// When the database fails.
     pub async fn base_models(&self) -> Result<Vec<BaseModel>, StoreError> {
-        let rows = sqlx::query!("select id, name, parameter_count, created_at from base_models order by name")
+        let rows = sqlx::query_as!(Row, "select id, name, parameter_count, created_at from base_models order by name")
             .fetch_all(&self.pool)
             .await?;
-        Ok(rows
-            .into_iter()
-            .map(|r| BaseModel {
-                id: r.id,
-                name: r.name,
-                parameter_count: r.parameter_count.unsigned_abs(),
-                created_at: r.created_at,
-            })
-            .collect())
+        Ok(rows.into_iter().map(BaseModel::from).collect())
     }
 
     /// Where a base model's files are.
