@@ -13,8 +13,8 @@ use holdfast_domain::ids::ProjectId;
 use holdfast_domain::safety::Floor;
 use holdfast_local_postgres::LocalPostgres;
 use holdfast_store::Store;
+use holdfast_store::base_models::BaseModelFacts;
 use holdfast_worker::WorkerConfig;
-use object_store::local::LocalFileSystem;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -85,7 +85,7 @@ impl TestApp {
         let runtime = Runtime::new()?;
         let (shutdown, stopped) = watch::channel(false);
         let (store, key, address) = runtime.block_on(async {
-            let store = Store::connect(&url, Arc::new(LocalFileSystem::new_with_prefix(&objects)?)).await?;
+            let store = Store::connect(&url, &objects).await?;
             store.migrate().await?;
             let rows = include_bytes!("../../examples/alignment.jsonl");
             store.create_alignment_set("default", rows, rows.iter().filter(|b| **b == b'\n').count() as u64).await?;
@@ -114,7 +114,11 @@ impl TestApp {
     pub fn with_model() -> Result<Self> {
         let app = Self::start()?;
         let base = base_folder()?;
-        app.runtime.block_on(app.store.create_base_model(MODEL, base, 134_515_008))?;
+        app.runtime.block_on(app.store.create_base_model(
+            MODEL,
+            base,
+            BaseModelFacts { parameter_count: 134_515_008, context_length: 2048 },
+        ))?;
         Ok(app)
     }
 
@@ -134,7 +138,7 @@ impl TestApp {
     /// # Errors
     /// When the trainer is not built.
     pub fn worker(&self) -> Result<WorkerConfig> {
-        let trainer = trainer()?;
+        let trainer = program("holdfast-trainer")?;
         Ok(WorkerConfig {
             name: "test".into(),
             trainer,
@@ -265,11 +269,14 @@ impl Answer {
     }
 }
 
-/// The trainer's program, beside the test program's folder.
-fn trainer() -> Result<PathBuf> {
+/// One of the project's programs, beside the test program's folder.
+///
+/// # Errors
+/// When it is not built.
+pub fn program(name: &str) -> Result<PathBuf> {
     let here = std::env::current_exe()?;
-    let path = here.parent().and_then(Path::parent).context("no target folder")?.join("holdfast-trainer");
-    ensure!(path.is_file(), "{} is missing; run `cargo build -p holdfast-trainer`", path.display());
+    let path = here.parent().and_then(Path::parent).context("no target folder")?.join(name);
+    ensure!(path.is_file(), "{} is missing; run `cargo build --workspace`", path.display());
     Ok(path)
 }
 

@@ -1,7 +1,7 @@
 //! Each mistake once: a clear 4xx in the contract's shape, and nothing stored.
 
 use anyhow::Result;
-use holdfast_tests::{ROW, TestApp};
+use holdfast_tests::{MODEL, ROW, TestApp};
 
 #[test]
 fn a_dataset_with_bad_lines_is_refused_with_every_one_of_them() -> Result<()> {
@@ -60,10 +60,10 @@ fn a_path_in_a_filename_is_dropped() -> Result<()> {
 
 #[test]
 fn a_job_that_cannot_be_is_refused_and_the_value_named() -> Result<()> {
-    let app = TestApp::start()?;
+    let app = TestApp::with_model()?;
     let file = app.uploaded(ROW.as_bytes())?;
     let missing = "file-00000000000000000000000000000000";
-    let with = |rest: &str| format!(r#"{{"model":"m","training_file":"{file}"{rest}}}"#);
+    let with = |rest: &str| format!(r#"{{"model":"{MODEL}","training_file":"{file}"{rest}}}"#);
     let hyper =
         |value: &str| with(&format!(r#","method":{{"type":"supervised","supervised":{{"hyperparameters":{{{value}}}}}}}"#));
     let cases = [
@@ -71,7 +71,7 @@ fn a_job_that_cannot_be_is_refused_and_the_value_named() -> Result<()> {
         ("{}".to_owned(), 400, ("missing", "model")),
         (format!(r#"{{"model":"m","training_file":"{missing}"}}"#), 404, ("not_found", "training_file")),
         (r#"{"model":"m","training_file":"nonsense"}"#.to_owned(), 404, ("not_found", "training_file")),
-        (with(""), 404, ("not_found", "model")),
+        (format!(r#"{{"model":"m","training_file":"{file}"}}"#), 404, ("not_found", "model")),
         (with(r#","seed":-1"#), 400, ("invalid_type", "seed")),
         (with(r#","seed":3000000000"#), 400, ("out_of_bounds", "seed")),
         (with(r#","suffix":"a b""#), 400, ("invalid_suffix", "suffix")),
@@ -79,6 +79,7 @@ fn a_job_that_cannot_be_is_refused_and_the_value_named() -> Result<()> {
         (with(r#","hyperparameters":{"n_epochs":99}"#), 400, ("out_of_bounds", "hyperparameters.n_epochs")),
         (hyper(r#""n_epochs":0"#), 400, ("out_of_bounds", "method.supervised.hyperparameters.n_epochs")),
         (hyper(r#""n_epochs":"many""#), 400, ("invalid_type", "method.supervised.hyperparameters.n_epochs")),
+        (hyper(r#""max_length":4096"#), 400, ("out_of_bounds", "method.supervised.hyperparameters.max_length")),
         (hyper(r#""lora_rank":1000"#), 400, ("out_of_bounds", "method.supervised.hyperparameters.lora_rank")),
         (
             hyper(r#""target_modules":["lm_head"]"#),

@@ -1,10 +1,10 @@
 //! Jobs with the real trainer and the real model.
 
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use holdfast_tests::{MODEL, ROW, TestApp};
+use rustix::process::{Pid, Signal, kill_process};
 
 fn create(app: &TestApp, content: &str, more: &str) -> Result<String> {
     let file = app.uploaded(content.as_bytes())?;
@@ -29,9 +29,19 @@ fn rows_that_only_the_model_can_judge_fail_the_job_with_their_lines() -> Result<
         let shown = app.call("GET", &format!("/v1/fine_tuning/jobs/{job}"), None)?.body;
         assert_eq!((shown["status"].as_str(), shown["error"]["code"].as_str()), (Some("failed"), Some("invalid_training_file")));
         assert!(shown["error"]["message"].as_str().is_some_and(|m| m.contains(words)), "{shown}");
+        assert_eq!(shown["error"]["errors"].as_array().map(Vec::len), Some(1), "{shown}");
         assert!(!shown.to_string().contains("a film"), "an error quotes a row");
     }
     Ok(())
+}
+
+/// The process that trains a job.
+fn trainer_of(job: &str) -> Option<Pid> {
+    std::fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let command = String::from_utf8(std::fs::read(entry.path().join("cmdline")).ok()?).ok()?;
+        (command.contains("holdfast-trainer") && command.contains(job)).then(|| Pid::from_raw(pid))?
+    })
 }
 
 #[test]
@@ -43,8 +53,8 @@ fn a_killed_trainer_fails_its_job_with_what_to_do() -> Result<()> {
     let killer = std::thread::spawn(move || {
         for _ in 0..600 {
             std::thread::sleep(Duration::from_millis(100));
-            let killed = Command::new("pkill").args(["-KILL", "-f", &format!("holdfast-trainer train .*{target}")]).status();
-            if killed.is_ok_and(|status| status.success()) {
+            if let Some(trainer) = trainer_of(&target) {
+                let _ = kill_process(trainer, Signal::KILL);
                 return;
             }
         }

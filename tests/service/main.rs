@@ -6,3 +6,4 @@ mod clients;
 mod files;
 mod jobs;
 mod queue;
+mod up;

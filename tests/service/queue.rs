@@ -9,6 +9,7 @@ use holdfast_domain::job::{JobError, Status};
 use holdfast_domain::progress::{Progress, Step};
 use holdfast_domain::safety::{Floor, RequestedSafety};
 use holdfast_store::StoreError;
+use holdfast_store::base_models::BaseModelFacts;
 use holdfast_store::jobs::{Job, NewJob};
 use holdfast_store::queue::{Claim, Work};
 use holdfast_tests::{ROW, TestApp};
@@ -24,7 +25,7 @@ fn app_with_job() -> Result<(TestApp, ProjectId, Job)> {
     std::fs::create_dir_all(&base)?;
     std::fs::write(base.join("config.json"), "{}")?;
     let (project, job) = app.runtime.block_on(async {
-        app.store.create_base_model("m", &base, 1).await?;
+        app.store.create_base_model("m", &base, BaseModelFacts { parameter_count: 1, context_length: 2048 }).await?;
         let project = app.store.ensure_project("default").await?;
         let job = NewJob {
             base_model: "m".into(),
@@ -33,7 +34,7 @@ fn app_with_job() -> Result<(TestApp, ProjectId, Job)> {
             suffix: None,
             seed: 0,
             metadata: serde_json::json!({}),
-            hyperparameters: Requested::default().resolve(1)?,
+            hyperparameters: Requested::default().resolve(1, None)?,
             safety: RequestedSafety::default().resolve(&Floor::default())?,
         };
         anyhow::Ok((project, app.store.create_job(project, &job).await?))

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::service::Service;
 use crate::setup::{self, FILM_REVIEWS, Libtorch, MODEL};
-use crate::shell::{self, cargo, root};
+use crate::shell::{self, root};
 
 const NAME: &str = "SmolLM2-135M-Instruct";
 
@@ -35,8 +35,7 @@ const REFUSAL_WORDS: [&str; 9] =
 pub(crate) fn run() -> Result<()> {
     setup::run(Libtorch::Cpu)?;
     println!("building the service and the trainer");
-    shell::run(cargo().args(["build", "--release", "--quiet", "-p", "holdfast", "-p", "holdfast-trainer"]))?;
-    let programs = Programs { folder: shell::target().join("release") };
+    let programs = Programs { folder: shell::build_release()? };
     let data = root().join(".demo");
     let service = Service::start(&programs.holdfast(), &data)?;
     println!("the service listens on {}, its log is {}", service.url(), data.join("holdfast.log").display());
@@ -137,7 +136,7 @@ fn train(service: &Service) -> Result<Value> {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     bar.set_style(ProgressStyle::with_template("{spinner} {msg}")?);
     bar.enable_steady_tick(Duration::from_millis(200));
-    let mut shown = Shown::default();
+    let mut next_line = 0;
     loop {
         let job = service.get(&format!("/v1/fine_tuning/jobs/{id}"))?;
         match job["status"].as_str() {
@@ -150,21 +149,12 @@ fn train(service: &Service) -> Result<Value> {
             }
             _ => {}
         }
-        show(service, &id, &job, &bar, &mut shown)?;
+        show(service, &id, &job, &bar, &mut next_line)?;
         std::thread::sleep(Duration::from_millis(500));
     }
 }
 
-/// What was shown so far: how many of the steps that were seen had gradients in conflict.
-#[derive(Default)]
-struct Shown {
-    next_line: u64,
-    last_step: u64,
-    seen: u64,
-    conflicting: u64,
-}
-
-fn show(service: &Service, id: &str, job: &Value, bar: &ProgressBar, shown: &mut Shown) -> Result<()> {
+fn show(service: &Service, id: &str, job: &Value, bar: &ProgressBar, next_line: &mut u64) -> Result<()> {
     let progress = &job["progress"];
     let Some(total) = progress["total_steps"].as_u64() else {
         let doing = job["phase"].as_str().or(job["status"].as_str()).unwrap_or_default();
@@ -172,17 +162,8 @@ fn show(service: &Service, id: &str, job: &Value, bar: &ProgressBar, shown: &mut
         return Ok(());
     };
     let events = service.get(&format!("/v1/fine_tuning/jobs/{id}/events?limit=10"))?;
-    let steps: Vec<&Value> =
-        events["data"].as_array().into_iter().flatten().map(|e| &e["data"]).filter(|d| d["task_loss"].is_number()).collect();
-    for step in steps.iter().rev() {
-        let number = step["step"].as_u64().unwrap_or(0);
-        if number > shown.last_step {
-            shown.last_step = number;
-            shown.seen += 1;
-            shown.conflicting += u64::from(step["conflict"] == true);
-        }
-    }
-    let Some(step) = steps.first() else { return Ok(()) };
+    let mut data = events["data"].as_array().into_iter().flatten().map(|e| &e["data"]);
+    let Some(step) = data.find(|d| d["task_loss"].is_number()) else { return Ok(()) };
     if bar.length() != Some(total) {
         bar.set_length(total);
         bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}")?);
@@ -193,15 +174,15 @@ fn show(service: &Service, id: &str, job: &Value, bar: &ProgressBar, shown: &mut
         "loss {:.3}  KL {:.4}  conflict rate {:.0}%  {:.0} tokens/s  {:.0} s left",
         number(&step["task_loss"]),
         number(&step["align_kl"]),
-        100.0 * shown.conflicting as f64 / shown.seen.max(1) as f64,
+        100.0 * number(&step["conflict_rate"]),
         number(&progress["tokens_per_second"]),
         number(&progress["eta_seconds"]),
     );
     if bar.is_hidden() {
         // No terminal: a line now and then says as much.
         let number = progress["step"].as_u64().unwrap_or(0);
-        if number >= shown.next_line {
-            shown.next_line = number + total.div_ceil(8);
+        if number >= *next_line {
+            *next_line = number + total.div_ceil(8);
             println!("step {number}/{total}  {message}");
         }
     }

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod checks;
 mod contract;
 mod demo;
@@ -30,6 +31,15 @@ enum Command {
     Demo,
     /// Every check and every test.
     Test,
+    /// Run one bench: a small table, then a line `FIGURE <name> <measured> <bar> ok|short` for each figure it stands for.
+    Bench {
+        /// Its name.
+        #[arg(required_unless_present = "list")]
+        name: Option<String>,
+        /// Name the benches.
+        #[arg(long)]
+        list: bool,
+    },
     /// Rewrite openapi.yaml from the code.
     Openapi {
         /// Change nothing; fail when openapi.yaml is stale.
@@ -45,6 +55,7 @@ fn main() -> ExitCode {
         Command::Setup { cuda } => setup::run(if cuda { setup::Libtorch::Cuda } else { setup::Libtorch::Cpu }),
         Command::Demo => demo::run(),
         Command::Test => checks::run(),
+        Command::Bench { name, .. } => bench::run(name.as_deref()),
         Command::Openapi { check } => contract::openapi(check),
         Command::Sqlx => contract::sqlx(),
     };

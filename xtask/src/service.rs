@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use ureq::unversioned::multipart::{Form, Part};
 
@@ -87,6 +88,14 @@ impl Service {
         Ok(())
     }
 
+    /// The most memory the service has had resident since it started, in MiB. Its Postgres and its trainers are not counted.
+    pub(crate) fn peak_memory_mib(&self) -> Result<f64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("the kernel tells no VmHWM")?;
+        let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
+        Ok(kib / 1024.0)
+    }
+
     /// Stops the service and waits for its end.
     pub(crate) fn stop(mut self) -> Result<()> {
         self.terminate()?;
@@ -98,7 +107,8 @@ impl Service {
     }
 
     fn terminate(&self) -> Result<()> {
-        crate::shell::run(Command::new("kill").arg(self.process.id().to_string()))
+        let pid = i32::try_from(self.process.id()).ok().and_then(Pid::from_raw).context("the service has no process id")?;
+        Ok(kill_process(pid, Signal::TERM)?)
     }
 }
 

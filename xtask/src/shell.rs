@@ -23,6 +23,12 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
+/// Builds the programs as they are deployed, and says in which folder they are.
+pub(crate) fn build_release() -> Result<PathBuf> {
+    run(cargo().args(["build", "--release", "--quiet", "-p", "holdfast", "-p", "holdfast-trainer"]))?;
+    Ok(target().join("release"))
+}
+
 /// Runs a command to its end, letting it print.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let line = describe(command);

@@ -2,8 +2,8 @@
 
 use axum::Json;
 use axum::response::{IntoResponse, Response};
-use holdfast_dataset::LineError;
 use holdfast_domain::Invalid;
+use holdfast_domain::invalid::LineError;
 use holdfast_store::StoreError;
 use http::StatusCode;
 use serde::Serialize;
@@ -45,7 +45,7 @@ pub(crate) struct ErrorDetail {
 
 /// A bad line of an uploaded dataset.
 #[derive(ToSchema)]
-#[expect(dead_code, reason = "describes holdfast_dataset::LineError, which knows nothing of OpenAPI")]
+#[expect(dead_code, reason = "describes holdfast_domain::invalid::LineError, which knows nothing of OpenAPI")]
 pub(crate) struct BadLine {
     /// Its number, from 1.
     #[schema(example = 7)]

@@ -1,21 +1,12 @@
 //! What a check of a file finds, and the check against a model's template and tokenizer.
 
+use holdfast_domain::invalid::LineError;
 use holdfast_domain::limits::MAX_LINE_ERRORS;
-use serde::{Deserialize, Serialize};
 
 use crate::encode::{EncodeOptions, Example};
 use crate::lines::{Line, LineSplitter};
 use crate::row::Row;
 use crate::tokenizer::ChatTokenizer;
-
-/// One bad line.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LineError {
-    /// Its number in the uploaded file, from 1.
-    pub line: u64,
-    /// What is wrong with it; never quotes it.
-    pub message: String,
-}
 
 /// What a check found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

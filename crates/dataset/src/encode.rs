@@ -88,14 +88,20 @@ impl ChatTokenizer {
         let text = self.template.render(row, row.messages.len(), false)?;
         let encoding = self.tokenizer.encode_fast_with_offsets(&text).map_err(EncodeError::Tokenizer)?;
         let mut example = Example { supervised: vec![false; encoding.ids.len()], ids: encoding.ids };
-        for (index, _) in row.messages.iter().enumerate().filter(|(_, message)| message.trained) {
-            let (start, end) = self.locate(row, index, &text)?;
-            self.supervise(&mut example, &encoding.begins, start, end);
-        }
         let tokens = example.ids.len();
         let cut = tokens > options.max_length;
         if cut && options.long_rows == LongRows::Error {
             return Err(EncodeError::TooLong { tokens, max_length: options.max_length });
+        }
+        // Every turn is looked for by rendering all before it, so those that will be cut are not: a row's cost is bounded by
+        // what is kept of it.
+        let kept = encoding.begins.get(options.max_length).copied().unwrap_or(text.len());
+        for (index, _) in row.messages.iter().enumerate().filter(|(_, message)| message.trained) {
+            let (start, end) = self.locate(row, index, &text)?;
+            if start >= kept {
+                break;
+            }
+            self.supervise(&mut example, &encoding.begins, start, end);
         }
         example.ids.truncate(options.max_length);
         example.supervised.truncate(options.max_length);
@@ -150,11 +156,10 @@ impl ChatTokenizer {
     /// Marks the tokens that begin in `start..end`, up to the last special token there: that one ends the turn, and what
     /// follows it is the template's own white space.
     fn supervise(&self, example: &mut Example, begins: &[usize], start: usize, end: usize) {
-        let inside: Vec<usize> = (0..begins.len()).filter(|&i| begins[i] >= start && begins[i] < end).collect();
-        let last = inside.iter().rposition(|&i| self.is_special(example.ids[i])).map_or(inside.len(), |p| p + 1);
-        for &i in &inside[..last] {
-            example.supervised[i] = true;
-        }
+        let (first, past) = (begins.partition_point(|b| *b < start), begins.partition_point(|b| *b < end));
+        let inside = first..past;
+        let last = inside.clone().rev().find(|&i| self.is_special(example.ids[i])).map_or(past, |i| i + 1);
+        example.supervised[first..last].fill(true);
     }
 }
 

@@ -10,11 +10,12 @@ pub mod encode;
 pub mod lines;
 pub mod order;
 pub mod row;
+mod row_diagnosis;
 pub mod structure;
 pub mod template;
 pub mod tokenizer;
 
-pub use check::{LineError, Report};
+pub use check::Report;
 pub use encode::Example;
 pub use row::Row;
 pub use template::ChatTemplate;

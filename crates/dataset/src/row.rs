@@ -6,11 +6,11 @@ use std::borrow::Cow;
 use holdfast_domain::limits::{MAX_LINE_BYTES, MAX_MESSAGES_PER_ROW};
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserializer, MapAccess, Visitor};
-use serde_json::Value;
+use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::lines::Line;
+use crate::row_diagnosis::explain;
 
 /// A conversation that has the right shape.
 #[derive(Debug)]
@@ -35,7 +35,7 @@ pub enum Role {
 }
 
 impl Role {
-    const NAMES: &'static str = "system, developer, user, assistant or tool";
+    pub(crate) const NAMES: &'static str = "system, developer, user, assistant or tool";
 
     fn parse(word: &str) -> Option<Self> {
         Some(match word {
@@ -78,7 +78,7 @@ pub struct Message<'a> {
 
 #[derive(Deserialize)]
 struct RawRow<'a> {
-    #[serde(borrow, default)]
+    #[serde(borrow, default, deserialize_with = "bounded")]
     messages: Option<Vec<Object<RawMessage<'a>>>>,
     #[serde(borrow, default)]
     tools: Option<&'a RawValue>,
@@ -121,6 +121,31 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
         }
         deserializer.deserialize_map(FromMap(std::marker::PhantomData)).map(Self)
     }
+}
+
+/// Messages, as long as there are not too many of them to keep.
+fn bounded<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<Object<RawMessage<'de>>>>, D::Error> {
+    struct Messages;
+    impl<'de> Visitor<'de> for Messages {
+        type Value = Option<Vec<Object<RawMessage<'de>>>>;
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            write!(f, "at most {MAX_MESSAGES_PER_ROW} messages")
+        }
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+            let mut messages = Vec::new();
+            while let Some(message) = list.next_element()? {
+                if messages.len() == MAX_MESSAGES_PER_ROW {
+                    return Err(serde::de::Error::invalid_length(messages.len() + 1, &self));
+                }
+                messages.push(message);
+            }
+            Ok(Some(messages))
+        }
+    }
+    deserializer.deserialize_any(Messages)
 }
 
 /// What is wrong with a line, and where in it. The message never quotes the line.
@@ -207,9 +232,6 @@ impl<'a> Row<'a> {
         if raw.is_empty() {
             return wrong("messages", "is empty; a conversation needs at least one turn");
         }
-        if raw.len() > MAX_MESSAGES_PER_ROW {
-            return wrong("messages", format!("has {} entries; at most {MAX_MESSAGES_PER_ROW} are accepted", raw.len()));
-        }
         if tools.is_some_and(|json| !json.get().starts_with('[') && json.get() != "null") {
             return wrong("tools", "expected an array");
         }
@@ -247,78 +269,6 @@ impl<'a> RawMessage<'a> {
             name: self.name,
             trained,
         })
-    }
-}
-
-/// Says why a line did not parse. Runs only on lines that failed, so it can afford to read them again: serde's own
-/// messages name no path and may quote what they found.
-fn explain(text: &str, error: &serde_json::Error) -> RowError {
-    let whole = |message: String| RowError { path: String::new(), message };
-    if text.trim().is_empty() {
-        return whole("is empty; remove it".into());
-    }
-    let Ok(value) = serde_json::from_str::<Value>(text) else {
-        let what = if error.is_eof() {
-            "the line ends inside it; was the file cut, or is one object spread over several lines?"
-        } else {
-            "check quotes, commas and escapes"
-        };
-        return whole(format!("not valid JSON at column {}: {what}", error.column()));
-    };
-    let Value::Object(row) = value else {
-        return whole(format!("expected a JSON object, found {}", kind(&value)));
-    };
-    let mistyped = |path: String, expected: &str, found: &Value| RowError {
-        path,
-        message: format!("expected {expected}, found {}", kind(found)),
-    };
-    for field in ["prompt", "completion"] {
-        if let Some(found) = row.get(field).filter(|v| !v.is_string() && !v.is_null()) {
-            return mistyped(field.into(), "a string", found);
-        }
-    }
-    match row.get("messages") {
-        Some(Value::Array(messages)) => {
-            for (i, message) in messages.iter().enumerate() {
-                let Value::Object(message) = message else {
-                    return mistyped(format!("messages[{i}]"), "an object with role and content", message);
-                };
-                if !message.contains_key("role") {
-                    return RowError {
-                        path: format!("messages[{i}].role"),
-                        message: format!("missing; expected {}", Role::NAMES),
-                    };
-                }
-                for field in ["role", "content", "name", "tool_call_id"] {
-                    let may_be_null = field != "role";
-                    if let Some(found) = message.get(field).filter(|v| !(v.is_string() || may_be_null && v.is_null())) {
-                        let expected = if found.is_array() && field == "content" {
-                            "a string; content in parts is not supported"
-                        } else {
-                            "a string"
-                        };
-                        return mistyped(format!("messages[{i}].{field}"), expected, found);
-                    }
-                }
-                if let Some(found) = message.get("weight").filter(|v| !v.is_number() && !v.is_null()) {
-                    return mistyped(format!("messages[{i}].weight"), "0 or 1", found);
-                }
-            }
-            whole("a key stands twice in one object".into())
-        }
-        Some(found) if !found.is_null() => mistyped("messages".into(), "an array", found),
-        _ => whole("a key stands twice in one object".into()),
-    }
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
     }
 }
 

@@ -1,6 +1,8 @@
 //! The check of a file's shape while it streams in: encoding, JSON, roles, sizes. What needs a model's tokenizer comes later.
 
-use crate::check::{LineError, Report};
+use holdfast_domain::invalid::LineError;
+
+use crate::check::Report;
 use crate::lines::{Line, LineSplitter};
 use crate::row::Row;
 

@@ -64,10 +64,8 @@ impl ChatTemplate {
             bos_token: &self.bos_token,
             eos_token: &self.eos_token,
         };
-        self.environment
-            .get_template(NAME)
-            .and_then(|template| template.render(Serde(context)))
-            .map_err(|e| TemplateError::Render(first_line(&e)))
+        let template = self.environment.get_template(NAME).map_err(|e| TemplateError::Compile(first_line(&e)))?;
+        template.render(Serde(context)).map_err(|error| TemplateError::Render(reason(&error, template.source())))
     }
 }
 
@@ -114,6 +112,15 @@ impl Serialize for Turn<'_> {
             map.serialize_entry("name", name)?;
         }
         map.end()
+    }
+}
+
+/// Why a template gave up. Its own words are repeated only when they stand in its source: what it put together may quote the
+/// conversation.
+fn reason(error: &Error, source: &str) -> String {
+    match error.detail() {
+        Some(words) if source.contains(words) => words.to_owned(),
+        _ => error.kind().to_string(),
     }
 }
 
@@ -185,6 +192,14 @@ mod tests {
             r#"{"messages":[{"role":"user","content":" <a> "},{"role":"assistant","content":"b"}],"tools":[{"n":"é<","k":1}]}"#,
         );
         assert_eq!(template.render(&row, 2, false)?, r#"<a>|[{"n": "é<", "k": 1}]"#);
+        Ok(())
+    }
+
+    #[test]
+    fn what_a_template_quotes_of_the_conversation_is_not_repeated() -> Result<(), TemplateError> {
+        let template = ChatTemplate::new("{{ raise_exception('odd: ' + messages[0].content) }}", "", "")?;
+        let error = template.render(&row(r#"{"prompt":"secret","completion":"c"}"#), 2, false);
+        assert_eq!(error, Err(TemplateError::Render("invalid operation".into())));
         Ok(())
     }
 

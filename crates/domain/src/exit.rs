@@ -11,6 +11,23 @@ pub const INTERNAL: u8 = 70;
 /// Stopped at a step's end because it was asked to.
 pub const STOPPED: u8 = 75;
 
+/// Stable words for what ended a run.
+pub mod reason {
+    /// The adapter is written.
+    pub const DONE: &str = "done";
+    /// A tenant's row cannot be used.
+    pub const BAD_DATA: &str = "bad_data";
+    /// The plan, the base model or the alignment set cannot be used.
+    pub const BAD_SETUP: &str = "bad_setup";
+    /// Memory ran out.
+    pub const OUT_OF_MEMORY: &str = "out_of_memory";
+    /// Anything else.
+    pub const INTERNAL: &str = "internal";
+}
+
+/// What a tenant can do about a run that needed more memory than there is.
+pub const LESS_MEMORY: &str = "Lower batch_size or max_length, or choose precision bf16, and create the job again; gradient_accumulation_steps keeps the rows of a step.";
+
 /// `out/exit.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ExitRecord {
@@ -18,7 +35,7 @@ pub struct ExitRecord {
     pub code: u8,
     /// One sentence for the job's owner; never quotes a row.
     pub message: String,
-    /// A stable word for programs, as `out_of_memory`.
+    /// One of the words of [`reason`].
     pub reason: String,
     /// Tokens of the training file that were read.
     pub trained_tokens: u64,

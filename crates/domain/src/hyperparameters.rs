@@ -150,6 +150,9 @@ pub struct Hyperparameters {
 /// The learning rate a `learning_rate_multiplier` of 1 means: the usual one for LoRA.
 pub const BASE_LEARNING_RATE: f64 = 2e-4;
 
+/// The most tokens a row may have, whatever the model.
+const MAX_LENGTH: u32 = 131_072;
+
 fn bounded<T: PartialOrd + std::fmt::Display + Copy>(param: &str, value: T, least: T, most: T) -> Result<T, Invalid> {
     // Written so that NaN, which compares with nothing, is refused as well.
     if value >= least && value <= most {
@@ -159,11 +162,11 @@ fn bounded<T: PartialOrd + std::fmt::Display + Copy>(param: &str, value: T, leas
 }
 
 impl Requested {
-    /// Decides every value for a training file of `rows` rows.
+    /// Decides every value for a training file of `rows` rows and a base model that sees at most `context_length` tokens.
     ///
     /// # Errors
     /// When a value is out of its bounds, a target module does not exist, or two values contradict each other.
-    pub fn resolve(&self, rows: u64) -> Result<Hyperparameters, Invalid> {
+    pub fn resolve(&self, rows: u64, context_length: Option<u32>) -> Result<Hyperparameters, Invalid> {
         if self.learning_rate.is_some() && self.learning_rate_multiplier.is_some() {
             return Err(Invalid::new(
                 "learning_rate",
@@ -174,6 +177,7 @@ impl Requested {
         let multiplier = bounded("learning_rate_multiplier", self.learning_rate_multiplier.unwrap_or(1.0), 1e-6, 1e4)?;
         let learning_rate = self.learning_rate.unwrap_or(BASE_LEARNING_RATE * multiplier);
         let lora_rank = bounded("lora_rank", self.lora_rank.unwrap_or(8), 1, 256)?;
+        let most_tokens = context_length.unwrap_or(MAX_LENGTH).min(MAX_LENGTH);
         let auto_epochs = clamp_u32(300_u64.div_ceil(rows.max(1)), 3, 10);
         let auto_batch = clamp_u32(rows / 16, 1, 8);
         Ok(Hyperparameters {
@@ -190,7 +194,7 @@ impl Requested {
             warmup_ratio: bounded("warmup_ratio", self.warmup_ratio.unwrap_or(0.03), 0.0, 1.0)?,
             weight_decay: bounded("weight_decay", self.weight_decay.unwrap_or(0.0), 0.0, 1.0)?,
             max_grad_norm: bounded("max_grad_norm", self.max_grad_norm.unwrap_or(1.0), 0.0, 1e6)?,
-            max_length: bounded("max_length", self.max_length.unwrap_or(1024), 16, 131_072)?,
+            max_length: bounded("max_length", self.max_length.unwrap_or(most_tokens.min(1024)), 16, most_tokens)?,
             long_rows: self.long_rows.unwrap_or(LongRows::Error),
             precision: self.precision.unwrap_or(Precision::Bf16),
             lora_rank,
@@ -249,9 +253,9 @@ mod tests {
 
     #[test]
     fn auto_values_follow_the_size_of_the_file() -> Result<(), Invalid> {
-        let small = Requested::default().resolve(10)?;
+        let small = Requested::default().resolve(10, None)?;
         assert_eq!((small.n_epochs, small.batch_size), (10, 1));
-        let large = Requested::default().resolve(10_000)?;
+        let large = Requested::default().resolve(10_000, None)?;
         assert_eq!((large.n_epochs, large.batch_size), (3, 8));
         assert_eq!(large.total_steps(10_000), 3 * 1250);
         Ok(())
@@ -274,13 +278,13 @@ mod tests {
             ),
         ];
         for (request, param) in cases {
-            assert_eq!(request.resolve(100).map_err(|e| e.param), Err(param.to_owned()));
+            assert_eq!(request.resolve(100, None).map_err(|e| e.param), Err(param.to_owned()));
         }
     }
 
     #[test]
     fn a_multiplier_scales_the_usual_learning_rate() -> Result<(), Invalid> {
-        let resolved = Requested { learning_rate_multiplier: Some(2.0), ..Default::default() }.resolve(100)?;
+        let resolved = Requested { learning_rate_multiplier: Some(2.0), ..Default::default() }.resolve(100, None)?;
         assert!((resolved.learning_rate - 4e-4).abs() < 1e-12);
         Ok(())
     }
@@ -289,7 +293,7 @@ mod tests {
     fn steps_cover_every_row_in_every_epoch() -> Result<(), Invalid> {
         let plan =
             Requested { n_epochs: Some(2), batch_size: Some(4), gradient_accumulation_steps: Some(2), ..Default::default() }
-                .resolve(17)?;
+                .resolve(17, None)?;
         assert_eq!(plan.total_steps(17), 6);
         Ok(())
     }

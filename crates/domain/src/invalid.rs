@@ -1,5 +1,16 @@
 //! What a client is told when a value it sent cannot be used.
 
+use serde::{Deserialize, Serialize};
+
+/// One bad line of a dataset.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LineError {
+    /// Its number in the uploaded file, from 1.
+    pub line: u64,
+    /// What is wrong with it; never quotes it.
+    pub message: String,
+}
+
 /// A value that was refused: which one, why, and a word for programs.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]

@@ -12,6 +12,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::invalid::LineError;
 use crate::limits::MAX_LOST_WORKERS;
 
 /// What the public contract calls a job's state.
@@ -70,18 +71,28 @@ pub struct JobError {
     pub message: String,
     /// The field of the request it comes from, when one does.
     pub param: Option<String>,
+    /// The bad lines of the file, when lines of a file are at fault; at most [`crate::limits::MAX_LINE_ERRORS`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub errors: Vec<LineError>,
 }
 
 impl JobError {
     /// An error that no single field of the request causes.
     pub fn new(code: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { code: code.into(), message: message.into(), param: None }
+        Self { code: code.into(), message: message.into(), param: None, errors: Vec::new() }
     }
 
     /// The same error, laid at one field of the request.
     #[must_use]
     pub fn about(mut self, param: impl Into<String>) -> Self {
         self.param = Some(param.into());
+        self
+    }
+
+    /// The same error, with the lines at fault.
+    #[must_use]
+    pub fn with_lines(mut self, errors: Vec<LineError>) -> Self {
+        self.errors = errors;
         self
     }
 }

@@ -105,6 +105,8 @@ pub struct AlignmentFacts {
     pub coefficient: f64,
     /// Whether the user gradient worked against the alignment, and so was projected.
     pub conflict: bool,
+    /// The share of the run's steps so far, this one among them, in which they conflicted.
+    pub conflict_rate: f64,
     /// |⟨u, a⟩| / (‖u‖ ‖a‖) where they conflict, else 0.
     pub removed_fraction: f64,
     /// ⟨a, Δθ⟩: how the step that was applied changes the alignment loss to first order.

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use holdfast_dataset::structure::StructureCheck;
+use holdfast_store::base_models::BaseModelFacts;
 use holdfast_store::{Store, StoreError};
 
 use crate::connect::connect_beside;
@@ -64,7 +65,11 @@ pub async fn import_model(args: &StoreArgs, source: &Path, name: &str) -> Result
         architecture.hidden_size,
         architecture.vocab_size
     );
-    with_store(args, async |store| Ok(store.create_base_model(name, folder.path(), imported.parameters).await?)).await?;
+    let facts = BaseModelFacts {
+        parameter_count: imported.parameters,
+        context_length: u32::try_from(architecture.max_position_embeddings).unwrap_or(u32::MAX),
+    };
+    with_store(args, async |store| Ok(store.create_base_model(name, folder.path(), facts).await?)).await?;
     println!("imported as {name}");
     Ok(())
 }

@@ -2,12 +2,13 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use holdfast_local_postgres::LocalPostgres;
 use holdfast_store::Store;
-use object_store::local::LocalFileSystem;
+use tokio::task::JoinHandle;
 
 use crate::settings::StoreArgs;
 
@@ -16,7 +17,51 @@ use crate::settings::StoreArgs;
 pub struct Connection {
     /// Rows and objects.
     pub store: Store,
-    postgres: Option<LocalPostgres>,
+    postgres: Option<Supervised>,
+}
+
+/// Empty once it is stopped.
+type Shared = Arc<Mutex<Option<LocalPostgres>>>;
+
+/// A private Postgres that is started again when it dies.
+#[derive(Debug)]
+struct Supervised {
+    server: Shared,
+    watch: JoinHandle<()>,
+}
+
+impl Supervised {
+    const INTERVAL: Duration = Duration::from_secs(1);
+
+    fn new(server: LocalPostgres) -> Self {
+        let server = Arc::new(Mutex::new(Some(server)));
+        let watched = Arc::clone(&server);
+        let watch = tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(Self::INTERVAL).await;
+                let server = Arc::clone(&watched);
+                let revived =
+                    tokio::task::spawn_blocking(move || lock(&server).as_mut().map_or(Ok(false), LocalPostgres::revive)).await;
+                match revived {
+                    Ok(Ok(false)) => {}
+                    Ok(Ok(true)) => tracing::warn!("the private Postgres had ended and was started again"),
+                    Ok(Err(error)) => tracing::error!(%error, "the private Postgres ended and does not start; trying again"),
+                    Err(_) => return,
+                }
+            }
+        });
+        Self { server, watch }
+    }
+
+    async fn stop(self) -> Result<()> {
+        self.watch.abort();
+        let stop = move || lock(&self.server).take().map_or(Ok(()), LocalPostgres::stop);
+        Ok(tokio::task::spawn_blocking(stop).await??)
+    }
+}
+
+fn lock(server: &Shared) -> MutexGuard<'_, Option<LocalPostgres>> {
+    server.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Connects, starting the private Postgres when no database is named.
@@ -33,7 +78,7 @@ pub async fn connect(args: &StoreArgs) -> Result<Connection> {
             (postgres.url(), Some(postgres))
         }
     };
-    Ok(Connection { store: open(args, &url).await?, postgres })
+    Ok(Connection { store: open(args, &url).await?, postgres: postgres.map(Supervised::new) })
 }
 
 /// Connects for a short command: to the private Postgres of a service that runs on the same folder, else as [`connect`].
@@ -60,11 +105,7 @@ async fn open(args: &StoreArgs, database_url: &str) -> Result<Store> {
     };
     make_folder(&folder)?;
     keep_private(&folder)?;
-    let objects =
-        LocalFileSystem::new_with_prefix(&folder).with_context(|| format!("cannot use the object store {}", folder.display()))?;
-    // A row must not outlive its bytes when the power goes.
-    let objects = objects.with_fsync(true);
-    let store = Store::connect(database_url, Arc::new(objects)).await.context("cannot reach the database (DATABASE_URL)")?;
+    let store = Store::connect(database_url, &folder).await.context("cannot reach the database (DATABASE_URL)")?;
     store.migrate().await?;
     store.objects().probe().await.with_context(|| format!("cannot write to the object store {}", folder.display()))?;
     Ok(store)
@@ -88,7 +129,7 @@ impl Connection {
     pub async fn close(self) -> Result<()> {
         self.store.close().await;
         if let Some(postgres) = self.postgres {
-            tokio::task::spawn_blocking(move || postgres.stop()).await??;
+            postgres.stop().await?;
         }
         Ok(())
     }

@@ -102,12 +102,17 @@ impl LocalPostgres {
         Ok(cluster.server_pid().filter(|_| cluster.is_ready()).map(|_| cluster.url()))
     }
 
-    /// Stops the server cleanly: open connections are ended, everything committed is on disk.
+    /// Starts the server again when it has ended by itself or was killed. Returns whether it had.
     ///
     /// # Errors
-    /// When it does not end within half a minute; it is then killed, which loses nothing but time at the next start.
-    pub fn stop(mut self) -> Result<(), PostgresError> {
-        self.shut_down()
+    /// When it does not start; trying again later is safe.
+    pub fn revive(&mut self) -> Result<bool, PostgresError> {
+        if self.server.try_wait().map_err(io_error("cannot watch postgres"))?.is_none() {
+            return Ok(false);
+        }
+        self.server = self.cluster.launch()?;
+        self.wait_until_ready()?;
+        Ok(true)
     }
 
     fn wait_until_ready(&mut self) -> Result<(), PostgresError> {
@@ -130,6 +135,14 @@ impl LocalPostgres {
 
     fn pid(&self) -> Option<Pid> {
         i32::try_from(self.server.id()).ok().and_then(Pid::from_raw)
+    }
+
+    /// Stops the server cleanly: open connections are ended, everything committed is on disk.
+    ///
+    /// # Errors
+    /// When it does not end within half a minute; it is then killed, which loses nothing but time at the next start.
+    pub fn stop(mut self) -> Result<(), PostgresError> {
+        self.shut_down()
     }
 
     fn shut_down(&mut self) -> Result<(), PostgresError> {

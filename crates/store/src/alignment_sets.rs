@@ -51,6 +51,9 @@ impl Store {
         model_name::check(name)?;
         let content: [u8; 32] = Sha256::digest(rows).into();
         let key = keys::alignment_set(&content);
+        // Two imports at once: the second waits for the first, and then finds its content or takes the next number.
+        let mut transaction = self.pool.begin().await?;
+        sqlx::query!("select pg_advisory_xact_lock(hashtext('alignment_sets'))").execute(&mut *transaction).await?;
         match self.alignment_set(name).await {
             Ok(newest) if newest.object.sha256 == content => return Ok(newest),
             Ok(_) | Err(StoreError::NotFound) => {}
@@ -65,12 +68,9 @@ impl Store {
             writer.write(rows).await?;
             writer.finish().await?;
         }
-        let mut transaction = self.pool.begin().await?;
         if !known {
             objects::claim(&mut transaction, std::slice::from_ref(&key)).await?;
         }
-        // Two imports at once: the second waits for this and then takes the next number.
-        sqlx::query!("select pg_advisory_xact_lock(hashtext($1))", name).execute(&mut *transaction).await?;
         let row = sqlx::query_as!(
             Row,
             "insert into alignment_sets (id, name, version, object_key, bytes, sha256, row_count)

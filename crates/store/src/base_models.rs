@@ -19,21 +19,34 @@ pub struct BaseModel {
     pub name: String,
     /// Numbers in all its tensors.
     pub parameter_count: u64,
+    /// The most tokens it can see at once; unknown of models imported by early versions.
+    pub context_length: Option<u32>,
     /// When it was imported.
     pub created_at: OffsetDateTime,
+}
+
+/// What an import learned of a model beside its files.
+#[derive(Debug, Clone, Copy)]
+pub struct BaseModelFacts {
+    /// Numbers in all its tensors.
+    pub parameter_count: u64,
+    /// The most tokens it can see at once.
+    pub context_length: u32,
 }
 
 struct Row {
     id: Uuid,
     name: String,
     parameter_count: i64,
+    context_length: Option<i64>,
     created_at: OffsetDateTime,
 }
 
 impl From<Row> for BaseModel {
     fn from(row: Row) -> Self {
-        let Row { id, name, parameter_count, created_at } = row;
-        Self { id, name, parameter_count: parameter_count.unsigned_abs(), created_at }
+        let Row { id, name, parameter_count, context_length, created_at } = row;
+        let context_length = context_length.and_then(|tokens| u32::try_from(tokens).ok());
+        Self { id, name, parameter_count: parameter_count.unsigned_abs(), context_length, created_at }
     }
 }
 
@@ -51,7 +64,7 @@ impl Store {
     ///
     /// # Errors
     /// When the name is taken by another content or cannot be used, the folder cannot be read, or a store fails.
-    pub async fn create_base_model(&self, name: &str, folder: &Path, parameter_count: u64) -> Result<BaseModel, StoreError> {
+    pub async fn create_base_model(&self, name: &str, folder: &Path, facts: BaseModelFacts) -> Result<BaseModel, StoreError> {
         model_name::check(name)?;
         let mut files = Vec::new();
         let mut entries = tokio::fs::read_dir(folder).await?;
@@ -95,11 +108,12 @@ impl Store {
         objects::claim(&mut transaction, &staged).await?;
         let id = new_id();
         let inserted = sqlx::query!(
-            "insert into base_models (id, name, content_sha256, parameter_count) values ($1, $2, $3, $4)",
+            "insert into base_models (id, name, content_sha256, parameter_count, context_length) values ($1, $2, $3, $4, $5)",
             id,
             name,
             &content[..],
-            parameter_count.cast_signed()
+            facts.parameter_count.cast_signed(),
+            i64::from(facts.context_length)
         )
         .execute(&mut *transaction)
         .await
@@ -129,9 +143,13 @@ impl Store {
     /// # Errors
     /// When there is none of this name, or the database fails.
     pub async fn base_model(&self, name: &str) -> Result<BaseModel, StoreError> {
-        let row = sqlx::query_as!(Row, "select id, name, parameter_count, created_at from base_models where name = $1", name)
-            .fetch_optional(&self.pool)
-            .await?;
+        let row = sqlx::query_as!(
+            Row,
+            "select id, name, parameter_count, context_length, created_at from base_models where name = $1",
+            name
+        )
+        .fetch_optional(&self.pool)
+        .await?;
         row.map(BaseModel::from).ok_or(StoreError::NotFound)
     }
 
@@ -140,9 +158,10 @@ impl Store {
     /// # Errors
     /// When the database fails.
     pub async fn base_models(&self) -> Result<Vec<BaseModel>, StoreError> {
-        let rows = sqlx::query_as!(Row, "select id, name, parameter_count, created_at from base_models order by name")
-            .fetch_all(&self.pool)
-            .await?;
+        let rows =
+            sqlx::query_as!(Row, "select id, name, parameter_count, context_length, created_at from base_models order by name")
+                .fetch_all(&self.pool)
+                .await?;
         Ok(rows.into_iter().map(BaseModel::from).collect())
     }
 

@@ -4,9 +4,8 @@
 //! checks how many rows it changed; the event of a change stands in the change's transaction; an object is staged before it
 //! is written and claimed by the transaction that gives it a row. Time is the database's. This crate knows nothing of HTTP.
 
-use std::sync::Arc;
+use std::path::Path;
 
-use object_store::ObjectStore;
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{Connection, PgConnection, PgPool};
 use uuid::Uuid;
@@ -37,15 +36,15 @@ pub struct Store {
 }
 
 impl Store {
-    /// Connects to the database.
+    /// Connects to the database, and to the objects under the folder `objects`.
     ///
     /// # Errors
-    /// When it cannot be reached.
-    pub async fn connect(database_url: &str, objects: Arc<dyn ObjectStore>) -> Result<Self, StoreError> {
+    /// When one of them cannot be reached.
+    pub async fn connect(database_url: &str, objects: &Path) -> Result<Self, StoreError> {
         // A pool tries again until its time is up and then says only that; one plain connection says what is wrong.
         PgConnection::connect(database_url).await?.close().await?;
         let pool = PgPoolOptions::new().max_connections(20).connect(database_url).await?;
-        Ok(Self { objects: Objects::new(pool.clone(), objects), pool })
+        Ok(Self { objects: Objects::open(pool.clone(), objects)?, pool })
     }
 
     /// Applies the migrations that are missing, one process at a time.

@@ -1,7 +1,7 @@
 //! Bytes under keys: staged before they are written, claimed by the transaction that gives them a row, swept when no row
 //! claims them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use holdfast_domain::ids::{FileId, JobId, ProjectId};
+use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload, WriteMultipart};
 use sha2::{Digest, Sha256};
@@ -38,6 +39,7 @@ pub struct ObjectRef {
 pub struct Objects {
     pool: PgPool,
     inner: Arc<dyn ObjectStore>,
+    folder: PathBuf,
 }
 
 /// The keys, in one place.
@@ -62,8 +64,10 @@ pub(crate) mod keys {
 }
 
 impl Objects {
-    pub(crate) fn new(pool: PgPool, inner: Arc<dyn ObjectStore>) -> Self {
-        Self { pool, inner }
+    pub(crate) fn open(pool: PgPool, folder: &Path) -> Result<Self, StoreError> {
+        // A row must not outlive its bytes when the power goes.
+        let inner = Arc::new(LocalFileSystem::new_with_prefix(folder)?.with_fsync(true));
+        Ok(Self { pool, inner, folder: folder.to_owned() })
     }
 
     /// Begins to write an object that no row names yet.
@@ -148,20 +152,28 @@ impl Objects {
     /// # Errors
     /// When the database or the object store fails; what is left is removed by the next sweep.
     pub async fn sweep(&self, grace: Duration) -> Result<u64, StoreError> {
-        let stale = sqlx::query_scalar!(
-            "select key from staged_objects where staged_at < now() - make_interval(secs => $1) order by staged_at limit 1000",
-            grace.as_secs_f64()
-        )
-        .fetch_all(&self.pool)
-        .await?;
-        for key in &stale {
+        let mut swept = 0;
+        loop {
+            // The row stays locked until the object is gone: whoever stages the same key again waits, and then writes it anew.
+            let mut transaction = self.pool.begin().await?;
+            let stale = sqlx::query_scalar!(
+                "delete from staged_objects where key = (
+                     select key from staged_objects where staged_at < now() - make_interval(secs => $1)
+                     order by staged_at limit 1 for update skip locked)
+                 returning key",
+                grace.as_secs_f64()
+            )
+            .fetch_optional(&mut *transaction)
+            .await?;
+            let Some(key) = stale else { return Ok(swept) };
             match self.inner.delete(&Key::from(key.as_str())).await {
                 Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
-            sqlx::query!("delete from staged_objects where key = $1", key).execute(&self.pool).await?;
+            remove_unfinished(&self.folder.join(&key)).await?;
+            transaction.commit().await?;
+            swept += 1;
         }
-        Ok(stale.len() as u64)
     }
 
     /// Writes a small object whole, to learn whether the store can be written at all.
@@ -173,6 +185,24 @@ impl Objects {
         self.inner.put(&key, PutPayload::from_static(b"holdfast")).await?;
         Ok(self.inner.delete(&key).await?)
     }
+}
+
+/// Removes what a killed process left of an upload to a local store, which writes `object#1`, `object#2` … beside the object
+/// and renames the one that is whole.
+async fn remove_unfinished(object: &Path) -> Result<(), StoreError> {
+    let (Some(folder), Some(name)) = (object.parent(), object.file_name()) else { return Ok(()) };
+    let mut entries = match tokio::fs::read_dir(folder).await {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    while let Some(entry) = entries.next_entry().await? {
+        let found = entry.file_name();
+        let suffix = found.as_encoded_bytes().strip_prefix(name.as_encoded_bytes());
+        if suffix.is_some_and(|suffix| suffix.first() == Some(&b'#')) {
+            tokio::fs::remove_file(entry.path()).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Takes objects off the staged list, in the transaction that gives them a row.

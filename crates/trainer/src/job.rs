@@ -22,20 +22,32 @@ use crate::reference::Reference;
 use crate::train::Run;
 use crate::{adapter_files, device};
 
-/// Data or a plan that cannot be used, as opposed to a fault of the trainer.
+/// Input that cannot be used, as opposed to a fault of the trainer. Trying again will not help.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct BadData(String);
+enum BadInput {
+    /// Of the tenant: rows.
+    #[error("{0}")]
+    Data(String),
+    /// Of the operator: the plan, the base model, the alignment set.
+    #[error("{0}")]
+    Setup(String),
+}
 
-fn bad_data(message: impl Into<String>) -> anyhow::Error {
-    BadData(message.into()).into()
+fn bad_data(message: String) -> anyhow::Error {
+    BadInput::Data(message).into()
+}
+
+fn bad_setup(message: String) -> anyhow::Error {
+    BadInput::Setup(message).into()
 }
 
 /// Runs the job in `folder` and leaves its exit record there. What libtorch throws in the middle of a formula is caught here.
 #[must_use]
 pub fn run(folder: &Path) -> ExitRecord {
     let record = match catch_unwind(AssertUnwindSafe(|| train(folder))) {
-        Ok(Ok(trained_tokens)) => ExitRecord { code: exit::DONE, message: "done".into(), reason: "done".into(), trained_tokens },
+        Ok(Ok(trained_tokens)) => {
+            ExitRecord { code: exit::DONE, message: "done".into(), reason: exit::reason::DONE.into(), trained_tokens }
+        }
         Ok(Err(error)) => failed(&error),
         Err(panic) => fault(&panic_message(panic.as_ref())),
     };
@@ -56,9 +68,12 @@ fn write_record(folder: &Path, record: &ExitRecord) -> Result<()> {
 }
 
 fn failed(error: &anyhow::Error) -> ExitRecord {
-    if error.downcast_ref::<BadData>().is_some() {
-        let message = format!("{error:#}");
-        return ExitRecord { code: exit::BAD_DATA, message, reason: "bad_data".into(), trained_tokens: 0 };
+    if let Some(input) = error.downcast_ref::<BadInput>() {
+        let reason = match input {
+            BadInput::Data(_) => exit::reason::BAD_DATA,
+            BadInput::Setup(_) => exit::reason::BAD_SETUP,
+        };
+        return ExitRecord { code: exit::BAD_DATA, message: format!("{error:#}"), reason: reason.into(), trained_tokens: 0 };
     }
     fault(&format!("{error:#}"))
 }
@@ -67,9 +82,9 @@ fn fault(message: &str) -> ExitRecord {
     let first_line = message.lines().next().unwrap_or_default();
     let out_of_memory = ["can't allocate memory", "out of memory", "bad_alloc", "CUDA_ERROR_OUT_OF_MEMORY"];
     let (reason, message) = if out_of_memory.iter().any(|words| message.contains(words)) {
-        ("out_of_memory", "The trainer ran out of memory. Lower batch_size or max_length, or choose precision bf16; gradient_accumulation_steps keeps the rows of a step.".to_owned())
+        (exit::reason::OUT_OF_MEMORY, format!("The trainer ran out of memory. {}", exit::LESS_MEMORY))
     } else {
-        ("internal", first_line.to_owned())
+        (exit::reason::INTERNAL, first_line.to_owned())
     };
     ExitRecord { code: exit::INTERNAL, message, reason: reason.into(), trained_tokens: 0 }
 }
@@ -84,10 +99,10 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
 /// # Errors
 /// When it is missing, malformed, or of another version.
 pub fn read_plan(folder: &Path) -> Result<Plan> {
-    let bytes = std::fs::read(folder.join(paths::PLAN)).map_err(|e| bad_data(format!("{}: {e}", paths::PLAN)))?;
-    let plan: Plan = serde_json::from_slice(&bytes).map_err(|e| bad_data(format!("{}: {e}", paths::PLAN)))?;
+    let bytes = std::fs::read(folder.join(paths::PLAN)).map_err(|e| bad_setup(format!("{}: {e}", paths::PLAN)))?;
+    let plan: Plan = serde_json::from_slice(&bytes).map_err(|e| bad_setup(format!("{}: {e}", paths::PLAN)))?;
     if plan.format != plan::FORMAT {
-        return Err(bad_data(format!(
+        return Err(bad_setup(format!(
             "{}: format {} is not {}; use the trainer of the worker's version",
             paths::PLAN,
             plan.format,
@@ -104,20 +119,22 @@ fn train(folder: &Path) -> Result<u64> {
     let mut log = ProgressLog::open(folder)?;
     log.phase(Phase::LoadingModel)?;
     let base = folder.join(paths::BASE);
-    let tokenizer = ChatTokenizer::load(&base).map_err(|e| bad_data(format!("{}/{e}", paths::BASE)))?;
+    let tokenizer = ChatTokenizer::load(&base).map_err(|e| bad_setup(format!("{}/{e}", paths::BASE)))?;
     let max_length = h.max_length as usize;
-    let rows = |name: &str, options| read_rows(folder, name, &tokenizer, options);
+    let rows = |name: &str, options, fault: fn(String) -> anyhow::Error| read_rows(folder, name, &tokenizer, options, fault);
     let tenants = EncodeOptions { max_length, long_rows: h.long_rows };
-    let examples = rows(paths::TRAIN, tenants)?;
-    let validation = if plan.validation { rows(paths::VALIDATION, tenants)? } else { Vec::new() };
+    let examples = rows(paths::TRAIN, tenants, bad_data)?;
+    let validation = if plan.validation { rows(paths::VALIDATION, tenants, bad_data)? } else { Vec::new() };
     // The operator's rows are not the tenant's to shorten: a small max_length would cut refusals to nothing.
     let operators = EncodeOptions { max_length: usize::MAX, long_rows: LongRows::Error };
-    let alignment = if plan.safety.defense.needs_alignment() { rows(paths::ALIGNMENT, operators)? } else { Vec::new() };
+    let alignment =
+        if plan.safety.defense.needs_alignment() { rows(paths::ALIGNMENT, operators, bad_setup)? } else { Vec::new() };
 
     let device = device::parse(&plan.device)?;
-    let model = Model::load(&base, device::kind(h.precision), device).map_err(|e| bad_data(format!("{}: {e:#}", paths::BASE)))?;
+    let model =
+        Model::load(&base, device::kind(h.precision), device).map_err(|e| bad_setup(format!("{}: {e:#}", paths::BASE)))?;
     if tokenizer.vocabulary_size() > model.architecture.vocab_size {
-        return Err(bad_data("the tokenizer has ids the embedding has no row for"));
+        return Err(bad_setup("the tokenizer has ids the embedding has no row for".into()));
     }
     let adapter = Adapter::init(&model, AdapterConfig::from(h), plan.seed);
     let reference = if plan.safety.defense.needs_alignment() {
@@ -152,17 +169,23 @@ fn train(folder: &Path) -> Result<u64> {
     Ok(tokens)
 }
 
-/// The examples of one of the job's files; a line that cannot be used is bad data, named by its number.
-fn read_rows(folder: &Path, name: &str, tokenizer: &ChatTokenizer, options: EncodeOptions) -> Result<Vec<Example>> {
-    let file = File::open(folder.join(name)).map_err(|e| bad_data(format!("{name}: {e}")))?;
+/// The examples of one of the job's files; a line that cannot be used is a `fault`, named by its number.
+fn read_rows(
+    folder: &Path,
+    name: &str,
+    tokenizer: &ChatTokenizer,
+    options: EncodeOptions,
+    fault: fn(String) -> anyhow::Error,
+) -> Result<Vec<Example>> {
+    let file = File::open(folder.join(name)).map_err(|e| fault(format!("{name}: {e}")))?;
     let mut examples = Vec::new();
     let report = encode_file(file, tokenizer, options, |_, example| examples.push(example))
         .with_context(|| format!("cannot read {name}"))?;
     if report.error_count > 0 {
-        return Err(bad_data(format!("{name}: {}", report.summary())));
+        return Err(fault(format!("{name}: {}", report.summary())));
     }
     if examples.is_empty() {
-        return Err(bad_data(format!("{name} holds no rows")));
+        return Err(fault(format!("{name} holds no rows")));
     }
     Ok(examples)
 }

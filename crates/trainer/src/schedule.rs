@@ -48,7 +48,7 @@ mod tests {
     fn schedule(shape: LrSchedule, warmup: f64, steps: u64) -> Vec<f64> {
         let requested =
             Requested { learning_rate: Some(1.0), lr_schedule: Some(shape), warmup_ratio: Some(warmup), ..Default::default() };
-        let schedule = Schedule::new(&requested.resolve(10).expect("in bounds"), steps);
+        let schedule = Schedule::new(&requested.resolve(10, None).expect("in bounds"), steps);
         (0..steps).map(|step| schedule.at(step)).collect()
     }
 

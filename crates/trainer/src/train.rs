@@ -67,7 +67,7 @@ impl Run<'_> {
         let mut user_rows = RowOrder::new(self.plan.seed, self.examples.len(), rows_per_step);
         let mut align_rows =
             self.reference.map(|reference| RowOrder::new(self.plan.seed ^ ALIGNMENT_ORDER, reference.rows(), rows_per_step));
-        let mut tokens = 0;
+        let (mut tokens, mut conflicts) = (0, 0_u64);
         for step in 0..total_steps {
             // Dropout draws from libtorch's generator; seeded by the step, a step is the same whether or not others ran before it.
             tch::manual_seed(self.plan.seed.wrapping_add(step) as i64);
@@ -89,13 +89,16 @@ impl Run<'_> {
             let learning_rate = schedule.at(step);
             let change = optimizer.step(self.adapter, &merged.gradient, learning_rate);
 
+            conflicts += u64::from(merged.facts.as_ref().is_some_and(|facts| facts.conflict));
             tokens += batches.iter().map(|batch| batch.tokens as u64).sum::<u64>();
             observe(Step {
                 step: step + 1,
                 total_steps,
                 task_loss: user.loss,
                 token_accuracy: user.token_accuracy,
-                alignment: align.zip(merged.facts).map(|((kl, a), facts)| report(kl, &a, &facts, &change)),
+                alignment: align
+                    .zip(merged.facts)
+                    .map(|((kl, a), facts)| report(kl, &a, &facts, &change, conflicts as f64 / (step + 1) as f64)),
                 norm_user,
                 gradient_norm,
                 learning_rate,
@@ -115,7 +118,7 @@ impl Run<'_> {
     }
 }
 
-fn report(align_kl: f64, align: &Gradient, facts: &surgery::Facts, change: &Tensor) -> AlignmentFacts {
+fn report(align_kl: f64, align: &Gradient, facts: &surgery::Facts, change: &Tensor, conflict_rate: f64) -> AlignmentFacts {
     AlignmentFacts {
         align_kl,
         dot: facts.dot,
@@ -123,6 +126,7 @@ fn report(align_kl: f64, align: &Gradient, facts: &surgery::Facts, change: &Tens
         norm_align: facts.norm_align,
         coefficient: facts.coefficient,
         conflict: facts.conflict,
+        conflict_rate,
         removed_fraction: facts.removed_fraction(),
         alignment_change: gradient::dot(&align.0, change),
     }

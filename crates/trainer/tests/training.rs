@@ -46,7 +46,7 @@ fn plan(more: Requested) -> Result<Plan> {
         format: plan::FORMAT,
         base_model: "m".into(),
         validation: false,
-        hyperparameters: requested.resolve(8)?,
+        hyperparameters: requested.resolve(8, None)?,
         safety: RequestedSafety::default().resolve(&Floor::default())?,
         seed: 5,
         device: "cpu".into(),

@@ -17,6 +17,9 @@ use crate::{Stop, WorkerConfig};
 /// How often the progress log is read.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(500);
 
+/// How often the last lines are tried, [`FOLLOW_INTERVAL`] apart.
+const LAST_TRIES: u32 = 40;
+
 /// Where the agent's reports go.
 pub trait Reports: Sync {
     /// Passes on lines the trainer wrote. What cannot be passed on is said again with the next lines, never lost: an error
@@ -67,7 +70,7 @@ pub async fn run(
             () = tokio::time::sleep(FOLLOW_INTERVAL) => log.pass_on(reports).await?,
         }
     };
-    log.pass_on(reports).await?;
+    log.pass_on_the_rest(reports).await?;
     let record = read_record(folder).await;
     match outcome::judge(ended, record) {
         Err(error) => Ok(Outcome::Failed(error)),
@@ -117,6 +120,19 @@ impl ProgressTail {
         if !self.unsent.is_empty() && reports.progress(&self.unsent).await.is_ok() {
             self.unsent.clear();
         }
+        Ok(())
+    }
+
+    /// Passes on what is left once the trainer has ended, trying again for as long as a short outage of the database lasts.
+    async fn pass_on_the_rest(&mut self, reports: &impl Reports) -> std::io::Result<()> {
+        for _ in 0..LAST_TRIES {
+            self.pass_on(reports).await?;
+            if self.unsent.is_empty() {
+                return Ok(());
+            }
+            tokio::time::sleep(FOLLOW_INTERVAL).await;
+        }
+        tracing::warn!(lines = self.unsent.len(), "the last progress lines could not be written down");
         Ok(())
     }
 

@@ -28,7 +28,8 @@ fn check_files(files: &[(&str, PathBuf)], base: &Path, options: EncodeOptions) -
     for (param, path) in files {
         let report = encode_file(std::fs::File::open(path)?, &tokenizer, options, |_, _| {})?;
         if report.error_count > 0 {
-            return Ok(Err(JobError::new(format!("invalid_{param}"), format!("{param}: {}", report.summary())).about(*param)));
+            let error = JobError::new(format!("invalid_{param}"), format!("{param}: {}", report.summary()));
+            return Ok(Err(error.about(*param).with_lines(report.errors)));
         }
         summaries.push(summary(param, &report));
     }

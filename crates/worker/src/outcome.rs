@@ -1,12 +1,11 @@
 //! What the end of a trainer means for its job, in words the job's owner can act on.
 
-use holdfast_domain::exit::{self, ExitRecord};
+use holdfast_domain::exit::{self, ExitRecord, reason};
 use holdfast_domain::job::JobError;
 
 use crate::process::Ended;
 
 const KILLED: i32 = 9;
-const LESS_MEMORY: &str = "Lower batch_size or max_length, or choose precision bf16, and create the job again; gradient_accumulation_steps keeps the rows of a step";
 
 /// The tokens a finished run read, or why there is no adapter. The record counts before the exit code, which a launcher may
 /// have masked; without a record the trainer did not end in order, whatever its code.
@@ -16,7 +15,8 @@ pub(crate) fn judge(ended: Ended, record: Option<ExitRecord>) -> Result<u64, Job
         (None, Ended::Signal(KILLED)) => Err(JobError::new(
             "out_of_memory",
             format!(
-                "The trainer was killed from outside (signal 9), most often because the machine ran out of memory. {LESS_MEMORY}."
+                "The trainer was killed from outside (signal 9), most often because the machine ran out of memory. {}",
+                exit::LESS_MEMORY
             ),
         )),
         (None, Ended::Signal(signal)) => Err(JobError::new(
@@ -37,9 +37,13 @@ pub(crate) fn judge(ended: Ended, record: Option<ExitRecord>) -> Result<u64, Job
 fn judge_record(record: ExitRecord) -> Result<u64, JobError> {
     match record.code {
         exit::DONE => Ok(record.trained_tokens),
+        exit::BAD_DATA if record.reason == reason::BAD_SETUP => Err(JobError::new(
+            "operator_error",
+            format!("The service's own set-up is at fault, not your data; the operator must mend it: {}", record.message),
+        )),
         exit::BAD_DATA => Err(JobError::new("invalid_training_data", record.message)),
         exit::STOPPED => Err(JobError::new("trainer_stopped", "The trainer was stopped from outside. Create the job again.")),
-        _ if record.reason == "out_of_memory" => Err(JobError::new("out_of_memory", record.message)),
+        _ if record.reason == reason::OUT_OF_MEMORY => Err(JobError::new("out_of_memory", record.message)),
         _ => Err(JobError::new("trainer_failed", format!("The trainer failed: {}", record.message))),
     }
 }
@@ -63,9 +67,10 @@ mod tests {
             (Ended::Signal(9), None, "out_of_memory"),
             (Ended::Signal(11), None, "trainer_crashed"),
             (Ended::Code(0), None, "trainer_crashed"),
-            (Ended::Code(70), record(exit::INTERNAL, "out_of_memory"), "out_of_memory"),
-            (Ended::Code(70), record(exit::INTERNAL, "internal"), "trainer_failed"),
-            (Ended::Code(65), record(exit::BAD_DATA, "bad_data"), "invalid_training_data"),
+            (Ended::Code(70), record(exit::INTERNAL, reason::OUT_OF_MEMORY), "out_of_memory"),
+            (Ended::Code(70), record(exit::INTERNAL, reason::INTERNAL), "trainer_failed"),
+            (Ended::Code(65), record(exit::BAD_DATA, reason::BAD_DATA), "invalid_training_data"),
+            (Ended::Code(65), record(exit::BAD_DATA, reason::BAD_SETUP), "operator_error"),
         ];
         for (ended, record, code) in cases {
             assert_eq!(judge(ended, record).map_err(|e| e.code), Err(code.to_owned()));

@@ -54,7 +54,11 @@ pub(crate) async fn create_job(
         Some(id) => Some(file(&state.store, tenant, "validation_file", id).await?.id),
         None => None,
     };
-    let hyperparameters = requested.resolve(training.row_count).map_err(|e| e.within(at))?;
+    let base = state.store.base_model(&body.model).await.map_err(|error| match error {
+        StoreError::NotFound => ApiError::not_found("model", &body.model),
+        other => other.into(),
+    })?;
+    let hyperparameters = requested.resolve(training.row_count, base.context_length).map_err(|e| e.within(at))?;
     let seed = match body.seed {
         Some(seed) if seed > MAX_SEED => {
             return Err(Invalid::new("seed", "out_of_bounds", format!("seed must lie between 0 and {MAX_SEED}")).into());

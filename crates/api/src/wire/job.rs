@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use holdfast_domain::hyperparameters::{LongRows, LrSchedule, Precision, Requested};
 use holdfast_domain::ids::{FileId, JobId};
+use holdfast_domain::invalid::LineError;
 use holdfast_domain::job::{JobState, Status};
 use holdfast_domain::limits::{MAX_METADATA_KEY_CHARS, MAX_METADATA_PAIRS, MAX_METADATA_VALUE_CHARS};
 use holdfast_domain::safety::{Defense, KlPositions, RequestedSafety};
@@ -299,6 +300,10 @@ pub(crate) struct JobError {
     message: String,
     /// The field of the request it comes from.
     param: Option<String>,
+    /// Extension: the bad lines of the file, at most 1,000.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<crate::error::BadLine>)]
+    errors: Vec<LineError>,
 }
 
 /// The three values of the public contract, decided.
@@ -424,9 +429,11 @@ impl Job {
         };
         let (fine_tuned_model, trained_tokens, error) = match row.state {
             JobState::Succeeded { fine_tuned_model, trained_tokens } => (Some(fine_tuned_model), Some(trained_tokens), None),
-            JobState::Failed { error } => {
-                (None, None, Some(JobError { code: error.code, message: error.message, param: error.param }))
-            }
+            JobState::Failed { error } => (
+                None,
+                None,
+                Some(JobError { code: error.code, message: error.message, param: error.param, errors: error.errors }),
+            ),
             _ => (None, None, None),
         };
         let hyperparameters = ResolvedHyperparameters::from(row.hyperparameters);
