@@ -254,18 +254,21 @@ fn cuda_libtorch() -> Result<()> {
     if std::fs::read_to_string(&stamp).is_ok_and(|found| found == CUDA_STAMP) {
         return Ok(());
     }
+    // The wheel is held to its sum; it names the exact versions of the libraries it needs.
+    let torch = download(&TORCH)?;
     step("installing torch with its CUDA libraries into .libtorch (5 GB)");
     remove(&libtorch)?;
     std::fs::create_dir_all(&libtorch)?;
     let mut pip = Command::new(python_program());
     pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target"])
         .arg(libtorch.join("site"))
-        .arg(TORCH.requirement);
+        .arg(&torch);
     output(&mut pip).context("torch could not be installed; check the network and the disk (5 GB), then run this again")?;
     for folder in ["include", "lib"] {
         symlink(format!("site/torch/{folder}"), libtorch.join(folder))?;
     }
-    Ok(std::fs::write(stamp, CUDA_STAMP)?)
+    std::fs::write(stamp, CUDA_STAMP)?;
+    Ok(std::fs::remove_file(torch)?)
 }
 
 fn remove(folder: &Path) -> Result<()> {

@@ -16,7 +16,8 @@ use crate::auth::Tenant;
 use crate::error::ErrorBody;
 use crate::extract::{self, JsonBody, Path, QueryString};
 use crate::wire::event::Event;
-use crate::wire::job::{CreateJob, Job};
+use crate::wire::job::Job;
+use crate::wire::job_request::CreateJob;
 use crate::wire::list::List;
 use crate::{ApiError, AppState};
 

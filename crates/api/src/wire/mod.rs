@@ -3,5 +3,6 @@
 pub(crate) mod event;
 pub(crate) mod file;
 pub(crate) mod job;
+pub(crate) mod job_request;
 pub(crate) mod list;
 pub(crate) mod model;
