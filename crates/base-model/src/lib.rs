@@ -5,9 +5,12 @@
 //! needs) and the text files of `holdfast-dataset`. Nothing in it can execute.
 
 pub mod architecture;
+mod config;
+pub mod family;
 pub mod weights;
 
 pub use architecture::{Architecture, Unsupported};
+pub use family::Family;
 pub use weights::{WeightFile, WeightsError};
 
 /// The names of the files this crate reads.

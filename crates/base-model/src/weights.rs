@@ -115,7 +115,7 @@ impl WeightFile {
     /// When it is missing, or has another shape or other numbers.
     pub fn expect(&self, expected: &ExpectedTensor) -> Result<TensorBytes<'_>, WeightsError> {
         let name = expected.name.clone();
-        let Some(tensor) = self.get(&name) else {
+        let Some(tensor) = expected.spellings().iter().find_map(|name| self.get(name)) else {
             return Err(WeightsError::Missing { path: self.path.clone(), name });
         };
         if tensor.shape != expected.shape {

@@ -59,9 +59,10 @@ pub async fn import_model(args: &StoreArgs, source: &Path, name: &str) -> Result
     let imported = tokio::task::spawn_blocking(move || holdfast_import::import(&from, &to)).await??;
     let architecture = &imported.architecture;
     println!(
-        "found a llama of {} million parameters: {} layers, width {}, {} tokens",
+        "found a {} of {} million parameters: {} layers, width {}, {} tokens",
+        architecture.family.model_type(),
         imported.parameters / 1_000_000,
-        architecture.num_hidden_layers,
+        architecture.layers.len(),
         architecture.hidden_size,
         architecture.vocab_size
     );

@@ -19,9 +19,10 @@ use crate::{ImportError, Unsupported};
 
 pub(crate) fn import(source: &Path, out: &Path) -> Result<Architecture, ImportError> {
     let gguf = Gguf::open(source)?;
-    let architecture = gguf.architecture()?;
+    let config = gguf.config()?;
+    let architecture = Architecture::from_config(&config).map_err(|Unsupported(reason)| gguf.wrong(reason))?;
     let text = gguf_tokenizer::rebuild(&gguf)?;
-    folder::write_text(out, &architecture.to_config(), &text)?;
+    folder::write_text(out, &config, &text)?;
     folder::write_weights(out, &architecture, &Llama { gguf: &gguf, architecture: &architecture })?;
     Ok(architecture)
 }
@@ -69,7 +70,8 @@ impl Gguf {
         }
     }
 
-    fn architecture(&self) -> Result<Architecture, ImportError> {
+    /// The `config.json` of the model, which comes without one.
+    fn config(&self) -> Result<serde_json::Value, ImportError> {
         match self.text("general.architecture") {
             Some("llama") => {}
             other => {
@@ -97,8 +99,11 @@ impl Gguf {
         let vocab_size = embedding.and_then(|d| d.first().copied()).ok_or_else(|| self.wrong("token_embd.weight is missing"))?;
         let heads = number("attention.head_count")?;
         // The same checks as for a config.json, so the same reader makes them.
-        let config = serde_json::json!({
+        let theta = float("rope.freq_base").map_or(10_000.0, decimal);
+        Ok(serde_json::json!({
+            "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
+            "hidden_act": "silu",
             "vocab_size": vocab_size,
             "hidden_size": number("embedding_length")?,
             "intermediate_size": number("feed_forward_length")?,
@@ -109,10 +114,10 @@ impl Gguf {
             "max_position_embeddings": number("context_length")?,
             // GGUF keeps these as float32; read as decimal, 1e-5 stays 1e-5.
             "rms_norm_eps": float("attention.layer_norm_rms_epsilon").map(decimal),
-            "rope_theta": float("rope.freq_base").map(decimal),
+            "rope_theta": theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
             "tie_word_embeddings": !self.content.tensor_infos.contains_key("output.weight"),
-        });
-        Architecture::from_config(&config).map_err(|Unsupported(reason)| self.wrong(reason))
+        }))
     }
 
     /// A tensor's numbers in float32, once its place in the file is known to exist.

@@ -149,7 +149,8 @@ impl Shards {
     }
 
     fn find(&self, tensor: &ExpectedTensor) -> Result<holdfast_base_model::weights::TensorBytes<'_>, ImportError> {
-        let file = self.place.get(&tensor.name).and_then(|&at| self.files.get(at));
+        let place = tensor.spellings().iter().find_map(|name| self.place.get(name).copied());
+        let file = place.and_then(|at| self.files.get(at));
         let missing = || WeightsError::Missing { path: self.folder.clone(), name: tensor.name.clone() };
         Ok(file.ok_or_else(missing)?.expect(tensor)?)
     }

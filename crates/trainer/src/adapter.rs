@@ -86,7 +86,7 @@ impl Adapter {
     /// An adapter whose every factor is zero.
     #[must_use]
     pub fn zeros(model: &Model, config: AdapterConfig) -> Self {
-        let layers = model.architecture.num_hidden_layers;
+        let layers = model.architecture.layers.len();
         let places: Vec<(usize, Projection)> =
             (0..layers).flat_map(|layer| config.targets.iter().map(move |&projection| (layer, projection))).collect();
         let parameters = places.iter().map(|&(layer, projection)| {

@@ -28,7 +28,7 @@ pub fn evaluate(model: &Model, adapter: Option<&Adapter>, examples: &[Example], 
             let positions = Tensor::from_slice(&batch.positions).to_device(model.device);
             let targets = Tensor::from_slice(&batch.targets).to_device(model.device);
             let hidden = model.hidden(&reference::ids(&batch, model), adapter, false);
-            let loss = loss::task(&reference::at_positions(&hidden, &positions), model.head(), &targets, 1.0);
+            let loss = loss::task(&reference::at_positions(&hidden, &positions), &model.head, &targets, 1.0);
             sum += loss.sum;
             correct += loss.correct;
             supervised += batch.targets.len();

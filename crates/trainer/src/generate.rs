@@ -47,7 +47,7 @@ fn next_tokens(model: &Model, adapter: Option<&Adapter>, rows: &[&[u32]]) -> Vec
         let ids = Tensor::from_slice(&ids).view([rows.len() as i64, width as i64]).to_device(model.device);
         let hidden = model.hidden(&ids, adapter, false).flatten(0, 1); // [rows * time, hidden]
         let hidden = hidden.index_select(0, &Tensor::from_slice(&last).to_device(model.device)); // [rows, hidden]
-        let tokens = model.logits(&hidden).argmax(-1, false).to_kind(Kind::Int64);
+        let tokens = model.head.logits(&hidden).argmax(-1, false).to_kind(Kind::Int64);
         let tokens = Vec::<i64>::try_from(&tokens).unwrap_or_default();
         tokens.into_iter().filter_map(|token| u32::try_from(token).ok()).collect()
     })

@@ -5,6 +5,8 @@
 
 use tch::{Kind, Tensor};
 
+use crate::head::Head;
+
 /// Positions whose logits exist at one time: 256 of them over 128,000 tokens are 131 MB.
 const CHUNK: usize = 256;
 
@@ -21,9 +23,9 @@ pub struct Loss {
 
 /// `−log p(target | ..)` summed over positions: `∂/∂logits = softmax − onehot`.
 ///
-/// `hidden: [positions, hidden]`, `head: [vocabulary, hidden]`, `targets: [positions]`.
+/// `hidden: [positions, hidden]`, `targets: [positions]`.
 #[must_use]
-pub fn task(hidden: &Tensor, head: &Tensor, targets: &Tensor, divisor: f64) -> Loss {
+pub fn task(hidden: &Tensor, head: &Head, targets: &Tensor, divisor: f64) -> Loss {
     in_chunks(hidden, head, divisor, |at, length, log_p| {
         let targets = targets.narrow(0, at, length).unsqueeze(1); // [chunk, 1]
         let sum = -log_p.gather(1, &targets, false).sum(Kind::Double).double_value(&[]);
@@ -38,21 +40,17 @@ pub fn task(hidden: &Tensor, head: &Tensor, targets: &Tensor, divisor: f64) -> L
 /// `base` are the base's final hidden states at the same positions; the frozen `head` makes its logits from them again, which
 /// is exact and holds `hidden` numbers a position where logits would hold a vocabulary.
 #[must_use]
-pub fn kl(hidden: &Tensor, head: &Tensor, base: &Tensor, divisor: f64) -> Loss {
+pub fn kl(hidden: &Tensor, head: &Head, base: &Tensor, divisor: f64) -> Loss {
     in_chunks(hidden, head, divisor, |at, length, log_p| {
-        let base_log_p = log_softmax(&base.narrow(0, at, length), head);
+        let base_log_p = head.log_softmax(&base.narrow(0, at, length));
         let base_p = base_log_p.exp();
         let sum = (&base_p * (base_log_p - &log_p)).sum(Kind::Double).double_value(&[]);
         (sum, 0, log_p.exp() - base_p)
     })
 }
 
-fn log_softmax(hidden: &Tensor, head: &Tensor) -> Tensor {
-    hidden.linear(head, None::<&Tensor>).log_softmax(-1, Kind::Float) // [chunk, vocabulary]
-}
-
 /// Runs `each(start, length, log_p)`, which returns a chunk's sum, its correct positions and its derivative by the logits.
-fn in_chunks(hidden: &Tensor, head: &Tensor, divisor: f64, each: impl Fn(i64, i64, Tensor) -> (f64, i64, Tensor)) -> Loss {
+fn in_chunks(hidden: &Tensor, head: &Head, divisor: f64, each: impl Fn(i64, i64, Tensor) -> (f64, i64, Tensor)) -> Loss {
     tch::no_grad(|| {
         let hidden = hidden.detach();
         let (positions, chunk) = (hidden.size()[0], CHUNK as i64);
@@ -60,12 +58,11 @@ fn in_chunks(hidden: &Tensor, head: &Tensor, divisor: f64, each: impl Fn(i64, i6
         let (mut sum, mut correct) = (0.0, 0);
         for at in (0..positions).step_by(CHUNK) {
             let length = chunk.min(positions - at);
-            let log_p = log_softmax(&hidden.narrow(0, at, length), head);
-            let (chunk_sum, chunk_correct, by_logits) = each(at, length, log_p);
+            let chunk = hidden.narrow(0, at, length);
+            let (chunk_sum, chunk_correct, by_logits) = each(at, length, head.log_softmax(&chunk)); // [chunk, vocabulary]
             sum += chunk_sum;
             correct += chunk_correct;
-            let by_chunk = (by_logits / divisor).to_kind(head.kind()).matmul(head);
-            by_hidden.narrow(0, at, length).copy_(&by_chunk);
+            by_hidden.narrow(0, at, length).copy_(&head.backward(&chunk, &(by_logits / divisor)));
         }
         Loss { sum, correct, by_hidden }
     })
@@ -85,6 +82,22 @@ mod tests {
         (x - y).abs().max().double_value(&[])
     }
 
+    fn plain(matrix: &Tensor) -> Head {
+        Head { matrix: matrix.shallow_clone(), softcap: None }
+    }
+
+    #[test]
+    fn a_capped_logit_s_slope_is_part_of_the_derivative() {
+        tch::manual_seed(3);
+        let (hidden, matrix) = (random(&[5, 6]).set_requires_grad(true), random(&[11, 6]));
+        let targets = Tensor::randint(11, [5], (Kind::Int64, Device::Cpu));
+        let whole = ((hidden.matmul(&matrix.tr()) / 2.0).tanh() * 2.0).cross_entropy_for_logits(&targets);
+        let expected = Tensor::run_backward(&[&whole], &[&hidden], false, false);
+        let loss = task(&hidden, &Head { matrix, softcap: Some(2.0) }, &targets, 5.0);
+        assert!((loss.sum / 5.0 - whole.double_value(&[])).abs() < 1e-5);
+        assert!(largest_difference(&loss.by_hidden, &expected[0]) < 1e-6);
+    }
+
     #[test]
     fn the_task_loss_and_its_derivative_equal_autograd_over_the_whole_rectangle() {
         tch::manual_seed(1);
@@ -93,7 +106,7 @@ mod tests {
         let targets = Tensor::randint(11, [positions], (Kind::Int64, Device::Cpu));
         let whole = hidden.matmul(&head.tr()).cross_entropy_for_logits(&targets);
         let expected = Tensor::run_backward(&[&whole], &[&hidden], false, false);
-        let loss = task(&hidden, &head, &targets, positions as f64);
+        let loss = task(&hidden, &plain(&head), &targets, positions as f64);
         assert!((loss.sum / positions as f64 - whole.double_value(&[])).abs() < 1e-5);
         assert!(largest_difference(&loss.by_hidden, &expected[0]) < 1e-6);
     }
@@ -106,7 +119,7 @@ mod tests {
         let log_p = |h: &Tensor| h.matmul(&head.tr()).log_softmax(-1, Kind::Float);
         let whole = (log_p(&base).exp() * (log_p(&base) - log_p(&hidden))).sum(Kind::Float) / positions as f64;
         let expected = Tensor::run_backward(&[&whole], &[&hidden], false, false);
-        let loss = kl(&hidden, &head, &base, positions as f64);
+        let loss = kl(&hidden, &plain(&head), &base, positions as f64);
         assert!((loss.sum / positions as f64 - whole.double_value(&[])).abs() < 1e-5);
         assert!(largest_difference(&loss.by_hidden, &expected[0]) < 1e-6);
     }
@@ -114,15 +127,15 @@ mod tests {
     #[test]
     fn the_kl_of_a_model_to_itself_is_zero_and_has_no_slope() {
         let (hidden, head) = (random(&[3, 6]), random(&[11, 6]));
-        let loss = kl(&hidden, &head, &hidden, 3.0);
+        let loss = kl(&hidden, &plain(&head), &hidden, 3.0);
         assert_eq!((loss.sum, loss.by_hidden.abs().max().double_value(&[])), (0.0, 0.0));
     }
 
     #[test]
     fn a_position_counts_as_correct_where_the_target_ranks_first() {
         let head = Tensor::eye(3, (Kind::Float, Device::Cpu));
-        let loss =
-            task(&Tensor::from_slice2(&[[9.0_f32, 0.0, 0.0], [0.0, 9.0, 0.0]]), &head, &Tensor::from_slice(&[0_i64, 2]), 2.0);
+        let hidden = Tensor::from_slice2(&[[9.0_f32, 0.0, 0.0], [0.0, 9.0, 0.0]]);
+        let loss = task(&hidden, &plain(&head), &Tensor::from_slice(&[0_i64, 2]), 2.0);
         assert_eq!(loss.correct, 1);
     }
 }

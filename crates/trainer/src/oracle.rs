@@ -148,7 +148,7 @@ impl Case {
     fn forward(&self, figures: &mut Figures) -> Result<()> {
         let adapter = self.adapter()?;
         let logits = |ids: &str, adapter: Option<&Adapter>| -> Result<Tensor> {
-            tch::no_grad(|| Ok(self.model.logits(&self.model.hidden(self.tensor(ids)?, adapter, false))))
+            tch::no_grad(|| Ok(self.model.head.logits(&self.model.hidden(self.tensor(ids)?, adapter, false))))
         };
         figures.tensor("base_logits", &logits("user_ids", None)?, self.tensor("base_logits")?, EXACT);
         figures.tensor("base_align_logits", &logits("align_ids", None)?, self.tensor("base_align_logits")?, EXACT);

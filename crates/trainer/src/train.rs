@@ -144,7 +144,7 @@ pub fn task_gradient(model: &Model, adapter: &Adapter, batches: &[Batch], train:
         let positions = Tensor::from_slice(&batch.positions).to_device(model.device);
         let targets = Tensor::from_slice(&batch.targets).to_device(model.device);
         let hidden = reference::at_positions(&hidden, &positions); // [positions, hidden]
-        let loss = loss::task(&hidden, model.head(), &targets, supervised);
+        let loss = loss::task(&hidden, &model.head, &targets, supervised);
         gradient.accumulate(adapter, &hidden, &loss.by_hidden);
         sum += loss.sum;
         correct += loss.correct;
@@ -167,7 +167,7 @@ pub fn alignment_gradient(
     for rows in passes {
         let batch = reference.batch(model, rows);
         let hidden = reference::at_positions(&model.hidden(&batch.ids, Some(adapter), train), &batch.positions);
-        let loss = loss::kl(&hidden, model.head(), &batch.hidden, supervised);
+        let loss = loss::kl(&hidden, &model.head, &batch.hidden, supervised);
         gradient.accumulate(adapter, &hidden, &loss.by_hidden);
         sum += loss.sum;
     }
