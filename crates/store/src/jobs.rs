@@ -207,8 +207,7 @@ impl Store {
     /// When the project has no such job, or the database fails.
     pub async fn job(&self, project: ProjectId, id: JobId) -> Result<Job, StoreError> {
         let mut connection = self.pool.acquire().await?;
-        let job = fetch(&mut connection, id).await?;
-        if job.project == project { Ok(job) } else { Err(StoreError::NotFound) }
+        fetch(&mut connection, id, Some(project)).await
     }
 
     /// A project's jobs, newest first; with `metadata`, those whose metadata holds all its pairs.
@@ -240,10 +239,7 @@ impl Store {
     /// When the project has no such job, it has ended already, or the database fails.
     pub async fn cancel_job(&self, project: ProjectId, id: JobId) -> Result<Job, StoreError> {
         let mut transaction = self.pool.begin().await?;
-        let job = lock(&mut transaction, id).await?;
-        if job.project != project {
-            return Err(StoreError::NotFound);
-        }
+        let job = lock(&mut transaction, id, Some(project)).await?;
         let next = job.state.clone().cancel()?;
         write_state(&mut transaction, &job, &next).await?;
         queue::drop_lease(&mut transaction, id).await?;
@@ -276,15 +272,17 @@ fn missing(error: StoreError, param: &str, code: &'static str, name: &str) -> St
     }
 }
 
-/// Reads a job whoever owns it; callers that serve a tenant compare the project.
-pub(crate) async fn fetch(connection: &mut PgConnection, id: JobId) -> Result<Job, StoreError> {
+/// Reads a job: of `owner`, when it is read for a tenant; a worker may read any.
+pub(crate) async fn fetch(connection: &mut PgConnection, id: JobId, owner: Option<ProjectId>) -> Result<Job, StoreError> {
     sqlx::query_as!(
         Row,
         "select j.id, j.project_id, p.organization, m.name as base_model, j.training_file_id, j.validation_file_id,
                 j.alignment_set_id, j.suffix, j.seed, j.metadata, j.hyperparameters, j.safety, j.status, j.attempt, j.phase,
                 j.progress, j.error, j.fine_tuned_model, j.trained_tokens, j.created_at, j.finished_at
-         from jobs j join projects p on p.id = j.project_id join base_models m on m.id = j.base_model_id where j.id = $1",
-        id.0
+         from jobs j join projects p on p.id = j.project_id join base_models m on m.id = j.base_model_id
+         where j.id = $1 and ($2::uuid is null or j.project_id = $2)",
+        id.0,
+        owner.map(|project| project.0)
     )
     .fetch_optional(connection)
     .await?
@@ -292,13 +290,17 @@ pub(crate) async fn fetch(connection: &mut PgConnection, id: JobId) -> Result<Jo
     .try_into()
 }
 
-/// Reads a job and keeps others from changing it until the transaction ends.
-pub(crate) async fn lock(connection: &mut PgConnection, id: JobId) -> Result<Job, StoreError> {
-    sqlx::query_scalar!("select 1 as one from jobs where id = $1 for update", id.0)
-        .fetch_optional(&mut *connection)
-        .await?
-        .ok_or(StoreError::NotFound)?;
-    fetch(connection, id).await
+/// Reads a job as [`fetch`] does and keeps others from changing it until the transaction ends.
+pub(crate) async fn lock(connection: &mut PgConnection, id: JobId, owner: Option<ProjectId>) -> Result<Job, StoreError> {
+    sqlx::query_scalar!(
+        "select 1 as one from jobs where id = $1 and ($2::uuid is null or project_id = $2) for update",
+        id.0,
+        owner.map(|project| project.0)
+    )
+    .fetch_optional(&mut *connection)
+    .await?
+    .ok_or(StoreError::NotFound)?;
+    fetch(connection, id, owner).await
 }
 
 /// Writes the state that follows `job`'s, if it is still in that one.

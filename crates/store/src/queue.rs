@@ -73,7 +73,7 @@ impl Store {
         .fetch_optional(&mut *transaction)
         .await?;
         let Some(id) = found.map(JobId) else { return Ok(None) };
-        let job = jobs::fetch(&mut transaction, id).await?;
+        let job = jobs::fetch(&mut transaction, id, None).await?;
         let next = job.state.clone().claim()?;
         let attempt = jobs::attempt_of(&next);
         jobs::write_state(&mut transaction, &job, &next).await?;
@@ -309,7 +309,7 @@ impl Store {
         let mut reaped = 0;
         for id in expired.into_iter().map(JobId) {
             let mut transaction = self.pool.begin().await?;
-            let job = jobs::lock(&mut transaction, id).await?;
+            let job = jobs::lock(&mut transaction, id, None).await?;
             // Its worker may have renewed or finished in between.
             let gone = sqlx::query!("delete from job_leases where job_id = $1 and expires_at < now()", id.0)
                 .execute(&mut *transaction)
@@ -327,7 +327,7 @@ impl Store {
     /// Opens a transaction in which the worker's lease is known to hold and the job cannot change under it.
     async fn hold(&self, id: JobId, attempt: i32) -> Result<(Transaction<'static, Postgres>, Job), StoreError> {
         let mut transaction = self.pool.begin().await?;
-        let job = jobs::lock(&mut transaction, id).await?;
+        let job = jobs::lock(&mut transaction, id, None).await?;
         let holds = sqlx::query_scalar!(
             "select 1 as one from job_leases where job_id = $1 and attempt = $2 and expires_at > now()",
             id.0,
