@@ -19,7 +19,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates
     && useradd --system --uid 10001 --create-home --home-dir /var/lib/holdfast holdfast
 COPY --from=build /out /opt/holdfast
 ENV PATH=/opt/holdfast/bin:$PATH HOLDFAST_DATA_DIR=/var/lib/holdfast/data HOLDFAST_LISTEN=0.0.0.0:8080
-USER holdfast
+USER 10001
 VOLUME /var/lib/holdfast
 EXPOSE 8080
 ENTRYPOINT ["holdfast"]

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -15,6 +15,7 @@ pub(crate) struct Service {
     process: Child,
     url: String,
     key: String,
+    log: PathBuf,
 }
 
 impl Service {
@@ -43,12 +44,16 @@ impl Service {
         };
         let key =
             std::fs::read_to_string(data.join("project.key")).context("the service wrote no project.key")?.trim().to_owned();
-        Ok(Self { process, url, key })
+        Ok(Self { process, url, key, log })
     }
 
     /// Where it listens.
     pub(crate) fn url(&self) -> &str {
         &self.url
+    }
+
+    fn silent(&self) -> String {
+        format!("the service at {} does not answer; its log is {}", self.url, self.log.display())
     }
 
     fn bearer(&self) -> String {
@@ -62,20 +67,21 @@ impl Service {
                 .http_status_as_error(false)
                 .build()
                 .header("Authorization", self.bearer())
-                .call()?,
+                .call()
+                .with_context(|| self.silent())?,
         )
     }
 
     pub(crate) fn post(&self, path: &str, body: &Value) -> Result<Value> {
         let request = ureq::post(format!("{}{path}", self.url)).config().http_status_as_error(false).build();
-        read(request.header("Authorization", self.bearer()).send_json(body)?)
+        read(request.header("Authorization", self.bearer()).send_json(body).with_context(|| self.silent())?)
     }
 
     /// Uploads a dataset and returns its id.
     pub(crate) fn upload(&self, file: &Path) -> Result<String> {
         let form = Form::new().text("purpose", "fine-tune").part("file", Part::file(file)?);
         let request = ureq::post(format!("{}/v1/files", self.url)).config().http_status_as_error(false).build();
-        let file = read(request.header("Authorization", self.bearer()).send(form)?)?;
+        let file = read(request.header("Authorization", self.bearer()).send(form).with_context(|| self.silent())?)?;
         Ok(file["id"].as_str().context("the service gave the file no id")?.to_owned())
     }
 
