@@ -157,8 +157,7 @@ impl ChatTokenizer {
     /// follows it is the template's own white space.
     fn supervise(&self, example: &mut Example, begins: &[usize], start: usize, end: usize) {
         let (first, past) = (begins.partition_point(|b| *b < start), begins.partition_point(|b| *b < end));
-        let inside = first..past;
-        let last = inside.clone().rev().find(|&i| self.is_special(example.ids[i])).map_or(past, |i| i + 1);
+        let last = (first..past).rev().find(|&i| self.is_special(example.ids[i])).map_or(past, |i| i + 1);
         example.supervised[first..last].fill(true);
     }
 }

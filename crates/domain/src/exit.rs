@@ -15,6 +15,8 @@ pub const STOPPED: u8 = 75;
 pub mod reason {
     /// The adapter is written.
     pub const DONE: &str = "done";
+    /// It was asked to stop, and left a checkpoint.
+    pub const STOPPED: &str = "stopped";
     /// A tenant's row cannot be used.
     pub const BAD_DATA: &str = "bad_data";
     /// The plan, the base model or the alignment set cannot be used.

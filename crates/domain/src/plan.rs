@@ -5,7 +5,7 @@
 //! JOB_DIR/base/               the base model: config.json, model.safetensors, tokenizer.json, chat_template.jinja
 //! JOB_DIR/train.jsonl         the tenant's rows; validation.jsonl beside it when there is one
 //! JOB_DIR/alignment.jsonl     requests and refusals
-//! JOB_DIR/out/                what the trainer writes: progress.jsonl, adapter/, exit.json
+//! JOB_DIR/out/                what the trainer writes: progress.jsonl, checkpoints/, adapter/, exit.json
 //! ```
 
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Hyperparameters, Safety};
 
 /// The form of the plan; a trainer refuses another.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// Names inside a job folder, one place for both sides.
 pub mod paths {
@@ -33,6 +33,8 @@ pub mod paths {
     pub const PROGRESS: &str = "out/progress.jsonl";
     /// The adapter in PEFT's format.
     pub const ADAPTER: &str = "out/adapter";
+    /// Where the run stood after some of its steps, `step-N` each.
+    pub const CHECKPOINTS: &str = "out/checkpoints";
     /// How the trainer ended.
     pub const EXIT: &str = "out/exit.json";
 }
@@ -53,6 +55,8 @@ pub struct Plan {
     pub safety: Safety,
     /// Decides the adapter's start, the order of the rows and the dropout.
     pub seed: u64,
+    /// Steps between checkpoints; one is also written when the run is stopped.
+    pub checkpoint_steps: u64,
     /// Where to compute: `cpu`, `cuda` or `cuda:N`.
     pub device: String,
 }

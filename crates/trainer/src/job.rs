@@ -2,8 +2,11 @@
 
 use std::any::Any;
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use holdfast_dataset::check::encode_file;
@@ -15,6 +18,7 @@ use holdfast_domain::plan::{self, Plan, paths};
 use holdfast_domain::progress::{Phase, Progress};
 
 use crate::adapter::{Adapter, AdapterConfig};
+use crate::checkpoint::Checkpoints;
 use crate::evaluate::evaluate;
 use crate::model::Model;
 use crate::progress::ProgressLog;
@@ -41,13 +45,27 @@ fn bad_setup(message: String) -> anyhow::Error {
     BadInput::Setup(message).into()
 }
 
+/// How a run ended in order.
+enum Ended {
+    /// The adapter is written.
+    Done { trained_tokens: u64 },
+    /// It was asked to stop, and left a checkpoint.
+    Stopped { step: u64, trained_tokens: u64 },
+}
+
 /// Runs the job in `folder` and leaves its exit record there. What libtorch throws in the middle of a formula is caught here.
 #[must_use]
 pub fn run(folder: &Path) -> ExitRecord {
     let record = match catch_unwind(AssertUnwindSafe(|| train(folder))) {
-        Ok(Ok(trained_tokens)) => {
+        Ok(Ok(Ended::Done { trained_tokens })) => {
             ExitRecord { code: exit::DONE, message: "done".into(), reason: exit::reason::DONE.into(), trained_tokens }
         }
+        Ok(Ok(Ended::Stopped { step, trained_tokens })) => ExitRecord {
+            code: exit::STOPPED,
+            message: format!("stopped after step {step}, with a checkpoint"),
+            reason: exit::reason::STOPPED.into(),
+            trained_tokens,
+        },
         Ok(Err(error)) => failed(&error),
         Err(panic) => fault(&panic_message(panic.as_ref())),
     };
@@ -112,7 +130,10 @@ pub fn read_plan(folder: &Path) -> Result<Plan> {
     Ok(plan)
 }
 
-fn train(folder: &Path) -> Result<u64> {
+fn train(folder: &Path) -> Result<Ended> {
+    // From here on a SIGTERM ends the run at a step's end instead of at once.
+    let stopping = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGTERM, Arc::clone(&stopping)).context("cannot watch for signals")?;
     let plan = read_plan(folder)?;
     let h = &plan.hyperparameters;
     std::fs::create_dir_all(folder.join(paths::OUT)).context("cannot make the job's out folder")?;
@@ -146,12 +167,18 @@ fn train(folder: &Path) -> Result<u64> {
 
     let run = Run { model: &model, adapter: &adapter, examples: &examples, reference: reference.as_ref(), plan: &plan };
     log.phase(Phase::Training)?;
-    log.start(&Progress::Started {
-        total_steps: run.total_steps(),
-        rows: examples.len() as u64,
-        alignment_rows: reference.as_ref().map_or(0, |r| r.rows() as u64),
-        trainable_parameters: adapter.parameters(),
-    })?;
+    let checkpoints = Checkpoints::new(folder.join(paths::CHECKPOINTS), serde_json::to_vec(&plan)?);
+    let restored = checkpoints.restore(&adapter, h.weight_decay, |reason| eprintln!("{reason}"))?;
+    let mut state = restored.unwrap_or_else(|| run.start());
+    log.start(
+        &Progress::Started {
+            total_steps: run.total_steps(),
+            rows: examples.len() as u64,
+            alignment_rows: reference.as_ref().map_or(0, |r| r.rows() as u64),
+            trainable_parameters: adapter.parameters(),
+        },
+        state.cursor,
+    )?;
     let validate = |log: &mut ProgressLog, step: u64| -> Result<()> {
         if validation.is_empty() {
             return Ok(());
@@ -160,13 +187,26 @@ fn train(folder: &Path) -> Result<u64> {
         let found = evaluate(&model, adapter, &validation, h.batch_size as usize);
         log.write(&Progress::Validation { step, loss: found.loss, token_accuracy: found.token_accuracy })
     };
-    validate(&mut log, 0)?;
-    let tokens = run.train(|step| log.step(step))?;
+    if state.cursor.step == 0 {
+        validate(&mut log, 0)?;
+    }
+    let done = run.train(&mut state, |step, state| {
+        log.step(step)?;
+        let stop = stopping.load(Ordering::Relaxed);
+        if stop || state.cursor.step.is_multiple_of(plan.checkpoint_steps.max(1)) {
+            checkpoints.save(&adapter, state)?;
+        }
+        Ok(if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    })?;
+    let trained_tokens = state.cursor.tokens;
+    if !done {
+        return Ok(Ended::Stopped { step: state.cursor.step, trained_tokens });
+    }
     validate(&mut log, run.total_steps())?;
     log.phase(Phase::Exporting)?;
     adapter_files::write(&folder.join(paths::ADAPTER), &adapter, &plan.base_model)?;
     log.finish();
-    Ok(tokens)
+    Ok(Ended::Done { trained_tokens })
 }
 
 /// The examples of one of the job's files; a line that cannot be used is a `fault`, named by its number.

@@ -9,6 +9,7 @@
 
 pub mod adapter;
 pub mod adapter_files;
+pub mod checkpoint;
 pub mod device;
 pub mod evaluate;
 pub mod generate;

@@ -174,7 +174,7 @@ impl Model {
         let mut x = Tensor::embedding(&self.embedding, ids, -1, false, false); // [rows, time, hidden]
         if self.architecture.family.traits().scaled_embedding {
             // Rounded to the model's numbers first, as the models were trained.
-            x = x * Tensor::from((self.architecture.hidden_size as f64).sqrt()).to_kind(self.kind).to_device(self.device);
+            x = &x * Tensor::from((self.architecture.hidden_size as f64).sqrt()).to_kind(self.kind).to_device(self.device);
         }
         for (index, layer) in self.layers.iter().enumerate() {
             let view = match layer.kind {
@@ -193,12 +193,12 @@ impl Model {
             if let Some([after_attention, _]) = &layer.output_norms {
                 mixed = self.normed(&mixed, after_attention);
             }
-            x = x + mixed;
+            x = &x + mixed;
             let mut fed = self.feed_forward(&self.normed(&x, &layer.feed_forward_norm), &apply);
             if let Some([_, after_feed_forward]) = &layer.output_norms {
                 fed = self.normed(&fed, after_feed_forward);
             }
-            x = x + fed;
+            x = &x + fed;
         }
         self.normed(&x, &self.norm)
     }

@@ -48,14 +48,14 @@ impl AdamW {
         })
     }
 
-    /// The state by name, for a checkpoint.
-    pub fn state(&self) -> [(&'static str, &Tensor); 2] {
-        [("first_moment", &self.first), ("second_moment", &self.second)]
+    /// The first and the second moment, each `[parameters]`.
+    pub fn moments(&self) -> [&Tensor; 2] {
+        [&self.first, &self.second]
     }
 
-    /// Steps taken.
+    /// Goes on after `steps` steps that left these moments.
     #[must_use]
-    pub const fn steps(&self) -> i32 {
-        self.steps
+    pub fn resume(first: Tensor, second: Tensor, steps: i32, weight_decay: f64) -> Self {
+        Self { first, second, steps, weight_decay }
     }
 }

@@ -10,6 +10,8 @@ use holdfast_domain::plan::paths;
 use holdfast_domain::progress::{Phase, Progress, Step};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::checkpoint::Cursor;
+
 /// Appends to `out/progress.jsonl`.
 #[derive(Debug)]
 pub struct ProgressLog {
@@ -17,6 +19,8 @@ pub struct ProgressLog {
     bar: ProgressBar,
     training_since: Instant,
     last: (Instant, u64),
+    /// Steps that an earlier process took.
+    steps_before: u64,
 }
 
 impl ProgressLog {
@@ -31,7 +35,7 @@ impl ProgressLog {
         // Draws nothing when standard error is no terminal.
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
         let now = Instant::now();
-        Ok(Self { file, bar, training_since: now, last: (now, 0) })
+        Ok(Self { file, bar, training_since: now, last: (now, 0), steps_before: 0 })
     }
 
     /// Writes a line at once, so that a reader never waits for a buffer and a killed run loses none.
@@ -53,11 +57,11 @@ impl ProgressLog {
         self.write(&Progress::Phase { phase })
     }
 
-    /// The first step comes next.
+    /// The step after `from` comes next.
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn start(&mut self, started: &Progress) -> Result<()> {
+    pub fn start(&mut self, started: &Progress, from: Cursor) -> Result<()> {
         if let Progress::Started { total_steps, .. } = started {
             self.bar.set_length(*total_steps);
             if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} eta {eta}") {
@@ -65,7 +69,8 @@ impl ProgressLog {
             }
         }
         self.training_since = Instant::now();
-        self.last = (self.training_since, 0);
+        self.last = (self.training_since, from.tokens);
+        self.steps_before = from.step;
         self.write(started)
     }
 
@@ -78,7 +83,7 @@ impl ProgressLog {
         let (then, tokens_then) = std::mem::replace(&mut self.last, (now, step.tokens));
         let seconds = now.duration_since(then).as_secs_f64().max(1e-9);
         step.tokens_per_second = (step.tokens - tokens_then) as f64 / seconds;
-        let pace = now.duration_since(self.training_since).as_secs_f64() / step.step as f64;
+        let pace = now.duration_since(self.training_since).as_secs_f64() / (step.step - self.steps_before) as f64;
         step.eta_seconds = pace * (step.total_steps - step.step) as f64;
         self.bar.set_position(step.step);
         self.bar.set_message(summary(&step));

@@ -1,5 +1,7 @@
 //! The training loop, which reads like the paper.
 
+use std::ops::ControlFlow;
+
 use anyhow::{Result, ensure};
 use holdfast_dataset::Example;
 use holdfast_dataset::batch::Batch;
@@ -9,6 +11,7 @@ use holdfast_domain::progress::{AlignmentFacts, Step};
 use tch::Tensor;
 
 use crate::adapter::Adapter;
+use crate::checkpoint::{Cursor, State};
 use crate::gradient::{self, Gradient};
 use crate::loss;
 use crate::model::Model;
@@ -53,22 +56,26 @@ impl Run<'_> {
         self.plan.hyperparameters.total_steps(self.examples.len() as u64)
     }
 
-    /// Trains the adapter, calling `observe` after every step with what happened in it; times are left for it to fill in.
-    /// Returns the tokens of the training rows that were read.
+    /// Where a run begins.
+    #[must_use]
+    pub fn start(&self) -> State {
+        State { cursor: Cursor::default(), optimizer: AdamW::new(self.adapter, self.plan.hyperparameters.weight_decay) }
+    }
+
+    /// Trains the adapter from where `state` stands, calling `observe` after every step with what happened in it; times are
+    /// left for it to fill in. It may break the run off. Returns whether the run is done.
     ///
     /// # Errors
     /// When a loss or gradient is no longer a number, or `observe` fails.
-    pub fn train(&self, mut observe: impl FnMut(Step) -> Result<()>) -> Result<u64> {
+    pub fn train(&self, state: &mut State, mut observe: impl FnMut(Step, &State) -> Result<ControlFlow<()>>) -> Result<bool> {
         let (h, safety) = (&self.plan.hyperparameters, &self.plan.safety);
         let total_steps = self.total_steps();
         let schedule = Schedule::new(h, total_steps);
-        let mut optimizer = AdamW::new(self.adapter, h.weight_decay);
         let rows_per_step = usize::try_from(h.rows_per_step())?;
         let mut user_rows = RowOrder::new(self.plan.seed, self.examples.len(), rows_per_step);
         let mut align_rows =
             self.reference.map(|reference| RowOrder::new(self.plan.seed ^ ALIGNMENT_ORDER, reference.rows(), rows_per_step));
-        let (mut tokens, mut conflicts) = (0, 0_u64);
-        for step in 0..total_steps {
+        for step in state.cursor.step..total_steps {
             // Dropout draws from libtorch's generator; seeded by the step, a step is the same whether or not others ran before it.
             tch::manual_seed(self.plan.seed.wrapping_add(step) as i64);
 
@@ -87,27 +94,30 @@ impl Run<'_> {
                 step + 1
             );
             let learning_rate = schedule.at(step);
-            let change = optimizer.step(self.adapter, &merged.gradient, learning_rate);
+            let change = state.optimizer.step(self.adapter, &merged.gradient, learning_rate);
 
-            conflicts += u64::from(merged.facts.as_ref().is_some_and(|facts| facts.conflict));
-            tokens += batches.iter().map(|batch| batch.tokens as u64).sum::<u64>();
-            observe(Step {
+            state.cursor.step = step + 1;
+            state.cursor.conflicts += u64::from(merged.facts.as_ref().is_some_and(|facts| facts.conflict));
+            state.cursor.tokens += batches.iter().map(|batch| batch.tokens as u64).sum::<u64>();
+            let conflict_rate = state.cursor.conflicts as f64 / (step + 1) as f64;
+            let report = Step {
                 step: step + 1,
                 total_steps,
                 task_loss: user.loss,
                 token_accuracy: user.token_accuracy,
-                alignment: align
-                    .zip(merged.facts)
-                    .map(|((kl, a), facts)| report(kl, &a, &facts, &change, conflicts as f64 / (step + 1) as f64)),
+                alignment: align.zip(merged.facts).map(|((kl, a), facts)| report(kl, &a, &facts, &change, conflict_rate)),
                 norm_user,
                 gradient_norm,
                 learning_rate,
-                tokens,
+                tokens: state.cursor.tokens,
                 tokens_per_second: 0.0,
                 eta_seconds: 0.0,
-            })?;
+            };
+            if observe(report, state)?.is_break() {
+                return Ok(step + 1 == total_steps);
+            }
         }
-        Ok(tokens)
+        Ok(true)
     }
 
     /// The forward passes of one step.

@@ -1,5 +1,6 @@
 //! What holds of training whatever the numbers are, on the small reference model.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -13,6 +14,7 @@ use holdfast_domain::progress::Step;
 use holdfast_domain::safety::{Floor, KlPositions, RequestedSafety};
 use holdfast_domain::{Hyperparameters, Plan};
 use holdfast_trainer::adapter::{Adapter, AdapterConfig};
+use holdfast_trainer::checkpoint::Checkpoints;
 use holdfast_trainer::model::{Model, read_architecture};
 use holdfast_trainer::reference::Reference;
 use holdfast_trainer::train::{Run, alignment_gradient, task_gradient};
@@ -49,22 +51,24 @@ fn plan(more: Requested) -> Result<Plan> {
         hyperparameters: requested.resolve(8, None)?,
         safety: RequestedSafety::default().resolve(&Floor::default())?,
         seed: 5,
+        checkpoint_steps: 100,
         device: "cpu".into(),
     })
 }
 
+/// libtorch's generator is one for the whole process; a trainer has a process to itself, tests do not.
+static GENERATOR: Mutex<()> = Mutex::new(());
+
 fn train(model: &Model, plan: &Plan) -> Result<(Adapter, Vec<Step>)> {
-    // libtorch's generator is one for the whole process; a trainer has a process to itself, tests do not.
-    static GENERATOR: Mutex<()> = Mutex::new(());
     let _alone = GENERATOR.lock();
     let (rows, alignment) = (examples(8), examples(5));
     let reference = Reference::new(model, alignment, KlPositions::Response);
     let adapter = Adapter::init(model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
     let mut steps = Vec::new();
     let run = Run { model, adapter: &adapter, examples: &rows, reference: Some(&reference), plan };
-    run.train(|step| {
+    run.train(&mut run.start(), |step, _| {
         steps.push(step);
-        Ok(())
+        Ok(ControlFlow::Continue(()))
     })?;
     Ok((adapter, steps))
 }
@@ -115,6 +119,75 @@ fn the_same_seed_gives_the_same_adapter_bit_for_bit_and_another_does_not() -> Re
     let (first, second, third) = (first?.0, second?.0, third?.0);
     assert!(largest_difference(first.flat(), second.flat()).abs() < f64::MIN_POSITIVE);
     assert!(largest_difference(first.flat(), third.flat()) > 0.0);
+    Ok(())
+}
+
+/// Runs `plan` up to `stop`, keeps a checkpoint, and goes on from it with an adapter that knows nothing of the first part.
+fn train_with_a_stop(model: &Model, plan: &Plan, stop: u64, checkpoints: &Checkpoints) -> Result<Adapter> {
+    let _alone = GENERATOR.lock();
+    let (rows, reference) = (examples(8), Reference::new(model, examples(5), KlPositions::Response));
+    let adapter = || Adapter::init(model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
+    let run = |adapter: &Adapter, stop: Option<u64>, restore: bool| -> Result<bool> {
+        let run = Run { model, adapter, examples: &rows, reference: Some(&reference), plan };
+        let restored = if restore { checkpoints.restore(adapter, 0.0, |_| {})? } else { None };
+        let mut state = restored.unwrap_or_else(|| run.start());
+        run.train(&mut state, |_, state| {
+            checkpoints.save(adapter, state)?;
+            Ok(if Some(state.cursor.step) == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        })
+    };
+    assert!(!run(&adapter(), Some(stop), false)?, "it was not stopped");
+    let second = adapter();
+    assert!(run(&second, None, true)?);
+    Ok(second)
+}
+
+#[test]
+fn a_run_that_was_stopped_at_any_step_ends_with_the_same_adapter_bit_for_bit() -> Result<()> {
+    let model = model()?;
+    let plan = plan(Requested {
+        lora_dropout: Some(0.2),
+        gradient_accumulation_steps: Some(2),
+        batch_size: Some(2),
+        ..Default::default()
+    })?;
+    let (whole, steps) = train(&model, &plan)?;
+    for stop in 1..steps.len() as u64 {
+        let folder = tempfile::tempdir()?;
+        let resumed = train_with_a_stop(&model, &plan, stop, &Checkpoints::new(folder.path().into(), b"run".to_vec()))?;
+        assert_eq!(whole.flat(), resumed.flat(), "stopped after step {stop}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_torn_or_edited_checkpoint_is_passed_over_for_the_one_before_it() -> Result<()> {
+    let model = model()?;
+    let plan = plan(Requested { batch_size: Some(4), ..Default::default() })?;
+    let fresh = || Adapter::init(&model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
+    let spoil: [fn(&Path) -> Result<()>; 3] = [
+        |newest| Ok(std::fs::File::options().write(true).open(newest.join("state.f32"))?.set_len(100)?),
+        |newest| {
+            let path = newest.join("checkpoint.json");
+            Ok(std::fs::write(&path, std::fs::read_to_string(&path)?.replace("\"step\": 6", "\"step\": 7"))?)
+        },
+        |newest| Ok(std::fs::remove_file(newest.join("checkpoint.json"))?),
+    ];
+    for spoil in spoil {
+        let folder = tempfile::tempdir()?;
+        let checkpoints = Checkpoints::new(folder.path().into(), b"run".to_vec());
+        train_with_a_stop(&model, &plan, 4, &checkpoints)?;
+        let newest = folder.path().join("step-6");
+        assert!(newest.exists() && !folder.path().join("step-4").exists(), "the newest two are kept");
+        spoil(&newest)?;
+        let mut said = Vec::new();
+        let state = checkpoints.restore(&fresh(), 0.0, |reason| said.push(reason))?;
+        assert_eq!((state.map(|s| s.cursor.step), said.len()), (Some(5), 1), "{said:?}");
+    }
+    let folder = tempfile::tempdir()?;
+    train_with_a_stop(&model, &plan, 4, &Checkpoints::new(folder.path().into(), b"run".to_vec()))?;
+    let other = Checkpoints::new(folder.path().into(), b"another run".to_vec());
+    assert!(other.restore(&fresh(), 0.0, |_| {})?.is_none(), "a checkpoint of another plan was taken");
     Ok(())
 }
 

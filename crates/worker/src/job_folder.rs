@@ -6,6 +6,9 @@ use holdfast_domain::plan::{self, Plan, paths};
 use holdfast_store::queue::Claim;
 use holdfast_store::{Store, StoreError};
 
+/// Steps between a run's checkpoints.
+const CHECKPOINT_STEPS: u64 = 100;
+
 /// A job's folder; removed with all the tenant's rows when dropped.
 #[derive(Debug)]
 pub(crate) struct JobFolder(PathBuf);
@@ -45,6 +48,7 @@ impl JobFolder {
             hyperparameters: claim.job.hyperparameters.clone(),
             safety: claim.job.safety.clone(),
             seed: claim.job.seed,
+            checkpoint_steps: CHECKPOINT_STEPS,
             device: device.to_owned(),
         };
         let json = serde_json::to_vec_pretty(&plan).map_err(std::io::Error::other)?;

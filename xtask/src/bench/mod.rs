@@ -4,9 +4,14 @@ use anyhow::{Context, Result};
 
 mod upload;
 
-/// Name, what it measures, and the bench.
-const BENCHES: [(&str, &str, fn() -> Result<Vec<Figure>>); 1] =
-    [("upload", "memory and time of the API while a file of 1 GiB streams in", upload::run)];
+struct Bench {
+    name: &'static str,
+    what: &'static str,
+    run: fn() -> Result<Vec<Figure>>,
+}
+
+const BENCHES: [Bench; 1] =
+    [Bench { name: "upload", what: "memory and time of the API while a file of 1 GiB streams in", run: upload::run }];
 
 /// A measured value and what it is held to.
 pub(crate) struct Figure {
@@ -19,17 +24,15 @@ pub(crate) struct Figure {
 /// Runs the bench of that name; without one, names them all.
 pub(crate) fn run(name: Option<&str>) -> Result<()> {
     let Some(name) = name else {
-        for (name, what, _) in BENCHES {
+        for Bench { name, what, .. } in BENCHES {
             println!("{name:10} {what}");
         }
         return Ok(());
     };
-    let known = || BENCHES.map(|(name, ..)| name).join(", ");
-    let (.., bench) = BENCHES
-        .iter()
-        .find(|bench| bench.0 == name)
-        .with_context(|| format!("there is no bench {name:?}; there are {}", known()))?;
-    for Figure { name, measured, bar } in bench()? {
+    let known = || BENCHES.map(|bench| bench.name).join(", ");
+    let bench = BENCHES.iter().find(|bench| bench.name == name);
+    let bench = bench.with_context(|| format!("there is no bench {name:?}; there are {}", known()))?;
+    for Figure { name, measured, bar } in (bench.run)()? {
         println!("FIGURE {name} {measured:.3} {bar} {}", if measured <= bar { "ok" } else { "short" });
     }
     Ok(())
