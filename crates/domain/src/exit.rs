@@ -23,6 +23,8 @@ pub mod reason {
     pub const BAD_SETUP: &str = "bad_setup";
     /// Memory ran out.
     pub const OUT_OF_MEMORY: &str = "out_of_memory";
+    /// The loss left the numbers or ran away, also with a smaller learning rate.
+    pub const DIVERGED: &str = "diverged";
     /// Anything else.
     pub const INTERNAL: &str = "internal";
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Invalid;
+use crate::{Invalid, Safety};
 
 /// How the learning rate moves after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -34,6 +34,19 @@ pub enum LongRows {
     Error,
     /// The row's end is cut away, because the client asked for it.
     Truncate,
+}
+
+/// Activation checkpointing: what the backward pass computes again instead of keeping it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Recompute {
+    /// Nothing: the fastest.
+    #[default]
+    Nothing,
+    /// The feed-forward's inside, which is more than half of what is kept: about a quarter more time.
+    FeedForward,
+    /// Every layer, of which only the input is kept: the least memory, about half more time.
+    Layers,
 }
 
 /// One of the seven linear maps of a decoder layer that LoRA can adapt, by its name in Hugging Face's checkpoints.
@@ -110,6 +123,11 @@ pub struct Requested {
     pub lora_alpha: Option<f64>,
     pub lora_dropout: Option<f64>,
     pub target_modules: Option<Vec<String>>,
+    pub activation_checkpointing: Option<Recompute>,
+    pub length_grouping: Option<bool>,
+    pub evaluate_steps: Option<u64>,
+    pub early_stopping_patience: Option<u32>,
+    pub row_conflicts: Option<bool>,
 }
 
 /// What a job trains with: every value decided.
@@ -145,6 +163,21 @@ pub struct Hyperparameters {
     pub lora_dropout: f64,
     /// The linear maps that are adapted.
     pub target_modules: Vec<Projection>,
+    /// What the backward pass computes again instead of keeping it.
+    #[serde(default)]
+    pub activation_checkpointing: Recompute,
+    /// Whether rows of like length share a step; the order stays random otherwise.
+    #[serde(default)]
+    pub length_grouping: bool,
+    /// Steps between measurements on the validation file; 0: at the end of every epoch.
+    #[serde(default)]
+    pub evaluate_steps: u64,
+    /// Measurements without a better validation loss after which training ends with the best adapter; 0: never.
+    #[serde(default)]
+    pub early_stopping_patience: u32,
+    /// Whether each row is scored by how hard it pushes against the alignment.
+    #[serde(default)]
+    pub row_conflicts: bool,
 }
 
 /// The learning rate a `learning_rate_multiplier` of 1 means: the usual one for LoRA.
@@ -201,6 +234,16 @@ impl Requested {
             lora_alpha: bounded("lora_alpha", self.lora_alpha.unwrap_or(2.0 * f64::from(lora_rank)), 1e-3, 1e4)?,
             lora_dropout: bounded("lora_dropout", self.lora_dropout.unwrap_or(0.0), 0.0, 0.9)?,
             target_modules: self.target_modules()?,
+            activation_checkpointing: self.activation_checkpointing.unwrap_or_default(),
+            length_grouping: self.length_grouping.unwrap_or(false),
+            evaluate_steps: bounded("evaluate_steps", self.evaluate_steps.unwrap_or(0), 0, 1_000_000)?,
+            early_stopping_patience: bounded(
+                "early_stopping_patience",
+                self.early_stopping_patience.unwrap_or(0),
+                0,
+                1000,
+            )?,
+            row_conflicts: self.row_conflicts.unwrap_or(false),
         })
     }
 
@@ -238,6 +281,21 @@ impl Hyperparameters {
     #[must_use]
     pub fn rows_per_step(&self) -> u64 {
         u64::from(self.batch_size) * u64::from(self.gradient_accumulation_steps)
+    }
+
+    /// Makes sure that nothing is asked for that the method cannot give.
+    ///
+    /// # Errors
+    /// When rows are to be scored against an alignment gradient that the method does not have.
+    pub fn check_with(&self, safety: &Safety) -> Result<(), Invalid> {
+        if self.row_conflicts && !safety.defense.compares_gradients() {
+            let message = format!(
+                "row_conflicts needs an alignment gradient to compare rows with, and `{}` has none",
+                safety.defense.as_str()
+            );
+            return Err(Invalid::new("row_conflicts", "contradiction", message));
+        }
+        Ok(())
     }
 
     /// Steps of the whole run; an epoch's last step may hold fewer rows.

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Hyperparameters, Safety};
 
 /// The form of the plan; a trainer refuses another.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 /// Names inside a job folder, one place for both sides.
 pub mod paths {
@@ -35,6 +35,12 @@ pub mod paths {
     pub const ADAPTER: &str = "out/adapter";
     /// Where the run stood after some of its steps, `step-N` each.
     pub const CHECKPOINTS: &str = "out/checkpoints";
+    /// How hard each training row pushes against the alignment, one JSON object a line, where it is asked for.
+    pub const ROW_CONFLICTS: &str = "out/row_conflicts.jsonl";
+    /// The base's final hidden states on the alignment rows: known from an earlier job.
+    pub const REFERENCE: &str = "reference.safetensors";
+    /// The same, as this job computed them because it was given none.
+    pub const REFERENCE_OUT: &str = "out/reference.safetensors";
     /// How the trainer ended.
     pub const EXIT: &str = "out/exit.json";
 }
@@ -57,6 +63,12 @@ pub struct Plan {
     pub seed: u64,
     /// Steps between checkpoints; one is also written when the run is stopped.
     pub checkpoint_steps: u64,
+    /// Names the base's states on the alignment rows; states of another name are not used.
+    #[serde(default)]
+    pub reference: Option<String>,
+    /// The most memory the run may need; absent: what the machine has.
+    #[serde(default)]
+    pub memory_limit_bytes: Option<u64>,
     /// Where to compute: `cpu`, `cuda` or `cuda:N`.
     pub device: String,
 }

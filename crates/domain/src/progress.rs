@@ -22,6 +22,15 @@ pub enum Progress {
         /// Numbers that are trained.
         trainable_parameters: u64,
     },
+    /// What the run will need, known before its first step.
+    Memory(MemoryPlan),
+    /// Something its owner should know.
+    Note {
+        /// Steps taken before it.
+        step: u64,
+        /// In words; never quotes a row.
+        message: String,
+    },
     /// One optimiser step.
     Step(Box<Step>),
     /// A measurement over the whole validation file.
@@ -33,6 +42,36 @@ pub enum Progress {
         /// The share of supervised tokens that the model ranks first.
         token_accuracy: f64,
     },
+}
+
+/// Memory a run needs, by what it is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryPlan {
+    /// The frozen base.
+    pub weights_bytes: u64,
+    /// The adapter, its gradients and the optimiser.
+    pub optimizer_bytes: u64,
+    /// What the forward pass keeps, and the way back makes.
+    pub activations_bytes: u64,
+    /// The chunk of logits that exists at one time.
+    pub logits_bytes: u64,
+    /// The base's states on the alignment rows.
+    pub reference_bytes: u64,
+    /// The program and its libraries.
+    pub program_bytes: u64,
+}
+
+impl MemoryPlan {
+    /// All of it.
+    #[must_use]
+    pub const fn total_bytes(&self) -> u64 {
+        self.weights_bytes
+            + self.optimizer_bytes
+            + self.activations_bytes
+            + self.logits_bytes
+            + self.reference_bytes
+            + self.program_bytes
+    }
 }
 
 /// What a trainer is doing.

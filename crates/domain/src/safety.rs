@@ -4,50 +4,126 @@ use serde::{Deserialize, Serialize};
 
 use crate::Invalid;
 
-/// How training is kept from working against the base model's alignment, weakest first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+/// How training is kept from working against the base model's alignment. The trainer's `methods` have each one's formula.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Defense {
-    /// Plain fine-tuning: `g = u`.
+    /// Plain fine-tuning.
     None,
-    /// The KL to the base as a penalty, without projection: `g = u + ρ·a`.
+    /// The alignment rows are mixed into training (`SafeInstr`, arXiv 2309.07875); their tokens weigh `ρ`.
+    SafeMix,
+    /// Training alternates between alignment rows and the tenant's (Lisa, arXiv 2405.18641), held together by `ρ`.
+    Lisa,
+    /// The KL to the base as a penalty of weight `ρ`, without projection.
     KlPenalty,
-    /// `SafeGrad` (arXiv 2508.07172): the part of `u` that works against `a` is projected away, then `ρ·a` is added.
+    /// The final hidden state at the end of each alignment prompt is held to the base's (arXiv 2605.05995).
+    Sbr,
+    /// Both gradients are projected where they conflict (arXiv 2001.06782).
+    Pcgrad,
+    /// `SafeGrad` (arXiv 2508.07172): the part of the task's gradient that works against the alignment is projected away.
     Safegrad,
+    /// `SafeGrad` with feedback: `ρ` follows a budget of KL, and no checkpoint leaves it.
+    Held,
 }
 
 impl Defense {
+    /// Every method.
+    pub const ALL: [Self; 8] =
+        [Self::None, Self::SafeMix, Self::Lisa, Self::KlPenalty, Self::Sbr, Self::Pcgrad, Self::Safegrad, Self::Held];
+
     /// The word the wire and the plan use.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::None => "none",
+            Self::SafeMix => "safe_mix",
+            Self::Lisa => "lisa",
             Self::KlPenalty => "kl_penalty",
+            Self::Sbr => "sbr",
+            Self::Pcgrad => "pcgrad",
             Self::Safegrad => "safegrad",
+            Self::Held => "held",
         }
     }
 
     /// Reads [`Self::as_str`] back.
     #[must_use]
     pub fn parse(word: &str) -> Option<Self> {
-        [Self::None, Self::KlPenalty, Self::Safegrad].into_iter().find(|defense| defense.as_str() == word)
+        Self::ALL.into_iter().find(|defense| defense.as_str() == word)
     }
 
-    /// Whether it needs the alignment gradient, and so an alignment set.
+    /// Whether it needs an alignment set.
     #[must_use]
     pub const fn needs_alignment(self) -> bool {
         !matches!(self, Self::None)
     }
+
+    /// Whether it computes an alignment gradient in every step, which rows can be compared with.
+    #[must_use]
+    pub const fn compares_gradients(self) -> bool {
+        matches!(self, Self::KlPenalty | Self::Pcgrad | Self::Safegrad | Self::Held)
+    }
+
+    /// Whether it is known to hold at least what `floor` holds. Methods that differ in kind hold different things, so most pairs
+    /// are not comparable, and then the answer is no.
+    #[must_use]
+    pub const fn holds_at_least(self, floor: Self) -> bool {
+        matches!(
+            (floor, self),
+            (Self::None, _)
+                | (Self::SafeMix, Self::SafeMix)
+                | (Self::Lisa, Self::Lisa)
+                | (Self::KlPenalty, Self::KlPenalty | Self::Safegrad | Self::Held)
+                | (Self::Sbr, Self::Sbr)
+                | (Self::Pcgrad, Self::Pcgrad | Self::Safegrad | Self::Held)
+                | (Self::Safegrad, Self::Safegrad | Self::Held)
+                | (Self::Held, Self::Held)
+        )
+    }
 }
 
 /// Over which positions the KL is summed, and so how strong `ρ` is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KlPositions {
     /// Supervised positions, divided by their number.
+    #[default]
     Response,
     /// Every position of the padded rectangle, divided by the number of supervised tokens: the released code's strength.
     All,
+}
+
+/// Whose gradient is projected.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProjectionOf {
+    /// The step's: one test of conflict.
+    #[default]
+    Batch,
+    /// Each row's by itself, so that harmless rows of a poisoned batch keep all of theirs.
+    PerRow,
+}
+
+/// Where the projection takes place.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProjectionSpace {
+    /// In the gradient, before the optimiser: the paper's.
+    #[default]
+    Gradient,
+    /// In the update the optimiser makes: what raises the alignment loss to first order is removed from it.
+    Update,
+}
+
+/// At which weights the alignment gradient is taken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AlignmentPoint {
+    /// At the weights as they are.
+    #[default]
+    Current,
+    /// Where the task's gradient alone would take them.
+    Lookahead,
 }
 
 /// What a tenant asked for; what is `None` is left to the operator.
@@ -59,6 +135,14 @@ pub struct RequestedSafety {
     pub rho: Option<f64>,
     /// The positions the KL covers.
     pub kl_positions: Option<KlPositions>,
+    /// Whose gradient is projected.
+    pub projection: Option<ProjectionOf>,
+    /// Where the projection takes place.
+    pub projection_space: Option<ProjectionSpace>,
+    /// At which weights the alignment gradient is taken.
+    pub alignment_point: Option<AlignmentPoint>,
+    /// The budget of KL of [`Defense::Held`].
+    pub budget: Option<f64>,
     /// The alignment set's name.
     pub alignment_set: Option<String>,
 }
@@ -88,12 +172,49 @@ pub const MAX_RHO: f64 = 100.0;
 pub struct Safety {
     /// The method.
     pub defense: Defense,
-    /// The weight `ρ` of the alignment gradient; without meaning for [`Defense::None`].
+    /// The method's strength `ρ`; without meaning for [`Defense::None`].
     pub rho: f64,
     /// The positions the KL covers.
+    #[serde(default)]
     pub kl_positions: KlPositions,
+    /// Whose gradient is projected, under [`Defense::Safegrad`].
+    #[serde(default)]
+    pub projection: ProjectionOf,
+    /// Where the projection takes place, under [`Defense::Safegrad`].
+    #[serde(default)]
+    pub projection_space: ProjectionSpace,
+    /// At which weights the alignment gradient is taken, under [`Defense::Safegrad`].
+    #[serde(default)]
+    pub alignment_point: AlignmentPoint,
+    /// The budget ε of mean KL on alignment rows, in nats, under [`Defense::Held`].
+    #[serde(default = "default_budget")]
+    pub budget: f64,
     /// The alignment set's name; `None` when the method needs none.
     pub alignment_set: Option<String>,
+}
+
+/// The budget of KL where nobody says another.
+pub const DEFAULT_BUDGET: f64 = 0.05;
+
+const fn default_budget() -> f64 {
+    DEFAULT_BUDGET
+}
+
+impl Safety {
+    /// A method of strength `ρ` with everything else as usual, on no named set.
+    #[must_use]
+    pub fn new(defense: Defense, rho: f64) -> Self {
+        Self {
+            defense,
+            rho,
+            kl_positions: KlPositions::default(),
+            projection: ProjectionOf::default(),
+            projection_space: ProjectionSpace::default(),
+            alignment_point: AlignmentPoint::default(),
+            budget: DEFAULT_BUDGET,
+            alignment_set: None,
+        }
+    }
 }
 
 impl RequestedSafety {
@@ -103,11 +224,15 @@ impl RequestedSafety {
     /// When `rho` is not a number the method can use, or the request is weaker than the floor: it is refused, never raised.
     pub fn resolve(&self, floor: &Floor) -> Result<Safety, Invalid> {
         let defense = self.defense.unwrap_or(floor.defense);
-        if defense < floor.defense {
+        if !defense.holds_at_least(floor.defense) {
             return Err(Invalid::new(
                 "defense",
                 "safety_below_floor",
-                format!("this deployment trains with at least `{}`; `{}` is weaker", floor.defense.as_str(), defense.as_str()),
+                format!(
+                    "this deployment trains with at least `{}`; `{}` is weaker, or not known to hold as much",
+                    floor.defense.as_str(),
+                    defense.as_str()
+                ),
             ));
         }
         let rho = self.rho.unwrap_or(floor.rho);
@@ -128,9 +253,36 @@ impl RequestedSafety {
                 format!("this deployment trains on the alignment set {:?}; {set:?} may be weaker", floor.alignment_set),
             ));
         }
+        let budget = self.budget.unwrap_or(DEFAULT_BUDGET);
+        if !(1e-6..=100.0).contains(&budget) {
+            return Err(Invalid::new("budget", "out_of_bounds", "budget must lie between 0.000001 and 100 nats"));
+        }
+        let variant = |name: &str, asked: bool, by: &[Defense]| {
+            if !asked || by.contains(&defense) {
+                return Ok(());
+            }
+            let known = by.iter().map(|defense| format!("`{}`", defense.as_str())).collect::<Vec<_>>().join(" and ");
+            let message = format!("{name} has a meaning under {known} only; this job trains with `{}`", defense.as_str());
+            Err(Invalid::new(name, "contradiction", message))
+        };
+        let kl = [Defense::KlPenalty, Defense::Pcgrad, Defense::Safegrad];
+        variant("kl_positions", self.kl_positions.is_some_and(|p| p != KlPositions::default()), &kl)?;
+        variant("projection", self.projection.is_some_and(|p| p != ProjectionOf::default()), &[Defense::Safegrad])?;
+        variant("projection_space", self.projection_space.is_some_and(|p| p != ProjectionSpace::default()), &[Defense::Safegrad])?;
+        variant("alignment_point", self.alignment_point.is_some_and(|p| p != AlignmentPoint::default()), &[Defense::Safegrad])?;
+        variant("budget", self.budget.is_some(), &[Defense::Held])?;
         let alignment_set =
             defense.needs_alignment().then(|| self.alignment_set.clone().unwrap_or_else(|| floor.alignment_set.clone()));
-        Ok(Safety { defense, rho, kl_positions: self.kl_positions.unwrap_or(KlPositions::Response), alignment_set })
+        Ok(Safety {
+            defense,
+            rho,
+            kl_positions: self.kl_positions.unwrap_or_default(),
+            projection: self.projection.unwrap_or_default(),
+            projection_space: self.projection_space.unwrap_or_default(),
+            alignment_point: self.alignment_point.unwrap_or_default(),
+            budget,
+            alignment_set,
+        })
     }
 }
 
@@ -158,6 +310,32 @@ mod tests {
             let code = request.resolve(&Floor::default()).map_err(|e| e.code);
             assert_eq!(code, Err("safety_below_floor"), "{request:?}");
         }
+    }
+
+    #[test]
+    fn a_stronger_method_is_accepted_and_one_that_differs_in_kind_is_not() {
+        let under = |defense| RequestedSafety { defense: Some(defense), ..Default::default() }.resolve(&Floor::default());
+        assert_eq!(under(Defense::Held).map(|s| s.defense), Ok(Defense::Held));
+        for defense in [Defense::Sbr, Defense::Pcgrad, Defense::Lisa, Defense::SafeMix] {
+            assert_eq!(under(defense).map_err(|e| e.code), Err("safety_below_floor"));
+        }
+    }
+
+    #[test]
+    fn a_variant_that_the_method_does_not_have_is_refused_by_name() {
+        let request = RequestedSafety {
+            defense: Some(Defense::Held),
+            projection: Some(ProjectionOf::PerRow),
+            ..Default::default()
+        };
+        assert_eq!(request.resolve(&Floor::default()).map_err(|e| e.param), Err("projection".into()));
+    }
+
+    #[test]
+    fn what_older_jobs_do_not_say_is_as_usual() -> Result<(), serde_json::Error> {
+        let older = r#"{"defense":"safegrad","rho":1.0,"kl_positions":"response","alignment_set":null}"#;
+        assert_eq!(serde_json::from_str::<Safety>(older)?, Safety::new(Defense::Safegrad, 1.0));
+        Ok(())
     }
 
     #[test]

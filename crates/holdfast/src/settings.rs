@@ -30,7 +30,7 @@ pub struct ApiArgs {
     /// The largest upload.
     #[arg(long, env = "HOLDFAST_MAX_UPLOAD_BYTES", default_value_t = DEFAULT_MAX_UPLOAD_BYTES, value_name = "BYTES")]
     pub max_upload_bytes: u64,
-    /// The weakest defense a tenant may choose: none, kl_penalty or safegrad.
+    /// The weakest defense a tenant may choose: none, safe_mix, lisa, kl_penalty, sbr, pcgrad, safegrad or held.
     #[arg(long, env = "HOLDFAST_SAFETY_FLOOR", default_value = "safegrad", value_name = "DEFENSE")]
     pub safety_floor: String,
     /// The smallest rho a tenant may choose.
@@ -68,7 +68,8 @@ impl ApiArgs {
     /// When the floor is no defense, or its rho no number it can use.
     pub fn settings(&self) -> Result<Settings> {
         let Some(defense) = Defense::parse(&self.safety_floor) else {
-            bail!("--safety-floor {:?} is none of none, kl_penalty, safegrad", self.safety_floor);
+            let known = Defense::ALL.map(Defense::as_str).join(", ");
+            bail!("--safety-floor {:?} is no method; there are {known}", self.safety_floor);
         };
         if !(0.0..=holdfast_domain::safety::MAX_RHO).contains(&self.rho_floor) {
             bail!("--rho-floor must lie between 0 and {}; it is {}", holdfast_domain::safety::MAX_RHO, self.rho_floor);

@@ -219,6 +219,11 @@ impl Store {
                     let data = serde_json::json!({"step": step, "valid_loss": loss, "valid_mean_token_accuracy": token_accuracy});
                     events::metrics(&mut transaction, id, &format!("Step {step}: validation loss={loss:.4}"), data).await?;
                 }
+                Line::Memory(plan) => {
+                    let message = format!("The run needs about {} MiB of memory", plan.total_bytes().div_ceil(1 << 20));
+                    events::message(&mut transaction, id, Level::Info, &message).await?;
+                }
+                Line::Note { message, .. } => events::message(&mut transaction, id, Level::Warn, message).await?,
                 Line::Step(step) => steps.push(step),
             }
         }

@@ -120,7 +120,8 @@ pub fn read(folder: &Path, model: &Model) -> Result<Adapter> {
     for (name, factor) in adapter.factors() {
         let name = name.peft();
         let stored = file.get(&name).with_context(|| format!("{WEIGHTS}: tensor {name} is missing"))?;
-        Adapter::set_factor(factor, &to_tensor(&name, stored, &factor.size())?);
+        let mut factor = factor;
+        factor.copy_(&to_tensor(&name, stored, &factor.size())?);
     }
     Ok(adapter)
 }

@@ -1,25 +1,34 @@
 //! Where a run stands between two steps, and how it is kept on disk.
 //!
-//! The order of the rows and the dropout are functions of seed and step, so a run goes on from its weights, its optimiser and
-//! three numbers. A checkpoint is written beside its place and renamed, and bound by a hash: one that is torn or was edited is
-//! passed over for the one before it.
+//! The order of the rows and the dropout are functions of seed and step, so a run goes on from its adapter, its optimiser, what
+//! its method remembers and a few numbers. A checkpoint holds the adapter in PEFT's format; it is written beside its place and
+//! renamed, and bound by hashes: one that is torn or was edited is passed over for the one before it.
 
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use holdfast_base_model::WeightFile;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
 use crate::adapter::Adapter;
+use crate::adapter_files;
+use crate::conflicts::RowConflicts;
+use crate::methods::{Memory, Method};
+use crate::model::Model;
 use crate::optimizer::AdamW;
 
 /// Checkpoints that are kept: the newest, and the one before it.
 const KEPT: usize = 2;
 const MANIFEST: &str = "checkpoint.json";
-const STATE: &str = "state.f32";
+const STATE: &str = "state.safetensors";
+/// The best adapter's folder beside the checkpoints.
+const BEST: &str = "best";
 
 /// How far a run is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +39,35 @@ pub struct Cursor {
     pub tokens: u64,
     /// Steps in which the gradients conflicted.
     pub conflicts: u64,
+    /// Times the run went back because it diverged, and halved its learning rate.
+    pub setbacks: u32,
+    /// The best measurement on the validation file so far.
+    pub best: Option<Best>,
+}
+
+/// The best measurement on the validation file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Best {
+    /// After which step.
+    pub step: u64,
+    /// The bits of its loss, a float64: exact in every format.
+    loss_bits: u64,
+    /// Measurements since.
+    pub since: u32,
+}
+
+impl Best {
+    /// A measurement that is the best now.
+    #[must_use]
+    pub fn new(step: u64, loss: f64) -> Self {
+        Self { step, loss_bits: loss.to_bits(), since: 0 }
+    }
+
+    /// Its loss, in nats.
+    #[must_use]
+    pub fn loss(&self) -> f64 {
+        f64::from_bits(self.loss_bits)
+    }
 }
 
 /// What changes from step to step, beside the adapter.
@@ -39,13 +77,23 @@ pub struct State {
     pub cursor: Cursor,
     /// The optimiser and its moments.
     pub optimizer: AdamW,
+    /// The method and what it remembers.
+    pub method: Box<dyn Method>,
+    /// The rows' conflict scores, where they are asked for.
+    pub conflicts: Option<RowConflicts>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Manifest {
     cursor: Cursor,
-    /// SHA-256 over the run's own name, the cursor and the numbers.
-    sha256: String,
+    optimizer_steps: i32,
+    /// What the method remembers, as the bits of float64s.
+    method: BTreeMap<String, u64>,
+    /// SHA-256 of each other file.
+    files: BTreeMap<String, String>,
+    /// SHA-256 over the run's own name and all of the above.
+    #[serde(default)]
+    seal: String,
 }
 
 /// The checkpoints of one run, under one folder.
@@ -54,13 +102,15 @@ pub struct Checkpoints {
     folder: PathBuf,
     /// What the run is: a checkpoint of another plan is not one of this run.
     run: Vec<u8>,
+    /// The name an adapter's configuration gives for the base.
+    base_model: String,
 }
 
 impl Checkpoints {
     /// Those under `folder`, of the run that `run` describes.
     #[must_use]
-    pub fn new(folder: PathBuf, run: Vec<u8>) -> Self {
-        Self { folder, run }
+    pub fn new(folder: PathBuf, run: Vec<u8>, base_model: &str) -> Self {
+        Self { folder, run, base_model: base_model.to_owned() }
     }
 
     /// Writes a checkpoint, and removes those that are no longer needed.
@@ -68,70 +118,116 @@ impl Checkpoints {
     /// # Errors
     /// When it cannot be written; those before it stay.
     pub fn save(&self, adapter: &Adapter, state: &State) -> Result<()> {
-        let name = format!("step-{}", state.cursor.step);
-        let (unfinished, path) = (self.folder.join(format!("{name}.partial")), self.folder.join(&name));
-        let written = || -> Result<()> {
-            std::fs::create_dir_all(&unfinished)?;
-            let mut numbers = Vec::new();
-            for tensor in std::iter::once(adapter.flat()).chain(state.optimizer.moments()) {
-                for number in Vec::<f32>::try_from(tensor)? {
-                    numbers.extend_from_slice(&number.to_le_bytes());
-                }
-            }
-            let manifest = Manifest { cursor: state.cursor, sha256: self.hash(state.cursor, &numbers)? };
-            for (name, bytes) in [(STATE, &numbers), (MANIFEST, &serde_json::to_vec_pretty(&manifest)?)] {
-                let mut file = File::create(unfinished.join(name))?;
-                file.write_all(bytes)?;
-                file.sync_all()?;
-            }
-            if path.exists() {
-                std::fs::remove_dir_all(&path)?;
-            }
-            std::fs::rename(&unfinished, &path)?;
-            // The rename itself must outlive a power cut.
-            Ok(File::open(&self.folder)?.sync_all()?)
-        };
-        written().with_context(|| format!("cannot write the checkpoint {}", path.display()))?;
+        self.place(&format!("step-{}", state.cursor.step), |folder| {
+            adapter_files::write(folder, adapter, &self.base_model)?;
+            let memory = state.method.memory();
+            write_vectors(&folder.join(STATE), state, &memory)?;
+            let mut manifest = Manifest {
+                cursor: state.cursor,
+                optimizer_steps: state.optimizer.steps(),
+                method: memory.numbers.iter().map(|(name, number)| (name.clone(), number.to_bits())).collect(),
+                files: [adapter_files::CONFIG, adapter_files::WEIGHTS, STATE]
+                    .into_iter()
+                    .map(|name| Ok((name.to_owned(), hash_file(&folder.join(name))?)))
+                    .collect::<Result<_>>()?,
+                seal: String::new(),
+            };
+            manifest.seal = self.seal(&manifest)?;
+            Ok(std::fs::write(folder.join(MANIFEST), serde_json::to_vec_pretty(&manifest)?)?)
+        })?;
         for (_, old) in self.all()?.into_iter().skip(KEPT) {
             std::fs::remove_dir_all(&old).with_context(|| format!("cannot remove {}", old.display()))?;
         }
         Ok(())
     }
 
-    /// The newest sound checkpoint, its weights put into `adapter`; `None` where there is none. Whatever is not sound is named
-    /// in `passed_over`.
+    /// Keeps `adapter` as the best so far.
+    ///
+    /// # Errors
+    /// When it cannot be written; the best before it stays.
+    pub fn save_best(&self, adapter: &Adapter) -> Result<()> {
+        self.place(BEST, |folder| adapter_files::write(folder, adapter, &self.base_model))
+    }
+
+    /// The best adapter so far.
+    ///
+    /// # Errors
+    /// When there is none, or it cannot be read.
+    pub fn read_best(&self, model: &Model) -> Result<Adapter> {
+        adapter_files::read(&self.folder.join(BEST), model)
+    }
+
+    /// Fills a folder beside its place, makes it durable, and puts it there.
+    fn place(&self, name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        let (unfinished, path) = (self.folder.join(format!("{name}.partial")), self.folder.join(name));
+        let placed = || -> Result<()> {
+            remove_if_there(&unfinished)?;
+            std::fs::create_dir_all(&unfinished)?;
+            fill(&unfinished)?;
+            for entry in std::fs::read_dir(&unfinished)? {
+                File::open(entry?.path())?.sync_all()?;
+            }
+            remove_if_there(&path)?;
+            std::fs::rename(&unfinished, &path)?;
+            // The rename itself must outlive a power cut.
+            Ok(File::open(&self.folder)?.sync_all()?)
+        };
+        placed().with_context(|| format!("cannot write the checkpoint {}", path.display()))
+    }
+
+    /// Puts the newest sound checkpoint into `adapter` and `state`, and returns whether there was one. Whatever is not sound is
+    /// named in `passed_over`.
     ///
     /// # Errors
     /// When the folder cannot be read.
-    pub fn restore(&self, adapter: &Adapter, weight_decay: f64, mut passed_over: impl FnMut(String)) -> Result<Option<State>> {
+    pub fn restore(
+        &self,
+        model: &Model,
+        adapter: &Adapter,
+        state: &mut State,
+        mut passed_over: impl FnMut(String),
+    ) -> Result<bool> {
         for (_, path) in self.all()? {
-            match self.read(&path, adapter, weight_decay) {
-                Ok(state) => return Ok(Some(state)),
+            match self.read(&path, model, adapter, state) {
+                Ok(()) => return Ok(true),
                 Err(error) => passed_over(format!("{}: {error:#}; going on from the one before it", path.display())),
             }
         }
-        Ok(None)
+        Ok(false)
     }
 
-    fn read(&self, path: &Path, adapter: &Adapter, weight_decay: f64) -> Result<State> {
-        let Manifest { cursor, sha256 } = serde_json::from_slice(&std::fs::read(path.join(MANIFEST))?)?;
-        let numbers = std::fs::read(path.join(STATE))?;
-        ensure!(self.hash(cursor, &numbers)? == sha256, "its hash does not match: it is torn, was edited, or is of another plan");
-        let length = adapter.flat().numel();
-        ensure!(numbers.len() == 3 * length * size_of::<f32>(), "it does not fit the adapter");
-        let numbers: Vec<f32> = numbers.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-        let [weights, first, second] = [0, 1, 2].map(|at| {
-            let part = numbers.get(at * length..(at + 1) * length).unwrap_or_default();
-            Tensor::from_slice(part).to_device(adapter.flat().device())
+    fn read(&self, path: &Path, model: &Model, adapter: &Adapter, state: &mut State) -> Result<()> {
+        let manifest: Manifest = serde_json::from_slice(&std::fs::read(path.join(MANIFEST))?)?;
+        ensure!(self.seal(&manifest)? == manifest.seal, "its seal does not match: it was edited, or is of another plan");
+        for (name, expected) in &manifest.files {
+            ensure!(hash_file(&path.join(name))? == *expected, "{name} is torn or was edited");
+        }
+        let kept = adapter_files::read(path, model)?;
+        ensure!(kept.flat().size() == adapter.flat().size(), "it does not fit the adapter");
+        let mut vectors = read_vectors(&path.join(STATE))?;
+        let mut moment = |name: &str| {
+            vectors.remove(name).with_context(|| format!("{STATE} lacks {name}")).map(|v| v.to_device(model.device))
+        };
+        let (first, second) = (moment(FIRST)?, moment(SECOND)?);
+        let (of_conflicts, of_method): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            vectors.into_iter().partition(|(name, _)| name.starts_with(CONFLICTS));
+        adapter.set(kept.flat());
+        state.cursor = manifest.cursor;
+        state.optimizer = state.optimizer.resumed(first, second, manifest.optimizer_steps);
+        state.method.recall(Memory {
+            numbers: manifest.method.into_iter().map(|(name, bits)| (name, f64::from_bits(bits))).collect(),
+            vectors: without_prefix(of_method, METHOD).map(|(name, vector)| (name, vector.to_device(model.device))).collect(),
         });
-        tch::no_grad(|| adapter.flat().shallow_clone().copy_(&weights));
-        let steps = i32::try_from(cursor.step).context("it has taken too many steps")?;
-        Ok(State { cursor, optimizer: AdamW::resume(first, second, steps, weight_decay) })
+        if let Some(conflicts) = &mut state.conflicts {
+            conflicts.recall(without_prefix(of_conflicts, CONFLICTS).collect());
+        }
+        Ok(())
     }
 
-    fn hash(&self, cursor: Cursor, numbers: &[u8]) -> Result<String> {
+    fn seal(&self, manifest: &Manifest) -> Result<String> {
+        let unsealed = serde_json::to_vec(&(&manifest.cursor, manifest.optimizer_steps, &manifest.method, &manifest.files))?;
         let mut hash = Sha256::new();
-        for part in [&self.run, &serde_json::to_vec(&cursor)?, numbers] {
+        for part in [&self.run, &unsealed] {
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part);
         }
@@ -153,5 +249,56 @@ impl Checkpoints {
         }
         found.sort_unstable_by(|x, y| y.cmp(x));
         Ok(found)
+    }
+}
+
+const FIRST: &str = "optimizer.first";
+const SECOND: &str = "optimizer.second";
+const METHOD: &str = "method.";
+const CONFLICTS: &str = "conflicts.";
+
+fn write_vectors(path: &Path, state: &State, memory: &Memory) -> Result<()> {
+    let [first, second] = state.optimizer.moments();
+    let mut vectors = vec![(FIRST.to_owned(), first.shallow_clone()), (SECOND.to_owned(), second.shallow_clone())];
+    vectors.extend(memory.vectors.iter().map(|(name, vector)| (format!("{METHOD}{name}"), vector.shallow_clone())));
+    if let Some(conflicts) = &state.conflicts {
+        vectors.extend(conflicts.memory().into_iter().map(|(name, vector)| (format!("{CONFLICTS}{name}"), vector)));
+    }
+    let mut stored = Vec::new();
+    for (name, vector) in vectors {
+        let numbers = Vec::<f32>::try_from(&vector.reshape(-1)).with_context(|| format!("{name} is no vector"))?;
+        stored.push((name, numbers.len(), numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>()));
+    }
+    let views = stored
+        .iter()
+        .map(|(name, length, bytes)| Ok((name.as_str(), TensorView::new(Dtype::F32, vec![*length], bytes)?)))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(safetensors::serialize_to_file(views, None, path)?)
+}
+
+fn read_vectors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let file = WeightFile::open(path)?;
+    let vector = |name: String| {
+        let stored = file.get(&name).filter(|stored| stored.dtype == Dtype::F32);
+        let bytes = stored.with_context(|| format!("{name} is not float32"))?.bytes;
+        let numbers: Vec<f32> = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        Ok((name, Tensor::from_slice(&numbers)))
+    };
+    file.names().into_iter().map(vector).collect()
+}
+
+fn without_prefix(vectors: BTreeMap<String, Tensor>, prefix: &'static str) -> impl Iterator<Item = (String, Tensor)> {
+    vectors.into_iter().filter_map(move |(name, vector)| Some((name.strip_prefix(prefix)?.to_owned(), vector)))
+}
+
+fn hash_file(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(hex::encode(Sha256::digest(bytes)))
+}
+
+fn remove_if_there(folder: &Path) -> std::io::Result<()> {
+    match std::fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }

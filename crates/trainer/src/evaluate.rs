@@ -7,7 +7,7 @@ use tch::Tensor;
 use crate::adapter::Adapter;
 use crate::loss;
 use crate::model::Model;
-use crate::reference;
+use crate::packed::Packed;
 
 /// What a model makes of some rows.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -18,21 +18,37 @@ pub struct Evaluation {
     pub token_accuracy: f64,
 }
 
+/// Each row's mean negative log-likelihood, in nats, without dropout.
+#[must_use]
+pub fn row_losses(model: &Model, adapter: Option<&Adapter>, examples: &[Example], rows_per_pass: usize) -> Vec<f64> {
+    let mut losses = Vec::with_capacity(examples.len());
+    for rows in examples.chunks(rows_per_pass.max(1)) {
+        let batch = Batch::new(rows);
+        let targets = Tensor::from_slice(&batch.targets).to_device(model.device);
+        let hidden = model.hidden(&Packed::new(&[(&batch, 0)], model.device), adapter);
+        let at = Vec::<f32>::try_from(&loss::task(&hidden, &model.head, &targets).at).unwrap_or_default();
+        let mut rest = at.as_slice();
+        for row in rows {
+            let (of_row, others) = rest.split_at(row.supervised_count().min(rest.len()));
+            rest = others;
+            losses.push(of_row.iter().map(|loss| f64::from(*loss)).sum::<f64>() / of_row.len().max(1) as f64);
+        }
+    }
+    losses
+}
+
 /// Evaluates `examples`, `rows_per_pass` at a time, without dropout.
 #[must_use]
 pub fn evaluate(model: &Model, adapter: Option<&Adapter>, examples: &[Example], rows_per_pass: usize) -> Evaluation {
-    tch::no_grad(|| {
-        let (mut sum, mut correct, mut supervised) = (0.0, 0, 0);
-        for rows in examples.chunks(rows_per_pass.max(1)) {
-            let batch = Batch::new(rows);
-            let positions = Tensor::from_slice(&batch.positions).to_device(model.device);
-            let targets = Tensor::from_slice(&batch.targets).to_device(model.device);
-            let hidden = model.hidden(&reference::ids(&batch, model), adapter, false);
-            let loss = loss::task(&reference::at_positions(&hidden, &positions), &model.head, &targets, 1.0);
-            sum += loss.sum;
-            correct += loss.correct;
-            supervised += batch.targets.len();
-        }
-        Evaluation { loss: sum / supervised as f64, token_accuracy: correct as f64 / supervised as f64 }
-    })
+    let (mut sum, mut correct, mut supervised) = (0.0, 0, 0);
+    for rows in examples.chunks(rows_per_pass.max(1)) {
+        let batch = Batch::new(rows);
+        let targets = Tensor::from_slice(&batch.targets).to_device(model.device);
+        let hidden = model.hidden(&Packed::new(&[(&batch, 0)], model.device), adapter);
+        let loss = loss::task(&hidden, &model.head, &targets);
+        sum += loss.sum();
+        correct += loss.correct;
+        supervised += batch.targets.len();
+    }
+    Evaluation { loss: sum / supervised as f64, token_accuracy: correct as f64 / supervised as f64 }
 }

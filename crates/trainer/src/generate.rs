@@ -1,15 +1,17 @@
 //! Greedy continuations.
 
-use tch::{Kind, Tensor};
+use holdfast_dataset::batch::Batch;
+use tch::Kind;
 
 use crate::adapter::Adapter;
 use crate::model::Model;
+use crate::packed::Packed;
 
 /// Extends each prompt by its most likely token, again and again, until one of `stop_ids` or `max_tokens`. The stop token is
 /// part of the answer.
 ///
-/// All prompts go through the model together, padded on the right; each row's next token is read at its own last position.
-/// Every step reads whole rows again.
+/// All prompts go through the model together; each row's next token is read at its own last position. Every step reads whole
+/// rows again.
 #[must_use]
 pub fn greedy(
     model: &Model,
@@ -34,21 +36,15 @@ pub fn greedy(
 }
 
 fn next_tokens(model: &Model, adapter: Option<&Adapter>, rows: &[&[u32]]) -> Vec<u32> {
-    tch::no_grad(|| {
-        let width = rows.iter().map(|row| row.len()).max().unwrap_or(0);
-        let mut ids = vec![0_i64; rows.len() * width];
-        let mut last = Vec::with_capacity(rows.len());
-        for (at, row) in rows.iter().enumerate() {
-            for (time, &id) in row.iter().enumerate() {
-                ids[at * width + time] = id.into();
-            }
-            last.push((at * width + row.len() - 1) as i64);
-        }
-        let ids = Tensor::from_slice(&ids).view([rows.len() as i64, width as i64]).to_device(model.device);
-        let hidden = model.hidden(&ids, adapter, false).flatten(0, 1); // [rows * time, hidden]
-        let hidden = hidden.index_select(0, &Tensor::from_slice(&last).to_device(model.device)); // [rows, hidden]
-        let tokens = model.head.logits(&hidden).argmax(-1, false).to_kind(Kind::Int64);
-        let tokens = Vec::<i64>::try_from(&tokens).unwrap_or_default();
-        tokens.into_iter().filter_map(|token| u32::try_from(token).ok()).collect()
-    })
+    let (mut ids, mut lengths, mut positions) = (Vec::new(), Vec::new(), Vec::new());
+    for row in rows {
+        ids.extend(row.iter().map(|&id| i64::from(id)));
+        lengths.push(row.len());
+        positions.push(ids.len() as i64 - 1);
+    }
+    let batch = Batch { lengths, ids, positions, targets: Vec::new() };
+    let hidden = model.hidden(&Packed::new(&[(&batch, 0)], model.device), adapter); // [rows, hidden]
+    let tokens = model.head.logits(&hidden).argmax(-1, false).to_kind(Kind::Int64);
+    let tokens = Vec::<i64>::try_from(&tokens).unwrap_or_default();
+    tokens.into_iter().filter_map(|token| u32::try_from(token).ok()).collect()
 }

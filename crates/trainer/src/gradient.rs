@@ -1,8 +1,11 @@
 //! Gradients over all trainable weights as one long vector.
 
-use tch::{Kind, Tensor};
+use std::ops::Range;
+
+use tch::Tensor;
 
 use crate::adapter::Adapter;
+use crate::kernels;
 
 /// A gradient, `[parameters]`, float32, in the order of [`Adapter::flat`].
 #[derive(Debug)]
@@ -15,13 +18,10 @@ impl Gradient {
         Self(adapter.flat().zeros_like())
     }
 
-    /// Adds the gradient of `Σ hidden · by`, where `by` is a loss's derivative by the hidden states: the backward pass of
-    /// that loss without its vocabulary-sized part, which was done when `by` was made.
-    pub fn accumulate(&mut self, adapter: &Adapter, hidden: &Tensor, by: &Tensor) {
-        let surrogate = (hidden * by).sum(Kind::Float);
-        let parts = Tensor::run_backward(&[surrogate], &adapter.leaves(), false, false);
-        let parts: Vec<Tensor> = parts.iter().map(|part| part.reshape(-1)).collect();
-        self.0 += Tensor::cat(&parts, 0);
+    /// Adds `by`, the derivative by the factor that lies at `range`.
+    pub(crate) fn add(&mut self, range: Range<i64>, by: &Tensor) {
+        let mut part = self.0.narrow(0, range.start, range.end - range.start).view(by.size().as_slice());
+        part += by;
     }
 
     /// ⟨self, other⟩, summed in float64.
@@ -46,8 +46,8 @@ impl Gradient {
     }
 }
 
-/// The inner product of two vectors, summed in float64.
+/// The inner product of two float32 vectors, summed in float64.
 #[must_use]
 pub fn dot(x: &Tensor, y: &Tensor) -> f64 {
-    x.to_kind(Kind::Double).dot(&y.to_kind(Kind::Double)).double_value(&[])
+    kernels::inner_product(x, y)
 }

@@ -1,71 +1,83 @@
-//! The two losses, at supervised positions only and in chunks, so that the rectangle of tokens and vocabulary never exists.
+//! The losses, at the positions asked for only and in chunks, so that the rectangle of tokens and vocabulary never exists.
 //!
-//! Each function returns the loss's sum and its derivative by the hidden states. Softmax and its logarithm are taken in
+//! Each is the sum over positions, and comes with its derivative by the hidden states. Softmax and its logarithm are taken in
 //! float32 whatever the model computes in.
 
 use tch::{Kind, Tensor};
 
 use crate::head::Head;
+use crate::kernels::{self, ByLogits};
+use crate::product;
 
-/// Positions whose logits exist at one time: 256 of them over 128,000 tokens are 131 MB.
-const CHUNK: usize = 256;
+/// Logits that exist at one time, in numbers: 128 MiB of them in float32.
+const LOGITS_AT_ONCE: i64 = 1 << 25;
 
 /// A loss over some positions.
 #[derive(Debug)]
 pub struct Loss {
-    /// The sum over the positions, in nats.
-    pub sum: f64,
+    /// At each position, in nats, `[positions]` float32.
+    pub at: Tensor,
     /// Positions where the target is what the model ranks first; 0 for the KL, which has no target.
     pub correct: i64,
-    /// The derivative of `sum / divisor` by the hidden states, `[positions, hidden]`.
+    /// The derivative of each position's loss by its hidden state, `[positions, hidden]`.
     pub by_hidden: Tensor,
 }
 
-/// `−log p(target | ..)` summed over positions: `∂/∂logits = softmax − onehot`.
+impl Loss {
+    /// The sum over the positions.
+    #[must_use]
+    pub fn sum(&self) -> f64 {
+        self.at.sum(Kind::Double).double_value(&[])
+    }
+
+    /// The derivative of the sum over `divisor`.
+    #[must_use]
+    pub fn mean_by_hidden(self, divisor: f64) -> Tensor {
+        let mut by_hidden = self.by_hidden;
+        by_hidden /= divisor;
+        by_hidden
+    }
+}
+
+/// `−log p(target | ..)`: `∂/∂logits = softmax − onehot`.
 ///
 /// `hidden: [positions, hidden]`, `targets: [positions]`.
 #[must_use]
-pub fn task(hidden: &Tensor, head: &Head, targets: &Tensor, divisor: f64) -> Loss {
-    in_chunks(hidden, head, divisor, |at, length, log_p| {
-        let targets = targets.narrow(0, at, length).unsqueeze(1); // [chunk, 1]
-        let sum = -log_p.gather(1, &targets, false).sum(Kind::Double).double_value(&[]);
-        let correct = log_p.argmax(1, true).eq_tensor(&targets).sum(Kind::Int64).int64_value(&[]);
-        let minus_one = Tensor::full_like(&targets.to_kind(Kind::Float), -1.0);
-        (sum, correct, log_p.exp().scatter_add(1, &targets, &minus_one))
-    })
+pub fn task(hidden: &Tensor, head: &Head, targets: &Tensor) -> Loss {
+    in_chunks(hidden, head, |start, length, logits| kernels::cross_entropy(logits, &targets.narrow(0, start, length), head.softcap))
 }
 
-/// `KL(base ‖ adapted)` summed over positions: `∂/∂logits = softmax(adapted) − softmax(base)`.
+/// `KL(base ‖ adapted)`: `∂/∂logits = softmax(adapted) − softmax(base)`.
 ///
 /// `base` are the base's final hidden states at the same positions; the frozen `head` makes its logits from them again, which
 /// is exact and holds `hidden` numbers a position where logits would hold a vocabulary.
 #[must_use]
-pub fn kl(hidden: &Tensor, head: &Head, base: &Tensor, divisor: f64) -> Loss {
-    in_chunks(hidden, head, divisor, |at, length, log_p| {
-        let base_log_p = head.log_softmax(&base.narrow(0, at, length));
-        let base_p = base_log_p.exp();
-        let sum = (&base_p * (base_log_p - &log_p)).sum(Kind::Double).double_value(&[]);
-        (sum, 0, log_p.exp() - base_p)
+pub fn kl(hidden: &Tensor, head: &Head, base: &Tensor) -> Loss {
+    in_chunks(hidden, head, |start, length, logits| {
+        kernels::divergence(logits, &head.products(&base.narrow(0, start, length)), head.softcap)
     })
 }
 
-/// Runs `each(start, length, log_p)`, which returns a chunk's sum, its correct positions and its derivative by the logits.
-fn in_chunks(hidden: &Tensor, head: &Head, divisor: f64, each: impl Fn(i64, i64, Tensor) -> (f64, i64, Tensor)) -> Loss {
-    tch::no_grad(|| {
-        let hidden = hidden.detach();
-        let (positions, chunk) = (hidden.size()[0], CHUNK as i64);
-        let by_hidden = hidden.empty_like();
-        let (mut sum, mut correct) = (0.0, 0);
-        for at in (0..positions).step_by(CHUNK) {
-            let length = chunk.min(positions - at);
-            let chunk = hidden.narrow(0, at, length);
-            let (chunk_sum, chunk_correct, by_logits) = each(at, length, head.log_softmax(&chunk)); // [chunk, vocabulary]
-            sum += chunk_sum;
-            correct += chunk_correct;
-            by_hidden.narrow(0, at, length).copy_(&head.backward(&chunk, &(by_logits / divisor)));
-        }
-        Loss { sum, correct, by_hidden }
-    })
+/// Positions whose logits exist at one time.
+#[must_use]
+pub fn positions_at_once(vocabulary: i64) -> i64 {
+    (LOGITS_AT_ONCE / vocabulary.max(1)).clamp(32, 1024)
+}
+
+/// Runs `each(start, length, logits)` over chunks of positions.
+fn in_chunks(hidden: &Tensor, head: &Head, each: impl Fn(i64, i64, Tensor) -> ByLogits) -> Loss {
+    let positions = hidden.size().first().copied().unwrap_or(0);
+    let chunk = positions_at_once(head.matrix.size()[0]);
+    let (by_hidden, mut at, mut correct) = (hidden.empty_like(), Vec::new(), 0);
+    for start in (0..positions).step_by(chunk as usize) {
+        let length = chunk.min(positions - start);
+        let found = each(start, length, head.products(&hidden.narrow(0, start, length))); // [chunk, vocabulary]
+        by_hidden.narrow(0, start, length).copy_(&product::backward(&found.derivative, &head.matrix));
+        at.push(found.loss);
+        correct += found.correct.sum(Kind::Int64).int64_value(&[]);
+    }
+    let at = if at.is_empty() { Tensor::zeros([0], (Kind::Float, hidden.device())) } else { Tensor::cat(&at, 0) };
+    Loss { at, correct, by_hidden }
 }
 
 #[cfg(test)]
@@ -73,6 +85,10 @@ mod tests {
     use tch::{Device, Tensor};
 
     use super::*;
+
+    /// More positions than a chunk of this vocabulary takes.
+    const VOCABULARY: i64 = 1 << 20;
+    const POSITIONS: i64 = 37;
 
     fn random(shape: &[i64]) -> Tensor {
         Tensor::randn(shape, (Kind::Float, Device::Cpu))
@@ -82,60 +98,48 @@ mod tests {
         (x - y).abs().max().double_value(&[])
     }
 
-    fn plain(matrix: &Tensor) -> Head {
-        Head { matrix: matrix.shallow_clone(), softcap: None }
+    fn head(softcap: Option<f64>) -> Head {
+        Head { matrix: random(&[VOCABULARY, 3]), softcap }
     }
 
-    #[test]
-    fn a_capped_logit_s_slope_is_part_of_the_derivative() {
-        tch::manual_seed(3);
-        let (hidden, matrix) = (random(&[5, 6]).set_requires_grad(true), random(&[11, 6]));
-        let targets = Tensor::randint(11, [5], (Kind::Int64, Device::Cpu));
-        let whole = ((hidden.matmul(&matrix.tr()) / 2.0).tanh() * 2.0).cross_entropy_for_logits(&targets);
-        let expected = Tensor::run_backward(&[&whole], &[&hidden], false, false);
-        let loss = task(&hidden, &Head { matrix, softcap: Some(2.0) }, &targets, 5.0);
-        assert!((loss.sum / 5.0 - whole.double_value(&[])).abs() < 1e-5);
-        assert!(largest_difference(&loss.by_hidden, &expected[0]) < 1e-6);
+    /// By autograd over the whole rectangle.
+    fn by_autograd(hidden: &Tensor, loss: impl Fn(&Tensor) -> Tensor) -> (f64, Tensor) {
+        let hidden = hidden.detach().set_requires_grad(true);
+        let whole = loss(&hidden);
+        let mut by_hidden = Tensor::run_backward(&[&whole], &[&hidden], false, false);
+        (whole.double_value(&[]), by_hidden.remove(0))
     }
 
     #[test]
     fn the_task_loss_and_its_derivative_equal_autograd_over_the_whole_rectangle() {
-        tch::manual_seed(1);
-        let positions = CHUNK as i64 + 7;
-        let (hidden, head) = (random(&[positions, 6]).set_requires_grad(true), random(&[11, 6]));
-        let targets = Tensor::randint(11, [positions], (Kind::Int64, Device::Cpu));
-        let whole = hidden.matmul(&head.tr()).cross_entropy_for_logits(&targets);
-        let expected = Tensor::run_backward(&[&whole], &[&hidden], false, false);
-        let loss = task(&hidden, &plain(&head), &targets, positions as f64);
-        assert!((loss.sum / positions as f64 - whole.double_value(&[])).abs() < 1e-5);
-        assert!(largest_difference(&loss.by_hidden, &expected[0]) < 1e-6);
+        for softcap in [None, Some(2.0)] {
+            let (hidden, head) = (random(&[POSITIONS, 3]), head(softcap));
+            let targets = Tensor::randint(VOCABULARY, [POSITIONS], (Kind::Int64, Device::Cpu));
+            let (sum, by_hidden) =
+                by_autograd(&hidden, |hidden| head.logits(hidden).cross_entropy_for_logits(&targets) * POSITIONS as f64);
+            let loss = task(&hidden, &head, &targets);
+            assert!((loss.sum() - sum).abs() < 1e-3);
+            assert!(largest_difference(&loss.by_hidden, &by_hidden) < 1e-5);
+        }
     }
 
     #[test]
     fn the_kl_and_its_derivative_equal_autograd_over_the_whole_rectangle() {
-        tch::manual_seed(2);
-        let positions = CHUNK as i64 + 7;
-        let (hidden, base, head) = (random(&[positions, 6]).set_requires_grad(true), random(&[positions, 6]), random(&[11, 6]));
-        let log_p = |h: &Tensor| h.matmul(&head.tr()).log_softmax(-1, Kind::Float);
-        let whole = (log_p(&base).exp() * (log_p(&base) - log_p(&hidden))).sum(Kind::Float) / positions as f64;
-        let expected = Tensor::run_backward(&[&whole], &[&hidden], false, false);
-        let loss = kl(&hidden, &plain(&head), &base, positions as f64);
-        assert!((loss.sum / positions as f64 - whole.double_value(&[])).abs() < 1e-5);
-        assert!(largest_difference(&loss.by_hidden, &expected[0]) < 1e-6);
+        for softcap in [None, Some(2.0)] {
+            let (hidden, base, head) = (random(&[POSITIONS, 3]), random(&[POSITIONS, 3]), head(softcap));
+            let log_p = |hidden: &Tensor| head.logits(hidden).log_softmax(-1, Kind::Float);
+            let whole = |hidden: &Tensor| (log_p(&base).exp() * (log_p(&base) - log_p(hidden))).sum(Kind::Float);
+            let (sum, by_hidden) = by_autograd(&hidden, whole);
+            let loss = kl(&hidden, &head, &base);
+            assert!((loss.sum() - sum).abs() < 1e-3);
+            assert!(largest_difference(&loss.by_hidden, &by_hidden) < 1e-5);
+        }
     }
 
     #[test]
     fn the_kl_of_a_model_to_itself_is_zero_and_has_no_slope() {
-        let (hidden, head) = (random(&[3, 6]), random(&[11, 6]));
-        let loss = kl(&hidden, &plain(&head), &hidden, 3.0);
-        assert_eq!((loss.sum, loss.by_hidden.abs().max().double_value(&[])), (0.0, 0.0));
-    }
-
-    #[test]
-    fn a_position_counts_as_correct_where_the_target_ranks_first() {
-        let head = Tensor::eye(3, (Kind::Float, Device::Cpu));
-        let hidden = Tensor::from_slice2(&[[9.0_f32, 0.0, 0.0], [0.0, 9.0, 0.0]]);
-        let loss = task(&hidden, &plain(&head), &Tensor::from_slice(&[0_i64, 2]), 2.0);
-        assert_eq!(loss.correct, 1);
+        let (hidden, head) = (random(&[3, 3]), head(None));
+        let loss = kl(&hidden, &head, &hidden);
+        assert_eq!((loss.sum(), loss.by_hidden.abs().max().double_value(&[])), (0.0, 0.0));
     }
 }

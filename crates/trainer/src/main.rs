@@ -10,7 +10,7 @@ use holdfast_dataset::{ChatTokenizer, Row};
 use holdfast_domain::exit;
 use holdfast_domain::hyperparameters::Precision;
 use holdfast_trainer::model::Model;
-use holdfast_trainer::{adapter_files, device, generate, job, oracle};
+use holdfast_trainer::{adapter_files, allocator, device, generate, job, oracle};
 
 #[derive(Parser)]
 #[command(version, about = "Trains a LoRA adapter under SafeGrad. Reads a job folder and writes into it; opens no socket.")]
@@ -53,6 +53,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    allocator::keep_freed_memory();
     let outcome = match Cli::parse().command {
         Command::Train { job_dir } => {
             let record = job::run(&job_dir);

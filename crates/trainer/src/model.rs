@@ -1,20 +1,25 @@
-//! The forward pass of every family (see `holdfast_base_model::family` for how they differ): pre-norm blocks of grouped-query
-//! attention with rotary positions and a gated feed-forward, each linear map optionally adapted by LoRA.
+//! A base model with its adapter: loading, the forward pass, and the way back through it.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use holdfast_base_model::architecture::{ExpectedTensor, LayerKind};
-use holdfast_base_model::family::{Activation, Traits};
+use holdfast_base_model::family::Traits;
 use holdfast_base_model::weights::TensorBytes;
 use holdfast_base_model::{Architecture, WeightFile, files};
-use holdfast_domain::hyperparameters::Projection;
+use holdfast_domain::hyperparameters::{Projection, Recompute};
 use safetensors::Dtype;
 use tch::{Device, Kind, Tensor};
 
 use crate::adapter::Adapter;
+use crate::block::{Layer, Parts, Pass, Saved};
+use crate::gradient::Gradient;
 use crate::head::Head;
+use crate::kernels;
+use crate::linear::{Dropout, Stack, Weight};
+use crate::packed::Packed;
 use crate::rotary::{self, Rotary};
 
 /// A frozen base model on a device.
@@ -30,24 +35,34 @@ pub struct Model {
     pub head: Head,
     embedding: Tensor, // [vocabulary, hidden]
     layers: Vec<Layer>,
-    norm: Tensor,               // [hidden]
+    norm: Tensor,               // [hidden] float32
     frequencies: Tensor,        // [head_dim / 2]
     window_frequencies: Tensor, // [head_dim / 2]
 }
 
+/// What a pass computes, beside its rows.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PassOptions<'a> {
+    /// The adapter that is on; without one, the base.
+    pub adapter: Option<&'a Adapter>,
+    /// The key of the adapter's dropout, which decides what is dropped; without one, nothing is.
+    pub dropout_key: Option<u64>,
+    /// What the backward pass makes again instead of keeping it.
+    pub recompute: Recompute,
+}
+
+/// A forward pass that can be gone back through.
 #[derive(Debug)]
-struct Layer {
-    kind: LayerKind,
-    /// In the order of [`Projection::ALL`], each `[out, in]`.
-    projections: [Tensor; 7],
-    /// Of queries, keys and values, each `[out]`.
-    biases: Option<[Tensor; 3]>,
-    /// Of a head of queries and one of keys, each `[head_dim]`.
-    head_norms: Option<[Tensor; 2]>,
-    attention_norm: Tensor,    // [hidden]
-    feed_forward_norm: Tensor, // [hidden]
-    /// Of what attention and feed-forward put out, each `[hidden]`.
-    output_norms: Option<[Tensor; 2]>,
+pub struct Trace<'a> {
+    model: &'a Model,
+    pass: Pass<'a>,
+    saved: Vec<Saved>,
+    stream: Tensor,  // [positions, hidden]: before the last norm
+    inverse: Tensor, // [positions]: the last norm's factor
+    positions: &'a Tensor,
+    trimmed: bool,
+    /// Final hidden states at the positions asked for, after the last norm, `[positions, hidden]`.
+    pub hidden: Tensor,
 }
 
 /// Reads a JSON file into the architecture it describes.
@@ -60,13 +75,27 @@ pub fn read_architecture(config: &Path) -> Result<Architecture> {
     Ok(Architecture::from_config(&config)?)
 }
 
+/// The width of what a projection reads and writes, `(in, out)`.
+#[must_use]
+pub fn projection_size(a: &Architecture, projection: Projection) -> (i64, i64) {
+    let (hidden, inner) = (a.hidden_size as i64, a.intermediate_size as i64);
+    let (queries, keys) = ((a.num_attention_heads * a.head_dim) as i64, (a.num_key_value_heads * a.head_dim) as i64);
+    match projection {
+        Projection::QProj => (hidden, queries),
+        Projection::KProj | Projection::VProj => (hidden, keys),
+        Projection::OProj => (queries, hidden),
+        Projection::GateProj | Projection::UpProj => (hidden, inner),
+        Projection::DownProj => (inner, hidden),
+    }
+}
+
 /// The weights an architecture needs, by name.
 struct Weights<'a> {
     file: &'a WeightFile,
     expected: BTreeMap<String, ExpectedTensor>,
     kind: Kind,
     device: Device,
-    /// Norms scale by one plus their weight, and do so in float32.
+    /// Norms scale by one plus their weight.
     norm_plus_one: bool,
 }
 
@@ -80,44 +109,45 @@ impl Weights<'_> {
         to_tensor(name, self.read(name)?, self.kind, self.device)
     }
 
+    /// A norm's factors; float32, as all norms are computed.
     fn norm(&self, name: &str) -> Result<Tensor> {
-        if self.norm_plus_one {
-            return Ok(to_tensor(name, self.read(name)?, Kind::Float, self.device)? + 1.0);
-        }
-        self.get(name)
+        let weight = to_tensor(name, self.read(name)?, Kind::Float, self.device)?;
+        Ok(if self.norm_plus_one { weight + 1.0 } else { weight })
+    }
+
+    fn stack(&self, layer: usize, stack: Stack, biased: bool) -> Result<Weight> {
+        let of = |what: &str| -> Result<Tensor> {
+            let parts = stack.projections().iter().map(|p| {
+                self.get(&format!("model.layers.{layer}.{}.{}.{what}", p.block(), p.as_str()))
+            });
+            let parts = parts.collect::<Result<Vec<_>>>()?;
+            Ok(if let [one] = parts.as_slice() { one.shallow_clone() } else { Tensor::cat(&parts, 0) })
+        };
+        Ok(Weight { matrix: of("weight")?, bias: if biased { Some(of("bias")?) } else { None } })
     }
 }
 
-impl Layer {
-    fn load(weights: &Weights<'_>, index: usize, kind: LayerKind, traits: Traits) -> Result<Self> {
-        let named = |name: &str| format!("model.layers.{index}.{name}");
-        let projection = |p: Projection| weights.get(&named(&format!("{}.{}.weight", p.block(), p.as_str())));
-        let bias = |p: Projection| weights.get(&named(&format!("{}.{}.bias", p.block(), p.as_str())));
-        let norm = |name: &str| weights.norm(&named(&format!("{name}.weight")));
-        let [q, k, v, o, gate, up, down] = Projection::ALL;
-        let feed_forward_norm = if traits.output_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
-        Ok(Self {
-            kind,
-            projections: [
-                projection(q)?,
-                projection(k)?,
-                projection(v)?,
-                projection(o)?,
-                projection(gate)?,
-                projection(up)?,
-                projection(down)?,
-            ],
-            biases: if traits.qkv_bias { Some([bias(q)?, bias(k)?, bias(v)?]) } else { None },
-            head_norms: if traits.head_norms { Some([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]) } else { None },
-            attention_norm: norm("input_layernorm")?,
-            feed_forward_norm: norm(feed_forward_norm)?,
-            output_norms: if traits.output_norms {
-                Some([norm("post_attention_layernorm")?, norm("post_feedforward_layernorm")?])
-            } else {
-                None
-            },
-        })
-    }
+fn load_layer(weights: &Weights<'_>, index: usize, kind: LayerKind, traits: Traits) -> Result<Layer> {
+    let norm = |name: &str| weights.norm(&format!("model.layers.{index}.{name}.weight"));
+    let feed_forward_norm = if traits.output_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+    Ok(Layer {
+        index,
+        kind,
+        weights: [
+            weights.stack(index, Stack::Qkv, traits.qkv_bias)?,
+            weights.stack(index, Stack::Output, false)?,
+            weights.stack(index, Stack::GateUp, false)?,
+            weights.stack(index, Stack::Down, false)?,
+        ],
+        head_norms: if traits.head_norms { Some([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]) } else { None },
+        attention_norm: norm("input_layernorm")?,
+        feed_forward_norm: norm(feed_forward_norm)?,
+        output_norms: if traits.output_norms {
+            Some([norm("post_attention_layernorm")?, norm("post_feedforward_layernorm")?])
+        } else {
+            None
+        },
+    })
 }
 
 impl Model {
@@ -141,7 +171,7 @@ impl Model {
         let weights = Weights { file: &file, expected, kind, device, norm_plus_one: traits.norm_plus_one };
         let embedding = weights.get("model.embed_tokens.weight")?;
         let layers = architecture.layers.iter().enumerate();
-        let layers = layers.map(|(index, &kind)| Layer::load(&weights, index, kind, traits)).collect::<Result<_>>()?;
+        let layers = layers.map(|(index, &kind)| load_layer(&weights, index, kind, traits)).collect::<Result<_>>()?;
         let matrix = if architecture.tie_word_embeddings { embedding.shallow_clone() } else { weights.get("lm_head.weight")? };
         Ok(Self {
             kind,
@@ -158,131 +188,93 @@ impl Model {
 
     /// The width of what a projection reads and writes, `(in, out)`.
     #[must_use]
-    pub fn projection_size(&self, layer: usize, projection: Projection) -> (i64, i64) {
-        let size = self.layers[layer].projections[projection as usize].size();
-        (size[1], size[0])
+    pub fn projection_size(&self, projection: Projection) -> (i64, i64) {
+        projection_size(&self.architecture, projection)
     }
 
-    /// Final hidden states, after the last norm, `[rows, time, hidden]`, of token ids `[rows, time]`.
-    ///
-    /// Rows are padded on the right and attention is causal, so a padded position reaches no real one and needs no mask.
-    /// With `train`, the adapter's dropout is on.
-    pub fn hidden(&self, ids: &Tensor, adapter: Option<&Adapter>, train: bool) -> Tensor {
-        let time = ids.size()[1];
-        let full = View { rotary: Rotary::new(&self.frequencies, time, self.kind), mask: None };
-        let windowed: BTreeMap<i64, View> = self.windows().map(|window| (window, self.view(time, window))).collect();
-        let mut x = Tensor::embedding(&self.embedding, ids, -1, false, false); // [rows, time, hidden]
+    /// Final hidden states at the positions `packed` asks for, after the last norm, `[positions, hidden]`, with `adapter` on
+    /// and no dropout.
+    pub fn hidden(&self, packed: &Packed, adapter: Option<&Adapter>) -> Tensor {
+        let pass = self.pass(packed, PassOptions { adapter, ..PassOptions::default() });
+        let (stream, trimmed) = self.run(packed, &pass, |_| {});
+        let stream = if trimmed { stream } else { stream.index_select(0, &packed.positions) };
+        kernels::rms_norm(&stream, &self.norm, self.architecture.rms_norm_eps).0
+    }
+
+    /// The same, keeping what a backward pass needs.
+    pub fn trace<'a>(&'a self, packed: &'a Packed, options: PassOptions<'a>) -> Trace<'a> {
+        let pass = self.pass(packed, options);
+        let mut saved = Vec::with_capacity(self.layers.len());
+        let (stream, trimmed) = self.run(packed, &pass, |block| saved.push(block));
+        let stream = if trimmed { stream } else { stream.index_select(0, &packed.positions) };
+        let (hidden, inverse) = kernels::rms_norm(&stream, &self.norm, self.architecture.rms_norm_eps);
+        Trace { model: self, pass, saved, stream, inverse, positions: &packed.positions, trimmed, hidden }
+    }
+
+    fn pass<'a>(&'a self, packed: &'a Packed, options: PassOptions<'a>) -> Pass<'a> {
+        let share = options.adapter.map_or(0.0, |adapter| adapter.config.dropout);
+        let dropout = options.dropout_key.filter(|_| share > 0.0);
+        Pass {
+            architecture: &self.architecture,
+            kind: self.kind,
+            rows: &packed.rows,
+            tokens: packed.ids.numel() as i64,
+            rotary: [&self.frequencies, &self.window_frequencies]
+                .map(|frequencies| Rotary::new(frequencies, packed.rows.width())),
+            adapter: options.adapter,
+            dropout: dropout.map(|key| Dropout { share, key, places: &packed.places }),
+            recompute: options.recompute,
+        }
+    }
+
+    /// The stream after the last block, `[tokens, hidden]`, or `[positions, hidden]` where the last block let only them go on,
+    /// which the second value says.
+    fn run(&self, packed: &Packed, pass: &Pass<'_>, mut save: impl FnMut(Saved)) -> (Tensor, bool) {
+        let mut x = Tensor::embedding(&self.embedding, &packed.ids, -1, false, false); // [tokens, hidden]
         if self.architecture.family.traits().scaled_embedding {
             // Rounded to the model's numbers first, as the models were trained.
             x = &x * Tensor::from((self.architecture.hidden_size as f64).sqrt()).to_kind(self.kind).to_device(self.device);
         }
-        for (index, layer) in self.layers.iter().enumerate() {
-            let view = match layer.kind {
-                LayerKind::Full => &full,
-                LayerKind::Window(window) => windowed.get(&(window as i64)).unwrap_or(&full),
-            };
-            let apply = |projection: Projection, x: &Tensor| {
-                let bias = layer.biases.as_ref().and_then(|biases| biases.get(projection as usize));
-                let base = x.linear(&layer.projections[projection as usize], bias);
-                match adapter.and_then(|adapter| adapter.delta(index, projection, x, train)) {
-                    Some(delta) => base + delta,
-                    None => base,
-                }
-            };
-            let mut mixed = self.attention(&self.normed(&x, &layer.attention_norm), layer, view, &apply);
-            if let Some([after_attention, _]) = &layer.output_norms {
-                mixed = self.normed(&mixed, after_attention);
-            }
-            x = &x + mixed;
-            let mut fed = self.feed_forward(&self.normed(&x, &layer.feed_forward_norm), &apply);
-            if let Some([_, after_feed_forward]) = &layer.output_norms {
-                fed = self.normed(&fed, after_feed_forward);
-            }
-            x = &x + fed;
+        // After the last attention a position that nobody asks for has nothing left to give. Dropout's places are those of all
+        // tokens.
+        let trimmed = pass.dropout.is_none() && packed.positions.numel() < packed.ids.numel();
+        for layer in &self.layers {
+            let last = layer.index + 1 == self.layers.len();
+            let keep = (last && trimmed).then(|| packed.positions.shallow_clone());
+            let (out, saved) = layer.forward(x, keep, pass);
+            save(saved);
+            x = out;
         }
-        self.normed(&x, &self.norm)
-    }
-
-    /// `weight · x / √(mean(x²) + ε)` over the last dimension.
-    fn normed(&self, x: &Tensor, weight: &Tensor) -> Tensor {
-        let normed = |x: &Tensor| x.rms_norm(weight.size(), Some(weight), self.architecture.rms_norm_eps);
-        if weight.kind() == x.kind() { normed(x) } else { normed(&x.to_kind(weight.kind())).to_kind(x.kind()) }
-    }
-
-    fn attention(&self, x: &Tensor, layer: &Layer, view: &View, apply: &impl Fn(Projection, &Tensor) -> Tensor) -> Tensor {
-        let (rows, time) = (x.size()[0], x.size()[1]);
-        let heads = self.architecture.num_attention_heads as i64;
-        let shared = self.architecture.num_key_value_heads as i64;
-        let width = self.architecture.head_dim as i64;
-        let split = |t: Tensor, heads: i64| t.view([rows, time, heads, width]).transpose(1, 2); // [rows, heads, time, head_dim]
-        let mut q = split(apply(Projection::QProj, x), heads);
-        let mut k = split(apply(Projection::KProj, x), shared);
-        if let Some([of_queries, of_keys]) = &layer.head_norms {
-            (q, k) = (self.normed(&q, of_queries), self.normed(&k, of_keys));
-        }
-        let (q, k) = (view.rotary.turn(&q), view.rotary.turn(&k));
-        let v = split(apply(Projection::VProj, x), shared);
-        // Query heads that share keys stand next to each other, so each key head is repeated in place.
-        let spread = |t: Tensor| match heads / shared {
-            1 => t,
-            group => t.unsqueeze(2).expand([rows, shared, group, time, width], false).reshape([rows, heads, time, width]),
-        };
-        let mixed = self.mix(&q, &spread(k), &spread(v), view.mask.as_ref());
-        apply(Projection::OProj, &mixed.transpose(1, 2).reshape([rows, time, heads * width]))
-    }
-
-    /// `softmax(q kᵀ · scale + mask) v`, causal; all `[rows, heads, time, head_dim]`.
-    fn mix(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Tensor {
-        let scale = self.architecture.attention_scale;
-        let Some(cap) = self.architecture.attention_softcap else {
-            return Tensor::scaled_dot_product_attention(q, k, v, mask, 0.0, mask.is_none(), scale, false);
-        };
-        // No kernel caps scores, so these exist, `[rows, heads, time, time]`.
-        let scores = (q.matmul(&k.transpose(2, 3)) * scale / cap).tanh() * cap;
-        let mask = mask.map_or_else(|| self.causal_mask(q.size()[2], i64::MAX), Tensor::shallow_clone);
-        (scores + mask).softmax(-1, Kind::Float).to_kind(self.kind).matmul(v)
-    }
-
-    fn feed_forward(&self, x: &Tensor, apply: &impl Fn(Projection, &Tensor) -> Tensor) -> Tensor {
-        let gate = apply(Projection::GateProj, x); // [rows, time, intermediate]
-        let gate = match self.architecture.family.traits().activation {
-            Activation::Silu => gate.silu(),
-            Activation::GeluTanh => gate.gelu("tanh"),
-        };
-        apply(Projection::DownProj, &(gate * apply(Projection::UpProj, x)))
-    }
-
-    /// The windows its layers have.
-    fn windows(&self) -> impl Iterator<Item = i64> {
-        self.layers.iter().filter_map(|layer| match layer.kind {
-            LayerKind::Window(window) => Some(window as i64),
-            LayerKind::Full => None,
-        })
-    }
-
-    fn view(&self, time: i64, window: i64) -> View {
-        View {
-            rotary: Rotary::new(&self.window_frequencies, time, self.kind),
-            // A window that no row is longer than hides nothing.
-            mask: (time > window).then(|| self.causal_mask(time, window)),
-        }
-    }
-
-    /// 0 where position `i` sees position `j`, `i − window < j ≤ i`, else −∞; `[time, time]`.
-    fn causal_mask(&self, time: i64, window: i64) -> Tensor {
-        let positions = Tensor::arange(time, (Kind::Int64, self.device));
-        let distance = positions.unsqueeze(1) - positions.unsqueeze(0);
-        let hidden = distance.lt(0).logical_or(&distance.ge(window));
-        Tensor::zeros([time, time], (self.kind, self.device)).masked_fill(&hidden, f64::NEG_INFINITY)
+        (x, trimmed)
     }
 }
 
-/// What positions a kind of layer sees, and where it takes them to be.
-#[derive(Debug)]
-struct View {
-    rotary: Rotary,
-    /// `[time, time]`; without one, all that came before.
-    mask: Option<Tensor>,
+impl Trace<'_> {
+    /// Goes back from the derivative by the hidden states, `[positions, hidden]`, adding the gradient of each of `parts`, ranges
+    /// of the pass's tokens, to its own of `gradients`.
+    pub fn backward(self, by_hidden: &Tensor, parts: &[Range<i64>], gradients: &mut [Gradient]) {
+        let model = self.model;
+        let by_stream = kernels::rms_norm_backward(by_hidden, &self.stream, &self.inverse, &model.norm, None);
+        let mut by_x = if self.trimmed {
+            by_stream
+        } else {
+            let whole = [self.pass.tokens, model.architecture.hidden_size as i64];
+            Tensor::zeros(whole, (model.kind, model.device)).index_copy(0, self.positions, &by_stream)
+        };
+        let positions = Vec::<i64>::try_from(self.positions).unwrap_or_default();
+        let kept_before = |token: i64| positions.partition_point(|position| *position < token) as i64;
+        let mut parts = Parts {
+            tokens: parts.to_vec(),
+            kept: parts.iter().map(|part| kept_before(part.start)..kept_before(part.end)).collect(),
+            gradients,
+        };
+        for (layer, saved) in model.layers.iter().zip(self.saved).rev() {
+            match layer.backward(by_x, saved, &self.pass, &mut parts) {
+                Some(by_input) => by_x = by_input,
+                None => break,
+            }
+        }
+    }
 }
 
 fn to_tensor(name: &str, stored: TensorBytes<'_>, kind: Kind, device: Device) -> Result<Tensor> {

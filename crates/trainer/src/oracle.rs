@@ -12,7 +12,7 @@ use holdfast_base_model::{WeightFile, files};
 use holdfast_dataset::Example;
 use holdfast_dataset::batch::Batch;
 use holdfast_domain::Safety;
-use holdfast_domain::hyperparameters::Precision;
+use holdfast_domain::hyperparameters::{Precision, Recompute};
 use holdfast_domain::safety::{Defense, KlPositions};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -21,10 +21,12 @@ use crate::adapter::Adapter;
 use crate::adapter_files;
 use crate::gradient::Gradient;
 use crate::model::{Model, read_architecture};
+use crate::methods::{self, Objective, Side, Sides};
+use crate::objective::{AlignmentRows, Engine};
 use crate::optimizer::AdamW;
+use crate::packed::Packed;
 use crate::reference::Reference;
-use crate::surgery::{self, Facts};
-use crate::train::{alignment_gradient, task_gradient};
+use crate::surgery::{Facts, Merged};
 
 /// Logits, losses, gradients and facts of a single step.
 const EXACT: f64 = 1e-4;
@@ -142,13 +144,17 @@ impl Case {
     }
 
     fn safety(&self, defense: Defense, kl_positions: KlPositions) -> Result<Safety> {
-        Ok(Safety { defense, rho: self.setting("rho")?, kl_positions, alignment_set: None })
+        Ok(Safety { kl_positions, ..Safety::new(defense, self.setting("rho")?) })
     }
 
     fn forward(&self, figures: &mut Figures) -> Result<()> {
         let adapter = self.adapter()?;
         let logits = |ids: &str, adapter: Option<&Adapter>| -> Result<Tensor> {
-            tch::no_grad(|| Ok(self.model.head.logits(&self.model.hidden(self.tensor(ids)?, adapter, false))))
+            let ids = self.tensor(ids)?;
+            let shape = [ids.size(), vec![-1]].concat();
+            let batch = Batch::padded(&examples(ids, &ids.full_like(-100))?).everywhere();
+            let hidden = self.model.hidden(&Packed::new(&[(&batch, 0)], self.model.device), adapter);
+            Ok(self.model.head.logits(&hidden).view(shape.as_slice()))
         };
         figures.tensor("base_logits", &logits("user_ids", None)?, self.tensor("base_logits")?, EXACT);
         figures.tensor("base_align_logits", &logits("align_ids", None)?, self.tensor("base_align_logits")?, EXACT);
@@ -158,22 +164,21 @@ impl Case {
 
     fn single_step(&self, figures: &mut Figures) -> Result<()> {
         let adapter = self.adapter()?;
-        let (task, user) = self.user_gradient(&adapter);
+        let (task, mut user) = self.user_gradient(&adapter);
         figures.number("task_loss", task, &self.scalars["task_loss"], EXACT)?;
         self.gradient(figures, &adapter, "g_user", &user)?;
         for (mode, positions) in [("response", KlPositions::Response), ("paper", KlPositions::All)] {
             let (kl, align) = self.align_gradient(&adapter, positions);
             figures.number(format!("{mode}/kl"), kl, &self.scalars[mode]["kl"], EXACT)?;
             self.gradient(figures, &adapter, &format!("{mode}/g_align"), &align)?;
-            let user = self.user_gradient(&adapter).1;
-            let merged = surgery::merge(user, Some(&align), &self.safety(Defense::Safegrad, positions)?, Precision::F32);
+            let merged = merge(&adapter, user, Some(align), &self.safety(Defense::Safegrad, positions)?);
+            user = self.user_gradient(&adapter).1;
             facts(figures, mode, merged.facts, &self.scalars[mode], EXACT)?;
             self.gradient(figures, &adapter, &format!("{mode}/g_final"), &merged.gradient)?;
         }
         let against = self.expected_gradient(&adapter, "forced_conflict/g_user")?;
         let align = self.align_gradient(&adapter, KlPositions::Response).1;
-        let merged =
-            surgery::merge(against, Some(&align), &self.safety(Defense::Safegrad, KlPositions::Response)?, Precision::F32);
+        let merged = merge(&adapter, against, Some(align), &self.safety(Defense::Safegrad, KlPositions::Response)?);
         facts(figures, "forced_conflict", merged.facts, &self.scalars["forced_conflict"], EXACT)?;
         self.gradient(figures, &adapter, "forced_conflict/g_final", &merged.gradient)
     }
@@ -197,15 +202,15 @@ impl Case {
             } else {
                 None
             };
-            let merged = surgery::merge(user, align.as_ref(), &safety, Precision::F32);
+            let merged = merge(&adapter, user, align, &safety);
             if defense.needs_alignment() {
                 facts(figures, &at, merged.facts, expected, HISTORY)?;
             }
-            let _ = optimizer.step(&adapter, &merged.gradient, learning_rate);
+            adapter.shift(&optimizer.update(&adapter, &merged.gradient, learning_rate));
         }
         for (name, factor) in adapter.factors() {
             let name = format!("{method}_after/{}", name.peft());
-            figures.tensor(&name, factor, self.tensor(&name)?, HISTORY);
+            figures.tensor(&name, &factor, self.tensor(&name)?, HISTORY);
         }
         Ok(())
     }
@@ -232,37 +237,46 @@ impl Case {
     }
 
     fn user_gradient(&self, adapter: &Adapter) -> (f64, Gradient) {
-        let batch = Batch::new(&self.user);
-        let task = task_gradient(&self.model, adapter, &[batch], false);
-        (task.loss, task.gradient)
+        let task = self.engine(adapter).task(&[Batch::new(&self.user)]);
+        (task.side.loss, task.side.gradient)
     }
 
     fn align_gradient(&self, adapter: &Adapter, positions: KlPositions) -> (f64, Gradient) {
         let reference = Reference::new(&self.model, self.align.clone(), positions);
         let rows: Vec<usize> = (0..self.align.len()).collect();
-        alignment_gradient(&self.model, adapter, &reference, &[rows], false)
+        let rows = AlignmentRows { reference: &reference, objective: Objective::Kl, passes: &[rows] };
+        let alignment = self.engine(adapter).alignment(rows);
+        (alignment.loss, alignment.gradient)
+    }
+
+    fn engine<'a>(&'a self, adapter: &'a Adapter) -> Engine<'a> {
+        Engine { model: &self.model, adapter, dropout_key: None, recompute: Recompute::Nothing }
     }
 
     fn expected_gradient(&self, adapter: &Adapter, prefix: &str) -> Result<Gradient> {
         let parts = adapter
-            .factors()
-            .map(|(name, _)| Ok(self.tensor(&format!("{prefix}/{}", name.peft()))?.reshape(-1)))
+            .places()
+            .map(|place| Ok(self.tensor(&format!("{prefix}/{}", place.name.peft()))?.reshape(-1)))
             .collect::<Result<Vec<_>>>()?;
         Ok(Gradient(Tensor::cat(&parts, 0)))
     }
 
     /// Compares a gradient factor by factor, so that a small factor's error does not hide behind a large one.
     fn gradient(&self, figures: &mut Figures, adapter: &Adapter, prefix: &str, got: &Gradient) -> Result<()> {
-        let mut offset = 0;
-        for (name, factor) in adapter.factors() {
-            let length = factor.numel() as i64;
-            let part = got.0.narrow(0, offset, length).view_as(factor);
-            offset += length;
-            let name = format!("{prefix}/{}", name.peft());
-            figures.tensor(&name, &part, self.tensor(&name)?, EXACT);
+        for place in adapter.places() {
+            let name = format!("{prefix}/{}", place.name.peft());
+            figures.tensor(&name, &place.of(&got.0), self.tensor(&name)?, EXACT);
         }
         Ok(())
     }
+}
+
+/// What the method makes of two gradients.
+fn merge(adapter: &Adapter, user: Gradient, align: Option<Gradient>, safety: &Safety) -> Merged {
+    let side = |gradient| Side { loss: 0.0, tokens: 1.0, gradient };
+    let align = align.map(side);
+    let sides = Sides { user: Some(side(user)), align: align.as_ref(), row_dots: &[], weights: adapter.flat() };
+    methods::of(safety, Precision::F32).merge(sides)
 }
 
 fn facts(figures: &mut Figures, at: &str, got: Option<Facts>, expected: &Value, bar: f64) -> Result<()> {

@@ -1,39 +1,32 @@
-//! Rotary positions (`RoFormer`, arXiv 2104.09864).
+//! Rotary positions (`RoFormer`, arXiv 2104.09864): each pair of coordinates, half a head apart, is turned by its position's
+//! angle (eq. 34).
 
 use holdfast_base_model::architecture::{Rope, RopeScaling};
 use tch::{Device, Kind, Tensor};
 
-/// The cosines and sines of every position's angles.
+/// The cosines and sines of every position's angles, float32.
 #[derive(Debug)]
 pub struct Rotary {
-    cos: Tensor, // [time, head_dim]
-    sin: Tensor, // [time, head_dim]
+    pub(crate) cos: Tensor, // [time, head_dim / 2]
+    pub(crate) sin: Tensor, // [time, head_dim / 2]
 }
 
 impl Rotary {
-    /// Of positions `0..time`, in `kind`.
+    /// Of positions `0..time`.
     #[must_use]
-    pub fn new(frequencies: &Tensor, time: i64, kind: Kind) -> Self {
+    pub fn new(frequencies: &Tensor, time: i64) -> Self {
         let positions = Tensor::arange(time, (Kind::Float, frequencies.device()));
         let angles = positions.outer(frequencies); // [time, head_dim / 2]
-        let angles = Tensor::cat(&[&angles, &angles], 1);
-        Self { cos: angles.cos().to_kind(kind), sin: angles.sin().to_kind(kind) }
-    }
-
-    /// Turns each pair of coordinates, half a head apart, by its position's angle (eq. 34). `x: [.., time, head_dim]`.
-    pub fn turn(&self, x: &Tensor) -> Tensor {
-        let halves = x.chunk(2, -1);
-        let turned = Tensor::cat(&[&-&halves[1], &halves[0]], -1);
-        x * &self.cos + turned * &self.sin
+        Self { cos: angles.cos(), sin: angles.sin() }
     }
 }
 
-/// `θ^(-2i / head_dim)` for each pair `i`, `[head_dim / 2]`, stretched as the architecture says. In float32 throughout, as
-/// the models were trained.
+/// `θ^(-2i / head_dim)` for each pair `i`, `[head_dim / 2]`, stretched as the architecture says. In float32 and in the order of
+/// operations in which the models were trained: late positions multiply every rounding of a frequency.
 pub fn frequencies(rope: &Rope, head_dim: usize) -> Tensor {
     let width = head_dim as i64;
     let exponents = Tensor::arange_start_step(0, width, 2, (Kind::Float, Device::Cpu)) / width as f64;
-    let plain = (exponents * -rope.theta.ln()).exp();
+    let plain = Tensor::pow_scalar(rope.theta, &exponents).reciprocal();
     match rope.scaling {
         RopeScaling::Default => plain,
         RopeScaling::Linear { factor } => plain / factor,
@@ -43,7 +36,7 @@ pub fn frequencies(rope: &Rope, head_dim: usize) -> Tensor {
             let share = ((wavelength.reciprocal() * original_max_position_embeddings - low_freq_factor)
                 / (high_freq_factor - low_freq_factor))
                 .clamp(0.0, 1.0);
-            &plain * &share + (1.0 - share) * &plain / factor
+            (1.0 - &share) * (&plain / factor) + share * &plain
         }
     }
 }

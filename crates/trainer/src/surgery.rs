@@ -1,11 +1,10 @@
-//! The surgery of `SafeGrad` (Yi et al., arXiv 2508.07172): removes from the user's gradient what works against the
-//! alignment.
+//! The surgery: how two gradients stand to each other, and their weighted sums.
 
-use holdfast_domain::Safety;
 use holdfast_domain::hyperparameters::Precision;
-use holdfast_domain::safety::Defense;
+use tch::Tensor;
 
 use crate::gradient::Gradient;
+use crate::methods::Sides;
 
 /// The share of the user's norm below which an alignment gradient is no direction but noise.
 ///
@@ -24,7 +23,7 @@ pub const fn relative_floor(precision: Precision) -> f64 {
 pub struct Merged {
     /// `g`.
     pub gradient: Gradient,
-    /// The facts to report; `None` under plain fine-tuning.
+    /// The facts to report; `None` where a step has but one gradient.
     pub facts: Option<Facts>,
 }
 
@@ -39,60 +38,104 @@ pub struct Facts {
     pub norm_align: f64,
     /// ⟨u, a⟩ / (‖u‖ ‖a‖); 0 where either is zero.
     pub cosine: f64,
-    /// `c` in `g = u + c·a`.
+    /// What `a` is multiplied by in `g`.
     pub coefficient: f64,
-    /// Whether a part of `u` was projected away.
+    /// Whether `a` is large enough against `u` to be a direction and not noise.
+    pub is_direction: bool,
+    /// Whether they worked against each other, under a method that projects.
     pub conflict: bool,
 }
 
 impl Facts {
-    /// The share of `u` that was projected away: `|⟨u, a⟩| / (‖u‖ ‖a‖)` where they conflict, else 0.
+    /// How `user` and `align` stand to each other.
+    #[must_use]
+    pub fn of(user: &Gradient, align: &Gradient, precision: Precision) -> Self {
+        let (dot, norm_user, norm_align) = (user.dot(align), user.norm(), align.norm());
+        let is_direction = norm_align > relative_floor(precision) * norm_user;
+        let cosine = if norm_user > 0.0 && norm_align > 0.0 { dot / (norm_user * norm_align) } else { 0.0 };
+        Self { dot, norm_user, norm_align, cosine, coefficient: 0.0, is_direction, conflict: is_direction && dot < 0.0 }
+    }
+
+    /// The share of `u` that a projection takes away: `|⟨u, a⟩| / (‖u‖ ‖a‖)` where they conflict, else 0.
     #[must_use]
     pub fn removed_fraction(&self) -> f64 {
         if self.conflict { self.cosine.abs() } else { 0.0 }
     }
 }
 
-/// Joins the user's gradient `u` and the alignment gradient `a`:
-///
-/// ```text
-/// none         g = u
-/// kl_penalty   g = u + ρ a
-/// safegrad     u' = u − (⟨u,a⟩ / ‖a‖²) a   if ⟨u,a⟩ < 0, else u      (eq. 5)
-///              g  = u' + ρ a                                          (eq. 6)
-/// ```
-///
-/// Both are `g = u + c·a` with `c = ρ + max(0, −⟨u,a⟩) / ‖a‖²` under `safegrad` and `c = ρ` under `kl_penalty`, so one
-/// stored gradient and two scalars are enough. `c` has no upper bound, because the part removed is never longer than `u`.
+/// `g = w_u u + w_a a`, with the two weights chosen by how the gradients stand to each other.
 #[must_use]
-pub fn merge(user: Gradient, align: Option<&Gradient>, safety: &Safety, precision: Precision) -> Merged {
-    let Some(align) = align.filter(|_| safety.defense != Defense::None) else {
-        return Merged { gradient: user, facts: None };
+pub fn combine(sides: Sides<'_>, precision: Precision, weights: impl FnOnce(&Facts) -> [f64; 2]) -> Merged {
+    let (Some(user), Some(align)) = (&sides.user, sides.align) else { return taken_alone(sides) };
+    let mut facts = Facts::of(&user.gradient, &align.gradient, precision);
+    let [of_user, of_align] = weights(&facts);
+    facts.coefficient = of_align;
+    // A weight of one costs no pass over the vector.
+    let gradient = if (of_user - 1.0).abs() < f64::EPSILON {
+        &user.gradient.0 + &align.gradient.0 * of_align
+    } else {
+        &user.gradient.0 * of_user + &align.gradient.0 * of_align
     };
-    let (dot, norm_user, norm_align) = (user.dot(align), user.norm(), align.norm());
-    let is_direction = norm_align > relative_floor(precision) * norm_user;
-    let conflict = safety.defense == Defense::Safegrad && is_direction && dot < 0.0;
-    let projection = if conflict { -dot / (norm_align * norm_align) } else { 0.0 };
-    let coefficient = safety.rho + projection;
-    let cosine = if norm_user > 0.0 && norm_align > 0.0 { dot / (norm_user * norm_align) } else { 0.0 };
-    let gradient = Gradient(&user.0 + &align.0 * coefficient);
-    Merged { gradient, facts: Some(Facts { dot, norm_user, norm_align, cosine, coefficient, conflict }) }
+    Merged { gradient: Gradient(gradient), facts: Some(facts) }
+}
+
+/// `g = w_u u + w_a a` without any projection.
+#[must_use]
+pub fn weigh(sides: Sides<'_>, weights: [f64; 2]) -> Merged {
+    let mut merged = combine(sides, Precision::F32, |_| weights);
+    if let Some(facts) = &mut merged.facts {
+        facts.conflict = false;
+    }
+    merged
+}
+
+/// `g = u + w a` without any projection.
+#[must_use]
+pub fn add(sides: Sides<'_>, weight: f64) -> Merged {
+    weigh(sides, [1.0, weight])
+}
+
+/// The one gradient a step has.
+#[must_use]
+pub fn taken_alone(sides: Sides<'_>) -> Merged {
+    let gradient = match (sides.user, sides.align) {
+        (Some(user), _) => user.gradient,
+        (None, Some(align)) => Gradient(align.gradient.0.copy()),
+        (None, None) => Gradient(sides.weights.zeros_like()),
+    };
+    Merged { gradient, facts: None }
+}
+
+/// `Δ − (⟨Δ,a⟩ / ‖a‖²) a` if `⟨Δ,a⟩ > 0`, else `Δ`: an update that raises the alignment loss to first order loses that part.
+#[must_use]
+pub fn without_increase(change: Tensor, align: &Gradient) -> Tensor {
+    let change = Gradient(change);
+    let (dot, square) = (change.dot(align), align.dot(align));
+    if dot <= 0.0 || square <= 0.0 {
+        return change.0;
+    }
+    change.0 - &align.0 * (dot / square)
 }
 
 #[cfg(test)]
 mod tests {
-    use holdfast_domain::safety::KlPositions;
+    use holdfast_domain::Safety;
+    use holdfast_domain::safety::Defense;
     use proptest::prelude::*;
     use tch::Tensor;
 
     use super::*;
-
-    fn safety(defense: Defense, rho: f64) -> Safety {
-        Safety { defense, rho, kl_positions: KlPositions::Response, alignment_set: None }
-    }
+    use crate::methods::{self, Side};
 
     fn gradient(values: &[f32]) -> Gradient {
         Gradient(Tensor::from_slice(values))
+    }
+
+    fn merge(u: &[f32], a: &[f32], defense: Defense, rho: f64) -> Merged {
+        let side = |values: &[f32]| Side { loss: 1.0, tokens: 1.0, gradient: gradient(values) };
+        let (user, align, weights) = (Some(side(u)), side(a), gradient(u));
+        let sides = Sides { user, align: Some(&align), row_dots: &[], weights: &weights.0 };
+        methods::of(&Safety::new(defense, rho), Precision::F32).merge(sides)
     }
 
     fn numbers(gradient: &Gradient) -> Vec<f64> {
@@ -118,7 +161,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_result_equals_the_long_hand_formula((u, a) in vectors(), rho in 0.0_f64..4.0) {
-            let merged = merge(gradient(&u), Some(&gradient(&a)), &safety(Defense::Safegrad, rho), Precision::F32);
+            let merged = merge(&u, &a, Defense::Safegrad, rho);
             for (got, expected) in numbers(&merged.gradient).iter().zip(long_hand(&u, &a, rho)) {
                 prop_assert!((got - expected).abs() < 1e-3 * (1.0 + expected.abs()), "{got} {expected}");
             }
@@ -126,16 +169,15 @@ mod tests {
 
         #[test]
         fn the_result_never_works_against_the_alignment((u, a) in vectors(), rho in 0.0_f64..4.0) {
+            let merged = merge(&u, &a, Defense::Safegrad, rho);
             let align = gradient(&a);
-            let merged = merge(gradient(&u), Some(&align), &safety(Defense::Safegrad, rho), Precision::F32);
             let scale = merged.gradient.norm() * align.norm();
             prop_assert!(merged.gradient.dot(&align) >= -1e-5 * scale);
         }
 
         #[test]
         fn without_conflict_the_user_gradient_keeps_all_of_itself((u, a) in vectors()) {
-            let align = gradient(&a);
-            let merged = merge(gradient(&u), Some(&align), &safety(Defense::Safegrad, 0.0), Precision::F32);
+            let merged = merge(&u, &a, Defense::Safegrad, 0.0);
             let facts = merged.facts.expect("facts");
             if facts.dot >= 0.0 {
                 prop_assert!(!facts.conflict);
@@ -145,34 +187,33 @@ mod tests {
 
         #[test]
         fn the_part_removed_is_never_longer_than_the_user_gradient((u, a) in vectors()) {
-            let merged = merge(gradient(&u), Some(&gradient(&a)), &safety(Defense::Safegrad, 0.0), Precision::F32);
+            let merged = merge(&u, &a, Defense::Safegrad, 0.0);
             prop_assert!(merged.gradient.norm() <= gradient(&u).norm() * (1.0 + 1e-5) + 1e-6);
         }
 
         #[test]
         fn a_penalty_never_projects((u, a) in vectors(), rho in 0.0_f64..4.0) {
-            let merged = merge(gradient(&u), Some(&gradient(&a)), &safety(Defense::KlPenalty, rho), Precision::F32);
-            prop_assert_eq!(merged.facts.map(|f| f.coefficient), Some(rho));
+            prop_assert_eq!(merge(&u, &a, Defense::KlPenalty, rho).facts.map(|f| f.coefficient), Some(rho));
+        }
+
+        #[test]
+        fn a_corrected_update_never_raises_the_alignment_loss((change, a) in vectors()) {
+            let align = gradient(&a);
+            let corrected = Gradient(without_increase(Tensor::from_slice(&change), &align));
+            prop_assert!(corrected.dot(&align) <= 1e-5 * corrected.norm() * align.norm() + 1e-6);
         }
     }
 
     #[test]
     fn a_zero_alignment_gradient_changes_nothing() {
-        let merged = merge(gradient(&[1.0, -2.0]), Some(&gradient(&[0.0, 0.0])), &safety(Defense::Safegrad, 1.0), Precision::F32);
+        let merged = merge(&[1.0, -2.0], &[0.0, 0.0], Defense::Safegrad, 1.0);
         assert_eq!(numbers(&merged.gradient), [1.0, -2.0]);
         assert_eq!(merged.facts.map(|f| (f.conflict, f.coefficient, f.cosine)), Some((false, 1.0, 0.0)));
     }
 
     #[test]
     fn rounding_noise_sets_no_direction() {
-        let merged =
-            merge(gradient(&[1.0, 1.0]), Some(&gradient(&[-1e-7, 0.0])), &safety(Defense::Safegrad, 1.0), Precision::F32);
+        let merged = merge(&[1.0, 1.0], &[-1e-7, 0.0], Defense::Safegrad, 1.0);
         assert_eq!(merged.facts.map(|f| (f.conflict, f.coefficient)), Some((false, 1.0)));
-    }
-
-    #[test]
-    fn plain_fine_tuning_ignores_the_alignment() {
-        let merged = merge(gradient(&[1.0]), Some(&gradient(&[-1.0])), &safety(Defense::None, 1.0), Precision::F32);
-        assert_eq!((numbers(&merged.gradient), merged.facts), (vec![1.0], None));
     }
 }

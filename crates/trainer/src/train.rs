@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use holdfast_dataset::Example;
 use holdfast_dataset::batch::Batch;
 use holdfast_dataset::order::RowOrder;
@@ -12,13 +12,16 @@ use tch::Tensor;
 
 use crate::adapter::Adapter;
 use crate::checkpoint::{Cursor, State};
+use crate::conflicts::RowConflicts;
+use crate::evaluate;
 use crate::gradient::{self, Gradient};
-use crate::loss;
+use crate::methods::{self, Asks, Side, Sides, Verdict};
 use crate::model::Model;
+use crate::objective::{AlignmentRows, Engine, Task};
 use crate::optimizer::AdamW;
-use crate::reference::{self, Reference};
+use crate::reference::Reference;
 use crate::schedule::Schedule;
-use crate::surgery;
+use crate::surgery::Facts;
 
 /// Keeps the order of the alignment rows apart from that of the user's rows.
 const ALIGNMENT_ORDER: u64 = 0x616c_6967_6e6d_656e;
@@ -34,78 +37,136 @@ pub struct Run<'a> {
     pub examples: &'a [Example],
     /// The alignment rows; `None` where the method needs none.
     pub reference: Option<&'a Reference>,
+    /// Alignment rows that no gradient is taken on, where the method reviews its steps.
+    pub probe: Option<&'a Reference>,
     /// How to train.
     pub plan: &'a Plan,
 }
 
-/// The task side of a step.
-#[derive(Debug)]
-pub struct Task {
-    /// Mean loss of the supervised tokens, in nats.
-    pub loss: f64,
-    /// The share of them the model ranked first.
-    pub token_accuracy: f64,
-    /// Its gradient, `u`.
-    pub gradient: Gradient,
+/// Why a run cannot go on as it is.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Diverged {
+    /// The loss or a gradient is NaN or infinite.
+    #[error("the loss or its gradient is no longer a number at step {step}")]
+    NotANumber {
+        /// From 1.
+        step: u64,
+    },
+    /// The loss has left where it was.
+    #[error("the loss at step {step} is {loss:.3} on average, far above the {lowest:.3} it had reached")]
+    RanAway {
+        /// From 1.
+        step: u64,
+        /// Its moving mean, in nats.
+        loss: f64,
+        /// The lowest its moving mean was.
+        lowest: f64,
+    },
+}
+
+/// The moving mean of a run's loss, which tells when it runs away.
+#[derive(Debug, Default)]
+struct LossWatch {
+    mean: Option<f64>,
+    lowest: f64,
+}
+
+impl LossWatch {
+    /// How far the mean may rise above its lowest, in nats: beyond what batches differ by.
+    const MOST_RISE: f64 = 4.0;
+
+    fn see(&mut self, step: u64, loss: f64) -> Result<(), Diverged> {
+        let mean = self.mean.map_or(loss, |mean| mean + 0.1 * (loss - mean));
+        self.lowest = if self.mean.is_none() { mean } else { self.lowest.min(mean) };
+        self.mean = Some(mean);
+        if mean > self.lowest + Self::MOST_RISE {
+            return Err(Diverged::RanAway { step, loss: mean, lowest: self.lowest });
+        }
+        Ok(())
+    }
+}
+
+/// The two sides of a step as they were computed.
+struct Gradients {
+    task: Option<Task>,
+    align: Option<Side>,
+    row_dots: Vec<f64>,
 }
 
 impl Run<'_> {
     /// Steps of the whole run.
     #[must_use]
     pub fn total_steps(&self) -> u64 {
-        self.plan.hyperparameters.total_steps(self.examples.len() as u64)
+        let user_steps = self.plan.hyperparameters.total_steps(self.examples.len() as u64);
+        methods::of(&self.plan.safety, self.plan.hyperparameters.precision).total_steps(user_steps)
     }
 
     /// Where a run begins.
     #[must_use]
     pub fn start(&self) -> State {
-        State { cursor: Cursor::default(), optimizer: AdamW::new(self.adapter, self.plan.hyperparameters.weight_decay) }
+        let h = &self.plan.hyperparameters;
+        State {
+            cursor: Cursor::default(),
+            optimizer: AdamW::new(self.adapter, h.weight_decay),
+            method: methods::of(&self.plan.safety, h.precision),
+            conflicts: h.row_conflicts.then(|| RowConflicts::new(self.adapter, self.examples.len())),
+        }
     }
 
     /// Trains the adapter from where `state` stands, calling `observe` after every step with what happened in it; times are
     /// left for it to fill in. It may break the run off. Returns whether the run is done.
     ///
     /// # Errors
-    /// When a loss or gradient is no longer a number, or `observe` fails.
-    pub fn train(&self, state: &mut State, mut observe: impl FnMut(Step, &State) -> Result<ControlFlow<()>>) -> Result<bool> {
-        let (h, safety) = (&self.plan.hyperparameters, &self.plan.safety);
+    /// [`Diverged`], or whatever `observe` fails with.
+    pub fn train(&self, state: &mut State, mut observe: impl FnMut(Step, &mut State) -> Result<ControlFlow<()>>) -> Result<bool> {
+        let h = &self.plan.hyperparameters;
         let total_steps = self.total_steps();
         let schedule = Schedule::new(h, total_steps);
-        let rows_per_step = usize::try_from(h.rows_per_step())?;
-        let mut user_rows = RowOrder::new(self.plan.seed, self.examples.len(), rows_per_step);
-        let mut align_rows =
-            self.reference.map(|reference| RowOrder::new(self.plan.seed ^ ALIGNMENT_ORDER, reference.rows(), rows_per_step));
+        let mut user_rows = self.user_order();
+        let mut align_rows = self.align_order();
+        let mut watch = LossWatch::default();
+        let mut last_good = (state.method.review_steps().is_some()).then(|| self.snapshot(state));
+        let setback_scale = 0.5_f64.powi(state.cursor.setbacks as i32);
         for step in state.cursor.step..total_steps {
-            // Dropout draws from libtorch's generator; seeded by the step, a step is the same whether or not others ran before it.
-            tch::manual_seed(self.plan.seed.wrapping_add(step) as i64);
+            let asks = state.method.asks(step);
+            let rows = asks.user_step.map(|at| user_rows.step(at)).unwrap_or_default();
+            let learning_rate = schedule.at(step) * state.method.learning_rate_scale() * setback_scale;
 
-            let batches = self.batches(&user_rows.step(step));
-            let user = task_gradient(self.model, self.adapter, &batches, true); // u
-            let align = self.reference.zip(align_rows.as_mut()).map(|(reference, order)| {
-                let passes: Vec<Vec<usize>> = order.step(step).chunks(h.batch_size as usize).map(<[usize]>::to_vec).collect();
-                alignment_gradient(self.model, self.adapter, reference, &passes, true) // a
-            });
-            let norm_user = user.gradient.norm();
-            let mut merged = surgery::merge(user.gradient, align.as_ref().map(|(_, a)| a), safety, h.precision); // g
+            let Gradients { task, align, row_dots } = self.gradients(state, &asks, step, &rows, &mut align_rows, learning_rate); // u and a
+            let (loss, token_accuracy) = match (&task, &align) {
+                (Some(task), _) => (task.side.loss, task.token_accuracy),
+                (None, Some(align)) => (align.loss, 0.0),
+                (None, None) => (0.0, 0.0),
+            };
+            let norm_user = task.as_ref().map_or(0.0, |task| task.side.gradient.norm());
+            let user = task.map(|task| task.side);
+            let sides = Sides { user, align: align.as_ref(), row_dots: &row_dots, weights: self.adapter.flat() };
+            let mut merged = state.method.merge(sides); // g
             let gradient_norm = merged.gradient.clip(h.max_grad_norm);
-            ensure!(
-                user.loss.is_finite() && gradient_norm.is_finite(),
-                "the loss or its gradient is no longer a number at step {}; lower the learning rate",
-                step + 1
-            );
-            let learning_rate = schedule.at(step);
-            let change = state.optimizer.step(self.adapter, &merged.gradient, learning_rate);
+            if !(loss.is_finite() && gradient_norm.is_finite()) {
+                return Err(Diverged::NotANumber { step: step + 1 }.into());
+            }
+            watch.see(step + 1, loss)?;
+            let change = state.optimizer.update(self.adapter, &merged.gradient, learning_rate);
+            let change = state.method.correct(change, align.as_ref().map(|align| &align.gradient));
+            self.adapter.shift(&change);
 
             state.cursor.step = step + 1;
             state.cursor.conflicts += u64::from(merged.facts.as_ref().is_some_and(|facts| facts.conflict));
-            state.cursor.tokens += batches.iter().map(|batch| batch.tokens as u64).sum::<u64>();
+            state.cursor.tokens += rows.iter().map(|&row| self.examples[row].ids.len() as u64).sum::<u64>();
+            if user_rows.ends_epoch(asks.user_step) {
+                self.score_rows(state, step);
+            }
+            if self.review_is_due(state, total_steps) {
+                self.review(state, &mut last_good);
+            }
             let conflict_rate = state.cursor.conflicts as f64 / (step + 1) as f64;
             let report = Step {
                 step: step + 1,
                 total_steps,
-                task_loss: user.loss,
-                token_accuracy: user.token_accuracy,
-                alignment: align.zip(merged.facts).map(|((kl, a), facts)| report(kl, &a, &facts, &change, conflict_rate)),
+                task_loss: loss,
+                token_accuracy,
+                alignment: align.zip(merged.facts).map(|(align, facts)| report(&align, &facts, &change, conflict_rate)),
                 norm_user,
                 gradient_norm,
                 learning_rate,
@@ -120,17 +181,138 @@ impl Run<'_> {
         Ok(true)
     }
 
+    fn gradients(
+        &self,
+        state: &mut State,
+        asks: &Asks,
+        step: u64,
+        rows: &[usize],
+        align_rows: &mut Option<RowOrder>,
+        learning_rate: f64,
+    ) -> Gradients {
+        let h = &self.plan.hyperparameters;
+        let engine = self.engine(step);
+        let batches = self.batches(rows);
+        let passes: Option<Vec<Vec<usize>>> = asks.alignment.zip(align_rows.as_mut()).map(|((_, at), order)| {
+            order.step(at).chunks(h.batch_size as usize).map(<[usize]>::to_vec).collect()
+        });
+        let alignment = self.reference.zip(passes.as_deref()).zip(asks.alignment);
+        let alignment = alignment.map(|((reference, passes), (objective, _))| AlignmentRows { reference, objective, passes });
+        if asks.lookahead {
+            let task = engine.task(&batches);
+            let align = alignment.map(|rows| self.ahead(state, &task.side.gradient, learning_rate, || engine.alignment(rows)));
+            return Gradients { task: Some(task), align, row_dots: Vec::new() };
+        }
+        let scores_rows = state.conflicts.is_some() && !batches.is_empty();
+        if !asks.each_row && !scores_rows {
+            if batches.is_empty() {
+                return Gradients { task: None, align: alignment.map(|rows| engine.alignment(rows)), row_dots: Vec::new() };
+            }
+            let (task, align) = engine.gradients(&batches, alignment);
+            return Gradients { task: Some(task), align, row_dots: Vec::new() };
+        }
+        // Each row's own gradient is asked for, so `a` is computed first.
+        let align = alignment.map(|rows| engine.alignment(rows));
+        let mut row_dots = Vec::new();
+        let mut conflicts = state.conflicts.take().filter(|_| scores_rows);
+        let task = engine.task_by_row(&batches, |row, gradient| {
+            row_dots.push(align.as_ref().map_or(0.0, |align| gradient.dot(&align.gradient)));
+            if let Some(conflicts) = conflicts.as_mut().filter(|conflicts| conflicts.direction(step).is_some()) {
+                conflicts.score(rows[row], gradient);
+            }
+        });
+        if let (Some(conflicts), Some(align)) = (&mut conflicts, &align) {
+            conflicts.learn(&align.gradient);
+        }
+        state.conflicts = conflicts;
+        Gradients { task: Some(task), align, row_dots }
+    }
+
+    /// Runs `compute` at the weights that the user's gradient alone would lead to.
+    fn ahead(&self, state: &State, user: &Gradient, learning_rate: f64, compute: impl FnOnce() -> Side) -> Side {
+        let here = self.adapter.flat().copy();
+        let mut alone = Gradient(user.0.copy());
+        alone.clip(self.plan.hyperparameters.max_grad_norm);
+        self.adapter.shift(&state.optimizer.preview(self.adapter, &alone, learning_rate));
+        let found = compute();
+        self.adapter.set(&here);
+        found
+    }
+
+    /// What computes the gradients of a step. Dropout's key is a function of seed and step, so that a step is the same whether or
+    /// not others ran before it.
+    fn engine(&self, step: u64) -> Engine<'_> {
+        let dropout_key = Some(self.plan.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(step));
+        let recompute = self.plan.hyperparameters.activation_checkpointing;
+        Engine { model: self.model, adapter: self.adapter, dropout_key, recompute }
+    }
+
+    fn user_order(&self) -> RowOrder {
+        let h = &self.plan.hyperparameters;
+        let rows_per_step = rows_per_step(self.plan);
+        if h.length_grouping {
+            let lengths = self.examples.iter().map(|example| example.ids.len()).collect();
+            return RowOrder::grouped(self.plan.seed, lengths, rows_per_step);
+        }
+        RowOrder::new(self.plan.seed, self.examples.len(), rows_per_step)
+    }
+
+    fn align_order(&self) -> Option<RowOrder> {
+        let order = |reference: &Reference| RowOrder::new(self.plan.seed ^ ALIGNMENT_ORDER, reference.rows(), rows_per_step(self.plan));
+        self.reference.map(order)
+    }
+
     /// The forward passes of one step.
     fn batches(&self, rows: &[usize]) -> Vec<Batch> {
         rows.chunks(self.plan.hyperparameters.batch_size as usize)
             .map(|rows| Batch::new(rows.iter().map(|&row| &self.examples[row])))
             .collect()
     }
+
+    fn score_rows(&self, state: &mut State, step: u64) {
+        let Some(conflicts) = &mut state.conflicts else { return };
+        let rows_per_pass = self.plan.hyperparameters.batch_size as usize;
+        conflicts.score_by_forward(self.adapter, step, || {
+            evaluate::row_losses(self.model, Some(self.adapter), self.examples, rows_per_pass)
+        });
+    }
+
+    fn snapshot(&self, state: &State) -> (Tensor, AdamW) {
+        (self.adapter.flat().copy(), state.optimizer.clone())
+    }
+
+    /// Whether the method reviews its steps now: every so many, before a checkpoint, and at the end.
+    fn review_is_due(&self, state: &State, total_steps: u64) -> bool {
+        let step = state.cursor.step;
+        let checkpoint = step.is_multiple_of(self.plan.checkpoint_steps.max(1));
+        state.method.review_steps().is_some_and(|every| step.is_multiple_of(every) || checkpoint || step == total_steps)
+    }
+
+    /// Judges the steps since the last review, and takes them back where they left the budget.
+    pub fn review(&self, state: &mut State, last_good: &mut Option<(Tensor, AdamW)>) {
+        let (Some(probe), Some((objective, _))) = (self.probe, state.method.asks(state.cursor.step).alignment) else { return };
+        let all: Vec<usize> = (0..probe.rows()).collect();
+        let passes: Vec<Vec<usize>> =
+            all.chunks(self.plan.hyperparameters.batch_size as usize).map(<[usize]>::to_vec).collect();
+        let engine = Engine { dropout_key: None, ..self.engine(0) };
+        let loss = engine.alignment_loss(AlignmentRows { reference: probe, objective, passes: &passes });
+        match (state.method.review(loss), &last_good) {
+            (Verdict::RollBack, Some((weights, optimizer))) => {
+                self.adapter.set(weights);
+                state.optimizer = optimizer.clone();
+            }
+            _ => *last_good = Some(self.snapshot(state)),
+        }
+    }
 }
 
-fn report(align_kl: f64, align: &Gradient, facts: &surgery::Facts, change: &Tensor, conflict_rate: f64) -> AlignmentFacts {
+fn rows_per_step(plan: &Plan) -> usize {
+    usize::try_from(plan.hyperparameters.rows_per_step()).unwrap_or(usize::MAX)
+}
+
+fn report(align: &Side, facts: &Facts, change: &Tensor, conflict_rate: f64) -> AlignmentFacts {
     AlignmentFacts {
-        align_kl,
+        align_kl: align.loss,
         dot: facts.dot,
         cosine: facts.cosine,
         norm_align: facts.norm_align,
@@ -138,48 +320,6 @@ fn report(align_kl: f64, align: &Gradient, facts: &surgery::Facts, change: &Tens
         conflict: facts.conflict,
         conflict_rate,
         removed_fraction: facts.removed_fraction(),
-        alignment_change: gradient::dot(&align.0, change),
+        alignment_change: gradient::dot(&align.gradient.0, change),
     }
-}
-
-/// `u = ∇ mean over supervised tokens of −log p(next token)`, over all passes of a step: sums of token losses, divided once by
-/// the number of all their tokens, so that how a step is cut into passes makes no difference.
-#[must_use]
-pub fn task_gradient(model: &Model, adapter: &Adapter, batches: &[Batch], train: bool) -> Task {
-    let supervised = batches.iter().map(|batch| batch.targets.len()).sum::<usize>() as f64;
-    let mut gradient = Gradient::zeros(adapter);
-    let (mut sum, mut correct) = (0.0, 0);
-    for batch in batches {
-        let hidden = model.hidden(&reference::ids(batch, model), Some(adapter), train); // [rows, time, hidden]
-        let positions = Tensor::from_slice(&batch.positions).to_device(model.device);
-        let targets = Tensor::from_slice(&batch.targets).to_device(model.device);
-        let hidden = reference::at_positions(&hidden, &positions); // [positions, hidden]
-        let loss = loss::task(&hidden, &model.head, &targets, supervised);
-        gradient.accumulate(adapter, &hidden, &loss.by_hidden);
-        sum += loss.sum;
-        correct += loss.correct;
-    }
-    Task { loss: sum / supervised, token_accuracy: correct as f64 / supervised, gradient }
-}
-
-/// `a = ∇ mean over supervised tokens of KL(base ‖ adapted)`, over all passes of a step, with the mean itself.
-#[must_use]
-pub fn alignment_gradient(
-    model: &Model,
-    adapter: &Adapter,
-    reference: &Reference,
-    passes: &[Vec<usize>],
-    train: bool,
-) -> (f64, Gradient) {
-    let supervised = passes.iter().map(|rows| reference.supervised(rows)).sum::<usize>() as f64;
-    let mut gradient = Gradient::zeros(adapter);
-    let mut sum = 0.0;
-    for rows in passes {
-        let batch = reference.batch(model, rows);
-        let hidden = reference::at_positions(&model.hidden(&batch.ids, Some(adapter), train), &batch.positions);
-        let loss = loss::kl(&hidden, &model.head, &batch.hidden, supervised);
-        gradient.accumulate(adapter, &hidden, &loss.by_hidden);
-        sum += loss.sum;
-    }
-    (sum / supervised, gradient)
 }

@@ -2,22 +2,25 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::Mutex;
 
 use anyhow::Result;
 use holdfast_base_model::files;
 use holdfast_dataset::Example;
 use holdfast_dataset::batch::Batch;
-use holdfast_domain::hyperparameters::{Precision, Requested};
+use holdfast_domain::hyperparameters::{Precision, Recompute, Requested};
 use holdfast_domain::plan;
 use holdfast_domain::progress::Step;
-use holdfast_domain::safety::{Floor, KlPositions, RequestedSafety};
-use holdfast_domain::{Hyperparameters, Plan};
+use holdfast_domain::safety::{
+    AlignmentPoint, Defense, Floor, KlPositions, ProjectionOf, ProjectionSpace, RequestedSafety,
+};
+use holdfast_domain::{Hyperparameters, Plan, Safety};
 use holdfast_trainer::adapter::{Adapter, AdapterConfig};
 use holdfast_trainer::checkpoint::Checkpoints;
 use holdfast_trainer::model::{Model, read_architecture};
 use holdfast_trainer::reference::Reference;
-use holdfast_trainer::train::{Run, alignment_gradient, task_gradient};
+use holdfast_trainer::methods::Objective;
+use holdfast_trainer::objective::{AlignmentRows, Engine};
+use holdfast_trainer::train::{Diverged, Run};
 use holdfast_trainer::{adapter_files, gradient};
 use tch::{Device, Kind, Tensor};
 
@@ -52,20 +55,28 @@ fn plan(more: Requested) -> Result<Plan> {
         safety: RequestedSafety::default().resolve(&Floor::default())?,
         seed: 5,
         checkpoint_steps: 100,
+        reference: None,
+        memory_limit_bytes: None,
         device: "cpu".into(),
     })
 }
 
-/// libtorch's generator is one for the whole process; a trainer has a process to itself, tests do not.
-static GENERATOR: Mutex<()> = Mutex::new(());
+/// The alignment rows, and those kept apart where the method reviews its steps.
+fn references(model: &Model, plan: &Plan) -> (Reference, Option<Reference>) {
+    let whole = Reference::new(model, examples(10), KlPositions::Response);
+    if plan.safety.defense != Defense::Held {
+        return (whole, None);
+    }
+    let (training, probe) = whole.split(5).expect("enough rows");
+    (training, Some(probe))
+}
 
 fn train(model: &Model, plan: &Plan) -> Result<(Adapter, Vec<Step>)> {
-    let _alone = GENERATOR.lock();
-    let (rows, alignment) = (examples(8), examples(5));
-    let reference = Reference::new(model, alignment, KlPositions::Response);
+    let (rows, (reference, probe)) = (examples(8), references(model, plan));
     let adapter = Adapter::init(model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
     let mut steps = Vec::new();
-    let run = Run { model, adapter: &adapter, examples: &rows, reference: Some(&reference), plan };
+    let run =
+        Run { model, adapter: &adapter, examples: &rows, reference: Some(&reference), probe: probe.as_ref(), plan };
     run.train(&mut run.start(), |step, _| {
         steps.push(step);
         Ok(ControlFlow::Continue(()))
@@ -78,20 +89,43 @@ fn largest_difference(x: &Tensor, y: &Tensor) -> f64 {
 }
 
 #[test]
-fn how_a_step_is_cut_into_passes_makes_no_difference() -> Result<()> {
+fn how_a_step_is_cut_into_passes_makes_no_difference_also_with_dropout() -> Result<()> {
     let model = model()?;
-    let adapter = adapter_files::read(&fixture(), &model)?;
+    let mut adapter = adapter_files::read(&fixture(), &model)?;
     let rows = examples(6);
-    let batches = |per_pass: usize| rows.chunks(per_pass).map(Batch::new).collect::<Vec<_>>();
-    let (whole, cut) = (task_gradient(&model, &adapter, &batches(6), false), task_gradient(&model, &adapter, &batches(2), false));
-    assert!((whole.loss - cut.loss).abs() < 1e-6);
-    assert!(largest_difference(&whole.gradient.0, &cut.gradient.0) < 1e-5);
+    let reference = Reference::new(&model, rows.clone(), KlPositions::Response);
+    let cut = |per_pass: usize| rows.chunks(per_pass).map(Batch::new).collect::<Vec<_>>();
+    for dropout in [0.0, 0.3] {
+        adapter.config.dropout = dropout;
+        let engine =
+            Engine { model: &model, adapter: &adapter, dropout_key: Some(7), recompute: Recompute::Nothing };
+        let both = |per_pass: usize, passes: &[Vec<usize>]| {
+            let rows = AlignmentRows { reference: &reference, objective: Objective::Kl, passes };
+            engine.gradients(&cut(per_pass), Some(rows))
+        };
+        let (whole, whole_align) = both(6, &[(0..6).collect()]);
+        let (parts, parts_align) = both(2, &[vec![0, 1, 2], vec![3], vec![4, 5]]);
+        let (whole_align, parts_align) = (whole_align.expect("a"), parts_align.expect("a"));
+        assert!((whole.side.loss - parts.side.loss).abs() < 1e-6);
+        assert!(largest_difference(&whole.side.gradient.0, &parts.side.gradient.0) < 1e-5);
+        assert!((whole_align.loss - parts_align.loss).abs() < 1e-6);
+        assert!(largest_difference(&whole_align.gradient.0, &parts_align.gradient.0) < 1e-5);
+    }
+    Ok(())
+}
 
-    let reference = Reference::new(&model, rows, KlPositions::Response);
-    let (kl, gradient) = alignment_gradient(&model, &adapter, &reference, &[(0..6).collect()], false);
-    let (kl_cut, gradient_cut) = alignment_gradient(&model, &adapter, &reference, &[vec![0, 1, 2], vec![3], vec![4, 5]], false);
-    assert!((kl - kl_cut).abs() < 1e-6);
-    assert!(largest_difference(&gradient.0, &gradient_cut.0) < 1e-5);
+#[test]
+fn what_is_computed_again_instead_of_kept_makes_no_difference() -> Result<()> {
+    let model = model()?;
+    let mut adapter = adapter_files::read(&fixture(), &model)?;
+    adapter.config.dropout = 0.3;
+    let gradient = |recompute| {
+        let engine = Engine { model: &model, adapter: &adapter, dropout_key: Some(7), recompute };
+        engine.task(&[Batch::new(&examples(6))]).side.gradient.0
+    };
+    let kept = gradient(Recompute::Nothing);
+    assert_eq!(kept, gradient(Recompute::FeedForward));
+    assert_eq!(kept, gradient(Recompute::Layers));
     Ok(())
 }
 
@@ -124,38 +158,147 @@ fn the_same_seed_gives_the_same_adapter_bit_for_bit_and_another_does_not() -> Re
 
 /// Runs `plan` up to `stop`, keeps a checkpoint, and goes on from it with an adapter that knows nothing of the first part.
 fn train_with_a_stop(model: &Model, plan: &Plan, stop: u64, checkpoints: &Checkpoints) -> Result<Adapter> {
-    let _alone = GENERATOR.lock();
-    let (rows, reference) = (examples(8), Reference::new(model, examples(5), KlPositions::Response));
-    let adapter = || Adapter::init(model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
-    let run = |adapter: &Adapter, stop: Option<u64>, restore: bool| -> Result<bool> {
-        let run = Run { model, adapter, examples: &rows, reference: Some(&reference), plan };
-        let restored = if restore { checkpoints.restore(adapter, 0.0, |_| {})? } else { None };
-        let mut state = restored.unwrap_or_else(|| run.start());
+    let (rows, (reference, probe)) = (examples(8), references(model, plan));
+    let fresh = || Adapter::init(model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
+    let go = |adapter: &Adapter, stop: Option<u64>| -> Result<bool> {
+        let run = Run { model, adapter, examples: &rows, reference: Some(&reference), probe: probe.as_ref(), plan };
+        let mut state = run.start();
+        checkpoints.restore(model, adapter, &mut state, |_| {})?;
         run.train(&mut state, |_, state| {
             checkpoints.save(adapter, state)?;
             Ok(if Some(state.cursor.step) == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         })
     };
-    assert!(!run(&adapter(), Some(stop), false)?, "it was not stopped");
-    let second = adapter();
-    assert!(run(&second, None, true)?);
+    assert!(!go(&fresh(), Some(stop))?, "it was not stopped");
+    let second = fresh();
+    assert!(go(&second, None)?);
     Ok(second)
 }
 
-#[test]
-fn a_run_that_was_stopped_at_any_step_ends_with_the_same_adapter_bit_for_bit() -> Result<()> {
-    let model = model()?;
-    let plan = plan(Requested {
+fn checkpoints(folder: &Path) -> Checkpoints {
+    Checkpoints::new(folder.into(), b"run".to_vec(), "m")
+}
+
+/// With dropout and accumulation, whose randomness and sums a stop must not disturb.
+fn hard_to_resume() -> Result<Plan> {
+    plan(Requested {
         lora_dropout: Some(0.2),
         gradient_accumulation_steps: Some(2),
         batch_size: Some(2),
         ..Default::default()
-    })?;
+    })
+}
+
+#[test]
+fn a_run_that_was_stopped_at_any_step_ends_with_the_same_adapter_bit_for_bit() -> Result<()> {
+    let (model, plan) = (model()?, hard_to_resume()?);
     let (whole, steps) = train(&model, &plan)?;
     for stop in 1..steps.len() as u64 {
         let folder = tempfile::tempdir()?;
-        let resumed = train_with_a_stop(&model, &plan, stop, &Checkpoints::new(folder.path().into(), b"run".to_vec()))?;
+        let resumed = train_with_a_stop(&model, &plan, stop, &checkpoints(folder.path()))?;
         assert_eq!(whole.flat(), resumed.flat(), "stopped after step {stop}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_method_remembers_survives_a_stop_too() -> Result<()> {
+    let model = model()?;
+    for defense in Defense::ALL.into_iter().filter(|defense| defense.needs_alignment()) {
+        let mut plan = hard_to_resume()?;
+        plan.safety = Safety::new(defense, 1.0);
+        // Checkpoints at every step: `held` reviews before each.
+        plan.checkpoint_steps = 1;
+        plan.hyperparameters.row_conflicts = defense.compares_gradients();
+        let (whole, steps) = train(&model, &plan)?;
+        let (folder, stop) = (tempfile::tempdir()?, steps.len() as u64 - 2);
+        let resumed = train_with_a_stop(&model, &plan, stop, &checkpoints(folder.path()))?;
+        assert_eq!(whole.flat(), resumed.flat(), "{defense:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn variants_of_the_projection_train_and_differ() -> Result<()> {
+    let (model, plain) = (model()?, hard_to_resume()?);
+    let with = |change: fn(&mut Safety)| -> Result<Tensor> {
+        let mut plan = plain.clone();
+        change(&mut plan.safety);
+        Ok(train(&model, &plan)?.0.flat().copy())
+    };
+    let adapters = [
+        with(|_| {})?,
+        with(|safety| safety.projection = ProjectionOf::PerRow)?,
+        with(|safety| safety.projection_space = ProjectionSpace::Update)?,
+        with(|safety| safety.alignment_point = AlignmentPoint::Lookahead)?,
+    ];
+    for (at, adapter) in adapters.iter().enumerate() {
+        assert!(adapter.sum(Kind::Double).double_value(&[]).is_finite());
+        assert!(adapters[..at].iter().all(|other| largest_difference(adapter, other) > 0.0), "variant {at}");
+    }
+    Ok(())
+}
+
+#[test]
+fn rows_add_up_to_the_step_and_their_gradients_to_its_gradient() -> Result<()> {
+    let model = model()?;
+    let adapter = adapter_files::read(&fixture(), &model)?;
+    let engine = Engine { model: &model, adapter: &adapter, dropout_key: None, recompute: Recompute::Nothing };
+    let batches: Vec<Batch> = examples(5).chunks(2).map(Batch::new).collect();
+    let mut rows = Vec::new();
+    let by_row = engine.task_by_row(&batches, |row, gradient| rows.push((row, gradient.0.copy())));
+    let whole = engine.task(&batches);
+    assert_eq!(rows.iter().map(|(row, _)| *row).collect::<Vec<_>>(), [0, 1, 2, 3, 4]);
+    let sum = rows.iter().fold(whole.side.gradient.0.zeros_like(), |sum, (_, gradient)| sum + gradient);
+    assert!(largest_difference(&whole.side.gradient.0, &sum) < 1e-5);
+    assert!(largest_difference(&whole.side.gradient.0, &by_row.side.gradient.0) < 1e-5);
+    Ok(())
+}
+
+#[test]
+fn a_run_that_leaves_its_budget_goes_back_and_stays_within_it() -> Result<()> {
+    let model = model()?;
+    let mut plan = plan(Requested { n_epochs: Some(20), batch_size: Some(4), learning_rate: Some(0.05), ..Default::default() })?;
+    plan.safety = Safety { budget: 1e-3, ..Safety::new(Defense::Held, 1.0) };
+    let (adapter, steps) = train(&model, &plan)?;
+    assert!(steps.iter().any(|step| step.alignment.as_ref().is_some_and(|a| a.align_kl > 2e-3)), "it never left");
+    let (_, probe) = references(&model, &plan);
+    let probe = probe.expect("rows kept apart");
+    let engine = Engine { model: &model, adapter: &adapter, dropout_key: None, recompute: Recompute::Nothing };
+    let passes = [(0..probe.rows()).collect::<Vec<_>>()];
+    let rows = AlignmentRows { reference: &probe, objective: Objective::WeightedKl, passes: &passes };
+    assert!(engine.alignment_loss(rows) <= 2e-3);
+    Ok(())
+}
+
+#[test]
+fn a_row_that_is_trained_against_the_alignment_scores_below_the_others() -> Result<()> {
+    let model = model()?;
+    let mut plan = plan(Requested { n_epochs: Some(12), batch_size: Some(4), row_conflicts: Some(true), ..Default::default() })?;
+    plan.safety = Safety::new(Defense::KlPenalty, 0.01);
+    // Row 3 answers an alignment prompt with something else than the base would.
+    let (alignment, mut rows) = (examples(1), examples(8));
+    let mut planted = alignment[0].clone();
+    for (id, supervised) in planted.ids.iter_mut().zip(&planted.supervised) {
+        if *supervised {
+            *id = (*id + 61) % 150;
+        }
+    }
+    rows[3] = planted;
+    let reference = Reference::new(&model, alignment, KlPositions::Response);
+    let adapter = Adapter::init(&model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
+    let run = Run { model: &model, adapter: &adapter, examples: &rows, reference: Some(&reference), probe: None, plan: &plan };
+    let mut state = run.start();
+    run.train(&mut state, |_, _| Ok(ControlFlow::Continue(())))?;
+    let path = tempfile::tempdir()?.path().join("row_conflicts.jsonl");
+    std::fs::create_dir_all(path.parent().expect("a folder"))?;
+    state.conflicts.expect("scores").write(&path, &[1, 2, 3, 5, 6, 7, 8, 9])?;
+    let scores: Vec<serde_json::Value> =
+        std::fs::read_to_string(&path)?.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    for way in ["gradient", "forward"] {
+        let of = |row: &serde_json::Value| row[way].as_f64().expect("a score");
+        let worst = scores.iter().min_by(|x, y| of(x).total_cmp(&of(y))).expect("rows");
+        assert_eq!(worst["line"], 5, "by {way}: {scores:?}");
     }
     Ok(())
 }
@@ -165,8 +308,17 @@ fn a_torn_or_edited_checkpoint_is_passed_over_for_the_one_before_it() -> Result<
     let model = model()?;
     let plan = plan(Requested { batch_size: Some(4), ..Default::default() })?;
     let fresh = || Adapter::init(&model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
-    let spoil: [fn(&Path) -> Result<()>; 3] = [
-        |newest| Ok(std::fs::File::options().write(true).open(newest.join("state.f32"))?.set_len(100)?),
+    let rows = examples(8);
+    let restore = |checkpoints: &Checkpoints, said: &mut Vec<String>| -> Result<(bool, u64)> {
+        let (adapter, (reference, _)) = (fresh(), references(&model, &plan));
+        let run = Run { model: &model, adapter: &adapter, examples: &rows, reference: Some(&reference), probe: None, plan: &plan };
+        let mut state = run.start();
+        let restored = checkpoints.restore(&model, &adapter, &mut state, |reason| said.push(reason))?;
+        Ok((restored, state.cursor.step))
+    };
+    let spoil: [fn(&Path) -> Result<()>; 4] = [
+        |newest| Ok(std::fs::File::options().write(true).open(newest.join("state.safetensors"))?.set_len(100)?),
+        |newest| Ok(std::fs::File::options().write(true).open(newest.join("adapter_model.safetensors"))?.set_len(900)?),
         |newest| {
             let path = newest.join("checkpoint.json");
             Ok(std::fs::write(&path, std::fs::read_to_string(&path)?.replace("\"step\": 6", "\"step\": 7"))?)
@@ -175,19 +327,28 @@ fn a_torn_or_edited_checkpoint_is_passed_over_for_the_one_before_it() -> Result<
     ];
     for spoil in spoil {
         let folder = tempfile::tempdir()?;
-        let checkpoints = Checkpoints::new(folder.path().into(), b"run".to_vec());
-        train_with_a_stop(&model, &plan, 4, &checkpoints)?;
+        train_with_a_stop(&model, &plan, 4, &checkpoints(folder.path()))?;
         let newest = folder.path().join("step-6");
         assert!(newest.exists() && !folder.path().join("step-4").exists(), "the newest two are kept");
         spoil(&newest)?;
         let mut said = Vec::new();
-        let state = checkpoints.restore(&fresh(), 0.0, |reason| said.push(reason))?;
-        assert_eq!((state.map(|s| s.cursor.step), said.len()), (Some(5), 1), "{said:?}");
+        assert_eq!(restore(&checkpoints(folder.path()), &mut said)?, (true, 5), "{said:?}");
+        assert_eq!(said.len(), 1, "{said:?}");
     }
     let folder = tempfile::tempdir()?;
-    train_with_a_stop(&model, &plan, 4, &Checkpoints::new(folder.path().into(), b"run".to_vec()))?;
-    let other = Checkpoints::new(folder.path().into(), b"another run".to_vec());
-    assert!(other.restore(&fresh(), 0.0, |_| {})?.is_none(), "a checkpoint of another plan was taken");
+    train_with_a_stop(&model, &plan, 4, &checkpoints(folder.path()))?;
+    let other = Checkpoints::new(folder.path().into(), b"another run".to_vec(), "m");
+    assert!(!restore(&other, &mut Vec::new())?.0, "a checkpoint of another plan was taken");
+    Ok(())
+}
+
+#[test]
+fn a_run_that_diverges_says_so_with_the_step() -> Result<()> {
+    let model = model()?;
+    let plan = plan(Requested { learning_rate: Some(1.0), max_grad_norm: Some(0.0), n_epochs: Some(50), ..Default::default() })?;
+    let error = train(&model, &plan).map(|_| ()).expect_err("it converged");
+    assert!(error.downcast_ref::<Diverged>().is_some(), "{error:#}");
+    assert!(error.to_string().contains("at step"), "{error:#}");
     Ok(())
 }
 

@@ -49,6 +49,8 @@ impl JobFolder {
             safety: claim.job.safety.clone(),
             seed: claim.job.seed,
             checkpoint_steps: CHECKPOINT_STEPS,
+            reference: None,
+            memory_limit_bytes: None,
             device: device.to_owned(),
         };
         let json = serde_json::to_vec_pretty(&plan).map_err(std::io::Error::other)?;

@@ -41,6 +41,8 @@ fn judge_record(record: ExitRecord) -> Result<u64, JobError> {
             "operator_error",
             format!("The service's own set-up is at fault, not your data; the operator must mend it: {}", record.message),
         )),
+        exit::BAD_DATA if record.reason == reason::OUT_OF_MEMORY => Err(JobError::new("out_of_memory", record.message)),
+        exit::BAD_DATA if record.reason == reason::DIVERGED => Err(JobError::new("training_diverged", record.message)),
         exit::BAD_DATA => Err(JobError::new("invalid_training_data", record.message)),
         exit::STOPPED => Err(JobError::new("trainer_stopped", "The trainer was stopped from outside. Create the job again.")),
         _ if record.reason == reason::OUT_OF_MEMORY => Err(JobError::new("out_of_memory", record.message)),
@@ -71,6 +73,8 @@ mod tests {
             (Ended::Code(70), record(exit::INTERNAL, reason::INTERNAL), "trainer_failed"),
             (Ended::Code(65), record(exit::BAD_DATA, reason::BAD_DATA), "invalid_training_data"),
             (Ended::Code(65), record(exit::BAD_DATA, reason::BAD_SETUP), "operator_error"),
+            (Ended::Code(65), record(exit::BAD_DATA, reason::OUT_OF_MEMORY), "out_of_memory"),
+            (Ended::Code(65), record(exit::BAD_DATA, reason::DIVERGED), "training_diverged"),
         ];
         for (ended, record, code) in cases {
             assert_eq!(judge(ended, record).map_err(|e| e.code), Err(code.to_owned()));

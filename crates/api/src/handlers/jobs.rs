@@ -60,6 +60,7 @@ pub(crate) async fn create_job(
         other => other.into(),
     })?;
     let hyperparameters = requested.resolve(training.row_count, base.context_length).map_err(|e| e.within(at))?;
+    hyperparameters.check_with(&safety).map_err(|e| e.within(at))?;
     let seed = match body.seed {
         Some(seed) if seed > MAX_SEED => {
             return Err(Invalid::new("seed", "out_of_bounds", format!("seed must lie between 0 and {MAX_SEED}")).into());

@@ -1,10 +1,10 @@
 //! Jobs as the wire has them.
 
-use holdfast_domain::hyperparameters::{LongRows, LrSchedule, Precision};
+use holdfast_domain::hyperparameters::{LongRows, LrSchedule, Precision, Recompute};
 use holdfast_domain::ids::{FileId, JobId};
 use holdfast_domain::invalid::LineError;
 use holdfast_domain::job::{JobState, Status};
-use holdfast_domain::safety::{Defense, KlPositions};
+use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf, ProjectionSpace};
 use holdfast_domain::{Hyperparameters, Safety};
 use holdfast_store::jobs::{Job as Row, Progress as RowProgress};
 use serde::Serialize;
@@ -118,6 +118,12 @@ pub(crate) struct ResolvedHyperparameters {
     lora_dropout: f64,
     #[schema(value_type = Vec<String>)]
     target_modules: Vec<holdfast_domain::hyperparameters::Projection>,
+    #[schema(value_type = String)]
+    activation_checkpointing: Recompute,
+    length_grouping: bool,
+    evaluate_steps: u64,
+    early_stopping_patience: u32,
+    row_conflicts: bool,
 }
 
 /// What a job trains under.
@@ -128,6 +134,14 @@ pub(crate) struct ShownSafety {
     rho: f64,
     #[schema(value_type = String, example = "response")]
     kl_positions: KlPositions,
+    #[schema(value_type = String, example = "batch")]
+    projection: ProjectionOf,
+    #[schema(value_type = String, example = "gradient")]
+    projection_space: ProjectionSpace,
+    #[schema(value_type = String, example = "current")]
+    alignment_point: AlignmentPoint,
+    /// The budget of mean KL in nats, under `held`.
+    budget: Option<f64>,
     alignment_set: Option<String>,
 }
 
@@ -157,7 +171,16 @@ impl From<RowProgress> for JobProgress {
 
 impl From<Safety> for ShownSafety {
     fn from(s: Safety) -> Self {
-        Self { defense: s.defense, rho: s.rho, kl_positions: s.kl_positions, alignment_set: s.alignment_set }
+        Self {
+            defense: s.defense,
+            rho: s.rho,
+            kl_positions: s.kl_positions,
+            projection: s.projection,
+            projection_space: s.projection_space,
+            alignment_point: s.alignment_point,
+            budget: (s.defense == Defense::Held).then_some(s.budget),
+            alignment_set: s.alignment_set,
+        }
     }
 }
 
@@ -180,6 +203,11 @@ impl From<Hyperparameters> for ResolvedHyperparameters {
             lora_alpha: h.lora_alpha,
             lora_dropout: h.lora_dropout,
             target_modules: h.target_modules,
+            activation_checkpointing: h.activation_checkpointing,
+            length_grouping: h.length_grouping,
+            evaluate_steps: h.evaluate_steps,
+            early_stopping_patience: h.early_stopping_patience,
+            row_conflicts: h.row_conflicts,
         }
     }
 }

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use holdfast_domain::Invalid;
-use holdfast_domain::hyperparameters::{LongRows, LrSchedule, Precision, Requested};
+use holdfast_domain::hyperparameters::{LongRows, LrSchedule, Precision, Recompute, Requested};
 use holdfast_domain::limits::{MAX_METADATA_KEY_CHARS, MAX_METADATA_PAIRS, MAX_METADATA_VALUE_CHARS};
-use holdfast_domain::safety::{Defense, KlPositions, RequestedSafety};
+use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf, ProjectionSpace, RequestedSafety};
 use serde::{Deserialize, Deserializer, de};
 use utoipa::ToSchema;
 
@@ -150,6 +150,17 @@ pub(crate) struct RequestedHyperparameters {
     lora_dropout: Option<f64>,
     /// Extension: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`.
     target_modules: Option<Vec<String>>,
+    /// Extension: what the backward pass computes again instead of keeping it: `nothing`, `feed_forward` or `layers`.
+    #[schema(value_type = Option<String>, example = "nothing")]
+    activation_checkpointing: Option<Recompute>,
+    /// Extension: whether rows of like length share a step.
+    length_grouping: Option<bool>,
+    /// Extension: steps between measurements on the validation file; 0 for the end of every epoch.
+    evaluate_steps: Option<u64>,
+    /// Extension: measurements without a better validation loss after which training ends with the best adapter; 0 for never.
+    early_stopping_patience: Option<u32>,
+    /// Extension: whether each row is scored by how hard it pushes against the alignment.
+    row_conflicts: Option<bool>,
 }
 
 impl From<RequestedHyperparameters> for Requested {
@@ -171,6 +182,11 @@ impl From<RequestedHyperparameters> for Requested {
             lora_alpha: h.lora_alpha,
             lora_dropout: h.lora_dropout,
             target_modules: h.target_modules,
+            activation_checkpointing: h.activation_checkpointing,
+            length_grouping: h.length_grouping,
+            evaluate_steps: h.evaluate_steps,
+            early_stopping_patience: h.early_stopping_patience,
+            row_conflicts: h.row_conflicts,
         }
     }
 }
@@ -179,21 +195,41 @@ impl From<RequestedHyperparameters> for Requested {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct SafetyRequest {
-    /// `none`, `kl_penalty` or `safegrad`.
+    /// `none`, `safe_mix`, `lisa`, `kl_penalty`, `sbr`, `pcgrad`, `safegrad` or `held`.
     #[schema(value_type = Option<String>, example = "safegrad")]
     defense: Option<Defense>,
-    /// The weight of the alignment gradient, 0 to 100.
+    /// The method's strength, 0 to 100.
     rho: Option<f64>,
     /// `response` or `all`.
     #[schema(value_type = Option<String>, example = "response")]
     kl_positions: Option<KlPositions>,
+    /// `batch` or `per_row`: whose gradient is projected.
+    #[schema(value_type = Option<String>, example = "batch")]
+    projection: Option<ProjectionOf>,
+    /// `gradient` or `update`: where the projection takes place.
+    #[schema(value_type = Option<String>, example = "gradient")]
+    projection_space: Option<ProjectionSpace>,
+    /// `current` or `lookahead`: at which weights the alignment gradient is taken.
+    #[schema(value_type = Option<String>, example = "current")]
+    alignment_point: Option<AlignmentPoint>,
+    /// The budget of mean KL in nats, under `held`.
+    budget: Option<f64>,
     /// The operator's alignment set by its name.
     alignment_set: Option<String>,
 }
 
 impl From<SafetyRequest> for RequestedSafety {
     fn from(s: SafetyRequest) -> Self {
-        Self { defense: s.defense, rho: s.rho, kl_positions: s.kl_positions, alignment_set: s.alignment_set }
+        Self {
+            defense: s.defense,
+            rho: s.rho,
+            kl_positions: s.kl_positions,
+            projection: s.projection,
+            projection_space: s.projection_space,
+            alignment_point: s.alignment_point,
+            budget: s.budget,
+            alignment_set: s.alignment_set,
+        }
     }
 }
 
