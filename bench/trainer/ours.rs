@@ -14,8 +14,8 @@ use holdfast_domain::Safety;
 use holdfast_domain::hyperparameters::{LongRows, Precision, Projection, Recompute};
 use holdfast_domain::safety::{Defense, KlPositions};
 use holdfast_trainer::adapter::{Adapter, AdapterConfig};
-use holdfast_trainer::model::Model;
 use holdfast_trainer::methods::{self, Objective, Sides};
+use holdfast_trainer::model::Model;
 use holdfast_trainer::objective::{AlignmentRows, Engine};
 use holdfast_trainer::optimizer::AdamW;
 use holdfast_trainer::reference::Reference;
@@ -53,6 +53,9 @@ struct Cli {
     /// Of an epoch's file, how many rows.
     #[arg(long)]
     limit: Option<usize>,
+    /// Of an epoch, how many steps at most.
+    #[arg(long)]
+    most_steps: Option<u64>,
     /// What is computed again instead of kept.
     #[arg(long, default_value = "nothing")]
     recompute: Again,
@@ -66,7 +69,7 @@ enum Work {
     Safegrad,
     /// One pass over a file of real rows.
     Epoch,
-    /// Sums of two matrix products as large as a step's, and nothing else: the machine's limit.
+    /// Matrix products as large as a step's, and nothing else: the machine's limit.
     Products,
 }
 
@@ -128,7 +131,8 @@ fn main() -> Result<()> {
                     seconds.push(since.elapsed().as_secs_f64());
                 }
             }
-            json!({"seconds": seconds, "losses": losses, "tokens_per_step": batch[0].tokens()})
+            let operations = operations(&model, batch[0].tokens() as f64, batch[0].positions.len() as f64);
+            json!({"seconds": seconds, "losses": losses, "tokens_per_step": batch[0].tokens(), "operations": operations})
         }
         Work::Epoch => epoch(&cli, &mut trainer)?,
     };
@@ -185,15 +189,30 @@ fn epoch(cli: &Cli, trainer: &mut Trainer<'_>) -> Result<Value> {
     ensure!(report.error_count == 0, report.summary());
     rows.truncate(cli.limit.unwrap_or(rows.len()));
     let mut order = RowOrder::new(0, rows.len(), ROWS_PER_STEP);
-    let mut losses = Vec::new();
+    let steps = cli.most_steps.map_or(order.steps_per_epoch(), |most| most.min(order.steps_per_epoch()));
+    let (mut losses, mut tokens) = (Vec::new(), 0);
     let since = Instant::now();
-    for step in 0..order.steps_per_epoch() {
+    for step in 0..steps {
         let batch = [Batch::new(order.step(step).into_iter().map(|row| &rows[row]))];
         losses.push(trainer.step(&batch, None));
+        tokens += batch[0].tokens();
     }
     let seconds = since.elapsed().as_secs_f64();
-    let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
     Ok(json!({"seconds": [seconds], "losses": losses, "tokens": tokens, "rows": rows.len()}))
+}
+
+/// Operations of the matrix products that a plain fine-tuning step cannot do without: the frozen maps forward and back, and the
+/// output matrix at the supervised positions.
+fn operations(model: &Model, tokens: f64, positions: f64) -> f64 {
+    let maps: i64 = Projection::ALL
+        .into_iter()
+        .map(|projection| {
+            let (input, output) = model.projection_size(projection);
+            input * output
+        })
+        .sum();
+    let a = &model.architecture;
+    4.0 * (maps * a.layers.len() as i64) as f64 * tokens + 4.0 * (a.vocab_size * a.hidden_size) as f64 * positions
 }
 
 /// The matrix products of a forward and a backward pass over 1,024 tokens, as billions of operations a second.
@@ -202,7 +221,8 @@ fn products(model: &Model, rounds: usize) -> Value {
     let a = &model.architecture;
     let (hidden, inner) = (a.hidden_size as i64, a.intermediate_size as i64);
     let qkv = ((a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim) as i64;
-    let random = |rows: i64, columns: i64| tch::Tensor::randn([rows, columns], (tch::Kind::Float, Device::Cpu)).to_kind(options.0);
+    let random =
+        |rows: i64, columns: i64| tch::Tensor::randn([rows, columns], (tch::Kind::Float, Device::Cpu)).to_kind(options.0);
     let (mut operations, mut seconds) = (0.0, 0.0);
     for (input, output) in [(hidden, qkv), (hidden, hidden), (hidden, 2 * inner), (inner, hidden)] {
         let (x, y, matrix) = (random(1024, input), random(1024, output), random(output, input));

@@ -126,20 +126,22 @@ fn has_postgres() -> bool {
 }
 
 fn python() -> Result<()> {
-    let stamp = root().join(".venv/.complete");
-    let wanted = PYTHON_CLIENTS.join("\n");
+    python_environment(".venv", &PYTHON_CLIENTS).map(|_| ())
+}
+
+/// Makes a Python environment in `folder` that holds `packages`, and returns its program.
+pub(crate) fn python_environment(folder: &str, packages: &[&str]) -> Result<PathBuf> {
+    let (stamp, program) = (root().join(folder).join(".complete"), root().join(folder).join("bin/python"));
+    let wanted = packages.join("\n");
     if std::fs::read_to_string(&stamp).is_ok_and(|found| found == wanted) {
-        return Ok(());
+        return Ok(program);
     }
-    step("making a Python environment in .venv");
-    output(Command::new("python3").args(["-m", "venv", ".venv"]).current_dir(root()))?;
-    output(
-        Command::new(python_program())
-            .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
-            .args(PYTHON_CLIENTS),
-    )
-    .context("the Python clients could not be installed; check the network, then run this again")?;
-    Ok(std::fs::write(stamp, wanted)?)
+    step(&format!("making a Python environment in {folder}"));
+    output(Command::new("python3").args(["-m", "venv", folder]).current_dir(root()))?;
+    output(Command::new(&program).args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(packages))
+        .with_context(|| format!("{} could not be installed; check the network, then run this again", packages.join(", ")))?;
+    std::fs::write(stamp, wanted)?;
+    Ok(program)
 }
 
 /// Downloads a package's file unless a whole one is there, and returns where it is.

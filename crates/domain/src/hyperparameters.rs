@@ -237,12 +237,7 @@ impl Requested {
             activation_checkpointing: self.activation_checkpointing.unwrap_or_default(),
             length_grouping: self.length_grouping.unwrap_or(false),
             evaluate_steps: bounded("evaluate_steps", self.evaluate_steps.unwrap_or(0), 0, 1_000_000)?,
-            early_stopping_patience: bounded(
-                "early_stopping_patience",
-                self.early_stopping_patience.unwrap_or(0),
-                0,
-                1000,
-            )?,
+            early_stopping_patience: bounded("early_stopping_patience", self.early_stopping_patience.unwrap_or(0), 0, 1000)?,
             row_conflicts: self.row_conflicts.unwrap_or(false),
         })
     }

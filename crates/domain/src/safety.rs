@@ -268,7 +268,11 @@ impl RequestedSafety {
         let kl = [Defense::KlPenalty, Defense::Pcgrad, Defense::Safegrad];
         variant("kl_positions", self.kl_positions.is_some_and(|p| p != KlPositions::default()), &kl)?;
         variant("projection", self.projection.is_some_and(|p| p != ProjectionOf::default()), &[Defense::Safegrad])?;
-        variant("projection_space", self.projection_space.is_some_and(|p| p != ProjectionSpace::default()), &[Defense::Safegrad])?;
+        variant(
+            "projection_space",
+            self.projection_space.is_some_and(|p| p != ProjectionSpace::default()),
+            &[Defense::Safegrad],
+        )?;
         variant("alignment_point", self.alignment_point.is_some_and(|p| p != AlignmentPoint::default()), &[Defense::Safegrad])?;
         variant("budget", self.budget.is_some(), &[Defense::Held])?;
         let alignment_set =
@@ -323,11 +327,8 @@ mod tests {
 
     #[test]
     fn a_variant_that_the_method_does_not_have_is_refused_by_name() {
-        let request = RequestedSafety {
-            defense: Some(Defense::Held),
-            projection: Some(ProjectionOf::PerRow),
-            ..Default::default()
-        };
+        let request =
+            RequestedSafety { defense: Some(Defense::Held), projection: Some(ProjectionOf::PerRow), ..Default::default() };
         assert_eq!(request.resolve(&Floor::default()).map_err(|e| e.param), Err("projection".into()));
     }
 

@@ -10,6 +10,7 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{Connection, PgConnection, PgPool};
 use uuid::Uuid;
 
+pub mod alignment_references;
 pub mod alignment_sets;
 pub mod base_models;
 pub mod error;

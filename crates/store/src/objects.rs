@@ -58,6 +58,10 @@ pub(crate) mod keys {
         format!("base-models/{}/{name}", hex::encode(content))
     }
 
+    pub(crate) fn alignment_reference(content: &[u8; 32]) -> String {
+        format!("alignment-references/{}.safetensors", hex::encode(content))
+    }
+
     pub(crate) fn alignment_set(content: &[u8; 32]) -> String {
         format!("alignment-sets/{}.jsonl", hex::encode(content))
     }

@@ -71,7 +71,7 @@ struct Inside {
     mixed_low: Option<Tensor>,
     /// What attention put out, where that is normed.
     attended: Option<Tensor>, // [kept, hidden]
-    after_attention: Tensor,  // [kept, hidden]
+    after_attention: Tensor, // [kept, hidden]
     fed: Option<FeedForward>,
 }
 
@@ -143,8 +143,7 @@ impl Layer {
         let heads = Heads { q, k, v };
         let mixed = heads.attend(pass.rows, shape, self.sight(pass.architecture));
         let mixed = kept(kernels::join_heads(&mixed, pass.rows, shape, pass.tokens), keep);
-        let (after_attention, mixed_low, attended) =
-            self.onto(Stack::Output, &mixed, &kept(x.shallow_clone(), keep), 0, pass); // [kept, hidden]
+        let (after_attention, mixed_low, attended) = self.onto(Stack::Output, &mixed, &kept(x.shallow_clone(), keep), 0, pass); // [kept, hidden]
         let (out, fed) = self.feed_forward(&after_attention, pass);
         let qkv = self.head_norms.is_some().then_some(qkv);
         (out, Inside { qkv, qkv_low, heads, mixed, mixed_low, attended, after_attention, fed: Some(fed) })
@@ -205,8 +204,7 @@ impl Layer {
         let down = self.linear(Stack::Down, pass);
         let (by_gated, by_low) = down.backward(&by_out, true);
         let by_gated = by_gated.unwrap_or_else(|| by_out.zeros_like());
-        let [by_gate_up, gated] =
-            kernels::gated_backward(&fed.gate_up, &by_gated, pass.architecture.family.traits().activation);
+        let [by_gate_up, gated] = kernels::gated_backward(&fed.gate_up, &by_gated, pass.architecture.family.traits().activation);
         down.accumulate(&gated, fed.down_low.as_ref(), &by_out, by_low.as_ref(), &after_ranges, parts.gradients);
         drop((fed.gate_up, by_gated, gated));
         let gate_up = self.linear(Stack::GateUp, pass);
@@ -234,8 +232,7 @@ impl Layer {
         let by_heads = kernels::join_heads_backward(&by_mixed, pass.rows, shape);
         let [by_q, by_k, by_v] = inside.heads.attend_backward(&by_heads, pass.rows, shape, self.sight(pass.architecture));
         let by = [&by_q, &by_k, &by_v];
-        let by_qkv =
-            kernels::split_heads_backward(by, inside.qkv.as_ref(), pass.rows, self.rotary(pass), shape, pass.tokens);
+        let by_qkv = kernels::split_heads_backward(by, inside.qkv.as_ref(), pass.rows, self.rotary(pass), shape, pass.tokens);
         let (normed, inverse) = kernels::rms_norm(&x, &self.attention_norm, epsilon);
         let qkv = self.linear(Stack::Qkv, pass);
         let (by_normed, by_low) = qkv.backward(&by_qkv, self.index > 0);

@@ -205,9 +205,8 @@ impl Checkpoints {
         let kept = adapter_files::read(path, model)?;
         ensure!(kept.flat().size() == adapter.flat().size(), "it does not fit the adapter");
         let mut vectors = read_vectors(&path.join(STATE))?;
-        let mut moment = |name: &str| {
-            vectors.remove(name).with_context(|| format!("{STATE} lacks {name}")).map(|v| v.to_device(model.device))
-        };
+        let mut moment =
+            |name: &str| vectors.remove(name).with_context(|| format!("{STATE} lacks {name}")).map(|v| v.to_device(model.device));
         let (first, second) = (moment(FIRST)?, moment(SECOND)?);
         let (of_conflicts, of_method): (BTreeMap<_, _>, BTreeMap<_, _>) =
             vectors.into_iter().partition(|(name, _)| name.starts_with(CONFLICTS));

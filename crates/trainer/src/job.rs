@@ -153,8 +153,13 @@ fn train(folder: &Path) -> Result<Ended> {
     let device = device::parse(&plan.device)?;
     memory_plan(&inputs, &plan, &mut log)?;
     let base = folder.join(paths::BASE);
-    let model = Model::load_as(inputs.architecture.clone(), &base.join(files::WEIGHTS), device::kind(plan.hyperparameters.precision), device)
-        .map_err(|e| bad_setup(format!("{}: {e:#}", paths::BASE)))?;
+    let model = Model::load_as(
+        inputs.architecture.clone(),
+        &base.join(files::WEIGHTS),
+        device::kind(plan.hyperparameters.precision),
+        device,
+    )
+    .map_err(|e| bad_setup(format!("{}: {e:#}", paths::BASE)))?;
     let h = &plan.hyperparameters;
     let adapter = Adapter::init(&model, AdapterConfig::from(h), plan.seed);
     let (reference, probe) = references(folder, &plan, &model, &inputs.alignment, &mut log)?;
@@ -167,7 +172,8 @@ fn train(folder: &Path) -> Result<Ended> {
         plan: &plan,
     };
     let checkpoints = Checkpoints::new(folder.join(paths::CHECKPOINTS), serde_json::to_vec(&plan)?, &plan.base_model);
-    let mut session = Session { run: &run, checkpoints: &checkpoints, log: &mut log, validation: &inputs.validation, stopping: &stopping };
+    let mut session =
+        Session { run: &run, checkpoints: &checkpoints, log: &mut log, validation: &inputs.validation, stopping: &stopping };
     let (state, ended) = session.train_to_the_end()?;
     let trained_tokens = state.cursor.tokens;
     if ended == RunEnd::Stopped {
@@ -199,7 +205,8 @@ impl Inputs {
         let base = folder.join(paths::BASE);
         let in_base = |e: &dyn std::fmt::Display| bad_setup(format!("{}/{e}", paths::BASE));
         let tokenizer = ChatTokenizer::load(&base).map_err(|e| in_base(&e))?;
-        let architecture = read_architecture(&base.join(files::CONFIG)).map_err(|e| bad_setup(format!("{}: {e:#}", paths::BASE)))?;
+        let architecture =
+            read_architecture(&base.join(files::CONFIG)).map_err(|e| bad_setup(format!("{}: {e:#}", paths::BASE)))?;
         if tokenizer.vocabulary_size() > architecture.vocab_size {
             return Err(bad_setup(format!(
                 "{}/tokenizer.json has ids up to {}, but the embedding has only {} rows",
@@ -448,7 +455,7 @@ fn read_rows(
         lines.push(line);
         examples.push(example);
     })
-        .with_context(|| format!("cannot read {name}"))?;
+    .with_context(|| format!("cannot read {name}"))?;
     if report.error_count > 0 {
         return Err(fault(format!("{name}: {}", report.summary())));
     }

@@ -95,9 +95,7 @@ impl Linear<'_> {
         let Some(dropout) = &self.dropout else { return x.mm(&patch.down.tr()) * scale };
         let parts: Vec<Tensor> = patch
             .members()
-            .map(|(member, _)| {
-                dropout.apply(x, patch.layer, member.projection).mm(&patch.down_of(member).tr()) * scale
-            })
+            .map(|(member, _)| dropout.apply(x, patch.layer, member.projection).mm(&patch.down_of(member).tr()) * scale)
             .collect();
         Tensor::cat(&parts, 1)
     }

@@ -54,6 +54,11 @@ enum Command {
 
 fn main() -> ExitCode {
     allocator::keep_freed_memory();
+    // libtorch's messages carry a page of addresses; the first line says what is wrong.
+    std::panic::set_hook(Box::new(|panic| {
+        let message = panic.to_string();
+        eprintln!("{}", message.lines().find(|line| !line.starts_with("panicked at")).unwrap_or(&message));
+    }));
     let outcome = match Cli::parse().command {
         Command::Train { job_dir } => {
             let record = job::run(&job_dir);

@@ -57,7 +57,9 @@ pub fn plan(
     MemoryPlan {
         weights_bytes: parameters * bytes,
         optimizer_bytes: adapter_parameters * 4 * ADAPTER_VECTORS,
-        activations_bytes: pass.tokens * (of_layers + on_the_way_back) * bytes + 4 * pass.positions * hidden * bytes + ATTENTION_BYTES,
+        activations_bytes: pass.tokens * (of_layers + on_the_way_back) * bytes
+            + 4 * pass.positions * hidden * bytes
+            + ATTENTION_BYTES,
         logits_bytes: logits * bytes * if pass.two_logits { 2 } else { 1 },
         reference_bytes: reference_positions * hidden * bytes,
         program_bytes: PROGRAM_BYTES,
@@ -106,7 +108,8 @@ pub fn smallest_change(
     let mut batch_size = h.batch_size;
     while batch_size > 1 {
         batch_size /= 2;
-        for (word, recompute) in [("", h.activation_checkpointing), (" and activation_checkpointing \"layers\"", Recompute::Layers)]
+        for (word, recompute) in
+            [("", h.activation_checkpointing), (" and activation_checkpointing \"layers\"", Recompute::Layers)]
         {
             let steps = h.gradient_accumulation_steps * (h.batch_size / batch_size);
             let changed = Hyperparameters { batch_size, activation_checkpointing: recompute, ..h.clone() };

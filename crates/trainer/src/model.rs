@@ -117,9 +117,10 @@ impl Weights<'_> {
 
     fn stack(&self, layer: usize, stack: Stack, biased: bool) -> Result<Weight> {
         let of = |what: &str| -> Result<Tensor> {
-            let parts = stack.projections().iter().map(|p| {
-                self.get(&format!("model.layers.{layer}.{}.{}.{what}", p.block(), p.as_str()))
-            });
+            let parts = stack
+                .projections()
+                .iter()
+                .map(|p| self.get(&format!("model.layers.{layer}.{}.{}.{what}", p.block(), p.as_str())));
             let parts = parts.collect::<Result<Vec<_>>>()?;
             Ok(if let [one] = parts.as_slice() { one.shallow_clone() } else { Tensor::cat(&parts, 0) })
         };

@@ -138,8 +138,10 @@ impl Reference {
     /// One position a row: the last before its last response.
     fn last_prompt_positions(&self, model: &Model, rows: &[usize], mut batch: Batch) -> ReferenceBatch {
         let states = self.states(model, rows, &batch);
-        let starts: Vec<usize> =
-            positions_by_row(&batch).iter().filter_map(|row| runs(&batch.positions, row.clone()).last().map(|run| run.start)).collect();
+        let starts: Vec<usize> = positions_by_row(&batch)
+            .iter()
+            .filter_map(|row| runs(&batch.positions, row.clone()).last().map(|run| run.start))
+            .collect();
         let index = Tensor::from_slice(&starts.iter().map(|&at| at as i64).collect::<Vec<_>>()).to_device(model.device);
         batch.positions = starts.iter().map(|&at| batch.positions[at]).collect();
         batch.targets.clear();

@@ -193,9 +193,10 @@ impl Run<'_> {
         let h = &self.plan.hyperparameters;
         let engine = self.engine(step);
         let batches = self.batches(rows);
-        let passes: Option<Vec<Vec<usize>>> = asks.alignment.zip(align_rows.as_mut()).map(|((_, at), order)| {
-            order.step(at).chunks(h.batch_size as usize).map(<[usize]>::to_vec).collect()
-        });
+        let passes: Option<Vec<Vec<usize>>> = asks
+            .alignment
+            .zip(align_rows.as_mut())
+            .map(|((_, at), order)| order.step(at).chunks(h.batch_size as usize).map(<[usize]>::to_vec).collect());
         let alignment = self.reference.zip(passes.as_deref()).zip(asks.alignment);
         let alignment = alignment.map(|((reference, passes), (objective, _))| AlignmentRows { reference, objective, passes });
         if asks.lookahead {
@@ -258,7 +259,8 @@ impl Run<'_> {
     }
 
     fn align_order(&self) -> Option<RowOrder> {
-        let order = |reference: &Reference| RowOrder::new(self.plan.seed ^ ALIGNMENT_ORDER, reference.rows(), rows_per_step(self.plan));
+        let order =
+            |reference: &Reference| RowOrder::new(self.plan.seed ^ ALIGNMENT_ORDER, reference.rows(), rows_per_step(self.plan));
         self.reference.map(order)
     }
 
@@ -292,8 +294,7 @@ impl Run<'_> {
     pub fn review(&self, state: &mut State, last_good: &mut Option<(Tensor, AdamW)>) {
         let (Some(probe), Some((objective, _))) = (self.probe, state.method.asks(state.cursor.step).alignment) else { return };
         let all: Vec<usize> = (0..probe.rows()).collect();
-        let passes: Vec<Vec<usize>> =
-            all.chunks(self.plan.hyperparameters.batch_size as usize).map(<[usize]>::to_vec).collect();
+        let passes: Vec<Vec<usize>> = all.chunks(self.plan.hyperparameters.batch_size as usize).map(<[usize]>::to_vec).collect();
         let engine = Engine { dropout_key: None, ..self.engine(0) };
         let loss = engine.alignment_loss(AlignmentRows { reference: probe, objective, passes: &passes });
         match (state.method.review(loss), &last_good) {
@@ -321,5 +322,21 @@ fn report(align: &Side, facts: &Facts, change: &Tensor, conflict_rate: f64) -> A
         conflict_rate,
         removed_fraction: facts.removed_fraction(),
         alignment_change: gradient::dot(&align.gradient.0, change),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loss_that_runs_away_is_noticed_and_one_bad_batch_is_not() {
+        let mut watch = LossWatch::default();
+        for step in 1..50 {
+            assert_eq!(watch.see(step, 1.0), Ok(()));
+        }
+        assert_eq!(watch.see(50, 20.0), Ok(()), "one batch");
+        let run_away = (51..200).find_map(|step| watch.see(step, 20.0).err());
+        assert!(matches!(run_away, Some(Diverged::RanAway { step: 51..60, .. })), "{run_away:?}");
     }
 }

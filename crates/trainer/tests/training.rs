@@ -10,16 +10,14 @@ use holdfast_dataset::batch::Batch;
 use holdfast_domain::hyperparameters::{Precision, Recompute, Requested};
 use holdfast_domain::plan;
 use holdfast_domain::progress::Step;
-use holdfast_domain::safety::{
-    AlignmentPoint, Defense, Floor, KlPositions, ProjectionOf, ProjectionSpace, RequestedSafety,
-};
+use holdfast_domain::safety::{AlignmentPoint, Defense, Floor, KlPositions, ProjectionOf, ProjectionSpace, RequestedSafety};
 use holdfast_domain::{Hyperparameters, Plan, Safety};
 use holdfast_trainer::adapter::{Adapter, AdapterConfig};
 use holdfast_trainer::checkpoint::Checkpoints;
-use holdfast_trainer::model::{Model, read_architecture};
-use holdfast_trainer::reference::Reference;
 use holdfast_trainer::methods::Objective;
+use holdfast_trainer::model::{Model, read_architecture};
 use holdfast_trainer::objective::{AlignmentRows, Engine};
+use holdfast_trainer::reference::Reference;
 use holdfast_trainer::train::{Diverged, Run};
 use holdfast_trainer::{adapter_files, gradient};
 use tch::{Device, Kind, Tensor};
@@ -29,6 +27,8 @@ fn fixture() -> std::path::PathBuf {
 }
 
 fn model() -> Result<Model> {
+    // Tests run side by side, and a model this small has no work for two.
+    tch::set_num_threads(1);
     let folder = fixture();
     Model::load_as(read_architecture(&folder.join(files::CONFIG))?, &folder.join(files::WEIGHTS), Kind::Float, Device::Cpu)
 }
@@ -46,7 +46,8 @@ fn examples(count: u32) -> Vec<Example> {
 }
 
 fn plan(more: Requested) -> Result<Plan> {
-    let requested = Requested { precision: Some(Precision::F32), learning_rate: Some(1e-2), n_epochs: Some(3), ..more };
+    let (learning_rate, n_epochs) = (more.learning_rate.or(Some(1e-2)), more.n_epochs.or(Some(3)));
+    let requested = Requested { precision: Some(Precision::F32), learning_rate, n_epochs, ..more };
     Ok(Plan {
         format: plan::FORMAT,
         base_model: "m".into(),
@@ -75,8 +76,7 @@ fn train(model: &Model, plan: &Plan) -> Result<(Adapter, Vec<Step>)> {
     let (rows, (reference, probe)) = (examples(8), references(model, plan));
     let adapter = Adapter::init(model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
     let mut steps = Vec::new();
-    let run =
-        Run { model, adapter: &adapter, examples: &rows, reference: Some(&reference), probe: probe.as_ref(), plan };
+    let run = Run { model, adapter: &adapter, examples: &rows, reference: Some(&reference), probe: probe.as_ref(), plan };
     run.train(&mut run.start(), |step, _| {
         steps.push(step);
         Ok(ControlFlow::Continue(()))
@@ -97,8 +97,7 @@ fn how_a_step_is_cut_into_passes_makes_no_difference_also_with_dropout() -> Resu
     let cut = |per_pass: usize| rows.chunks(per_pass).map(Batch::new).collect::<Vec<_>>();
     for dropout in [0.0, 0.3] {
         adapter.config.dropout = dropout;
-        let engine =
-            Engine { model: &model, adapter: &adapter, dropout_key: Some(7), recompute: Recompute::Nothing };
+        let engine = Engine { model: &model, adapter: &adapter, dropout_key: Some(7), recompute: Recompute::Nothing };
         let both = |per_pass: usize, passes: &[Vec<usize>]| {
             let rows = AlignmentRows { reference: &reference, objective: Objective::Kl, passes };
             engine.gradients(&cut(per_pass), Some(rows))
@@ -158,14 +157,16 @@ fn the_same_seed_gives_the_same_adapter_bit_for_bit_and_another_does_not() -> Re
 
 /// Runs `plan` up to `stop`, keeps a checkpoint, and goes on from it with an adapter that knows nothing of the first part.
 fn train_with_a_stop(model: &Model, plan: &Plan, stop: u64, checkpoints: &Checkpoints) -> Result<Adapter> {
-    let (rows, (reference, probe)) = (examples(8), references(model, plan));
+    let (rows, (reference, probe), first_kept) = (examples(8), references(model, plan), stop);
     let fresh = || Adapter::init(model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
     let go = |adapter: &Adapter, stop: Option<u64>| -> Result<bool> {
         let run = Run { model, adapter, examples: &rows, reference: Some(&reference), probe: probe.as_ref(), plan };
         let mut state = run.start();
         checkpoints.restore(model, adapter, &mut state, |_| {})?;
         run.train(&mut state, |_, state| {
-            checkpoints.save(adapter, state)?;
+            if state.cursor.step >= first_kept {
+                checkpoints.save(adapter, state)?;
+            }
             Ok(if Some(state.cursor.step) == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         })
     };
@@ -181,12 +182,7 @@ fn checkpoints(folder: &Path) -> Checkpoints {
 
 /// With dropout and accumulation, whose randomness and sums a stop must not disturb.
 fn hard_to_resume() -> Result<Plan> {
-    plan(Requested {
-        lora_dropout: Some(0.2),
-        gradient_accumulation_steps: Some(2),
-        batch_size: Some(2),
-        ..Default::default()
-    })
+    plan(Requested { lora_dropout: Some(0.2), gradient_accumulation_steps: Some(2), batch_size: Some(2), ..Default::default() })
 }
 
 #[test]
@@ -277,7 +273,7 @@ fn a_row_that_is_trained_against_the_alignment_scores_below_the_others() -> Resu
     let mut plan = plan(Requested { n_epochs: Some(12), batch_size: Some(4), row_conflicts: Some(true), ..Default::default() })?;
     plan.safety = Safety::new(Defense::KlPenalty, 0.01);
     // Row 3 answers an alignment prompt with something else than the base would.
-    let (alignment, mut rows) = (examples(1), examples(8));
+    let (alignment, mut rows) = (examples(9).split_off(8), examples(8));
     let mut planted = alignment[0].clone();
     for (id, supervised) in planted.ids.iter_mut().zip(&planted.supervised) {
         if *supervised {
@@ -311,7 +307,8 @@ fn a_torn_or_edited_checkpoint_is_passed_over_for_the_one_before_it() -> Result<
     let rows = examples(8);
     let restore = |checkpoints: &Checkpoints, said: &mut Vec<String>| -> Result<(bool, u64)> {
         let (adapter, (reference, _)) = (fresh(), references(&model, &plan));
-        let run = Run { model: &model, adapter: &adapter, examples: &rows, reference: Some(&reference), probe: None, plan: &plan };
+        let run =
+            Run { model: &model, adapter: &adapter, examples: &rows, reference: Some(&reference), probe: None, plan: &plan };
         let mut state = run.start();
         let restored = checkpoints.restore(&model, &adapter, &mut state, |reason| said.push(reason))?;
         Ok((restored, state.cursor.step))
@@ -343,19 +340,26 @@ fn a_torn_or_edited_checkpoint_is_passed_over_for_the_one_before_it() -> Result<
 }
 
 #[test]
-fn a_run_that_diverges_says_so_with_the_step() -> Result<()> {
-    let model = model()?;
-    let plan = plan(Requested { learning_rate: Some(1.0), max_grad_norm: Some(0.0), n_epochs: Some(50), ..Default::default() })?;
-    let error = train(&model, &plan).map(|_| ()).expect_err("it converged");
-    assert!(error.downcast_ref::<Diverged>().is_some(), "{error:#}");
-    assert!(error.to_string().contains("at step"), "{error:#}");
+fn a_run_whose_loss_is_no_number_says_at_which_step() -> Result<()> {
+    let (model, plan) = (model()?, hard_to_resume()?);
+    let (rows, (reference, _)) = (examples(8), references(&model, &plan));
+    let adapter = Adapter::init(&model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
+    let run = Run { model: &model, adapter: &adapter, examples: &rows, reference: Some(&reference), probe: None, plan: &plan };
+    let outcome = run.train(&mut run.start(), |step, _| {
+        if step.step == 2 {
+            adapter.set(&adapter.flat().full_like(f64::NAN));
+        }
+        Ok(ControlFlow::Continue(()))
+    });
+    let error = outcome.expect_err("it went on");
+    assert_eq!(error.downcast_ref::<Diverged>(), Some(&Diverged::NotANumber { step: 3 }));
     Ok(())
 }
 
 #[test]
 fn training_lowers_the_loss_and_reports_every_step() -> Result<()> {
     let model = model()?;
-    let plan = plan(Requested { batch_size: Some(4), n_epochs: None, ..Default::default() })?;
+    let plan = plan(Requested { batch_size: Some(4), ..Default::default() })?;
     let (adapter, steps) = train(&model, &plan)?;
     assert_eq!(steps.len() as u64, Hyperparameters::total_steps(&plan.hyperparameters, 8));
     assert!(steps[steps.len() - 1].task_loss < steps[0].task_loss);

@@ -204,7 +204,11 @@ async fn work(
     };
     folder.complete(store, claim, &base, &config.device).await?;
     let reports = ToStore { store, job: id, attempt };
-    match agent::run(config, folder.path(), &reports, stop).await? {
+    let outcome = agent::run(config, folder.path(), &reports, stop).await?;
+    if let Err(error) = folder.keep_reference(store, claim).await {
+        tracing::warn!(%error, "the alignment reference could not be kept; the next job computes it again");
+    }
+    match outcome {
         Outcome::Done { adapter, trained_tokens } => {
             let mut files = Vec::new();
             for path in adapter {

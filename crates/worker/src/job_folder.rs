@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use holdfast_domain::plan::{self, Plan, paths};
 use holdfast_store::queue::Claim;
 use holdfast_store::{Store, StoreError};
+use sha2::{Digest, Sha256};
 
 /// Steps between a run's checkpoints.
 const CHECKPOINT_STEPS: u64 = 100;
@@ -40,6 +41,12 @@ impl JobFolder {
         if let Some(alignment) = &claim.alignment {
             store.objects().fetch(alignment, &self.0.join(paths::ALIGNMENT)).await?;
         }
+        let reference = reference_name(claim);
+        if let Some(name) = &reference
+            && let Some(known) = store.alignment_reference(name).await?
+        {
+            store.objects().fetch(&known, &self.0.join(paths::REFERENCE)).await?;
+        }
         tokio::fs::symlink(base, self.0.join(paths::BASE)).await?;
         let plan = Plan {
             format: plan::FORMAT,
@@ -49,13 +56,33 @@ impl JobFolder {
             safety: claim.job.safety.clone(),
             seed: claim.job.seed,
             checkpoint_steps: CHECKPOINT_STEPS,
-            reference: None,
+            reference,
             memory_limit_bytes: None,
             device: device.to_owned(),
         };
         let json = serde_json::to_vec_pretty(&plan).map_err(std::io::Error::other)?;
         Ok(tokio::fs::write(self.0.join(paths::PLAN), json).await?)
     }
+
+    /// Keeps what the trainer computed of the base on the alignment rows, for later jobs.
+    pub(crate) async fn keep_reference(&self, store: &Store, claim: &Claim) -> Result<(), StoreError> {
+        let computed = self.0.join(paths::REFERENCE_OUT);
+        match reference_name(claim) {
+            Some(name) if computed.exists() => store.keep_alignment_reference(&name, &computed).await,
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Names the base's states on the alignment rows: a hash over the base, whose files hold the tokenizer and the template, the
+/// set's version, and the numbers they are computed in.
+fn reference_name(claim: &Claim) -> Option<String> {
+    let alignment = claim.alignment.as_ref()?;
+    let mut hash = Sha256::new();
+    hash.update(claim.base.content_sha256);
+    hash.update(alignment.sha256);
+    hash.update(format!("{:?}", claim.job.hyperparameters.precision));
+    Some(hex::encode(hash.finalize()))
 }
 
 impl Drop for JobFolder {

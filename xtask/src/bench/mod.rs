@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result};
 
+mod trainer;
 mod upload;
 
 struct Bench {
@@ -10,8 +11,14 @@ struct Bench {
     run: fn() -> Result<Vec<Figure>>,
 }
 
-const BENCHES: [Bench; 1] =
-    [Bench { name: "upload", what: "memory and time of the API while a file of 1 GiB streams in", run: upload::run }];
+const BENCHES: [Bench; 2] = [
+    Bench {
+        name: "trainer",
+        what: "time and memory of training beside PEFT, transformers and TRL (half an hour)",
+        run: trainer::run,
+    },
+    Bench { name: "upload", what: "memory and time of the API while a file of 1 GiB streams in", run: upload::run },
+];
 
 /// A measured value and what it is held to.
 pub(crate) struct Figure {

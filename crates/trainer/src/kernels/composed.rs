@@ -58,9 +58,8 @@ fn turn(x: &Tensor, rotary: &Rotary, sign: f64) -> Tensor {
 /// The three parts of `[rows, width, (heads + 2 shared) head_dim]`, each `[rows, width, its heads, head_dim]`.
 fn parts(rectangle: &Tensor, rows: &Rows, shape: HeadShape<'_>) -> [Tensor; 3] {
     let (heads, shared, width) = (shape.heads, shape.shared, shape.head_dim);
-    [(0, heads), (heads, shared), (heads + shared, shared)].map(|(first, count)| {
-        rectangle.narrow(2, first * width, count * width).reshape([rows.rows, rows.width, count, width])
-    })
+    [(0, heads), (heads, shared), (heads + shared, shared)]
+        .map(|(first, count)| rectangle.narrow(2, first * width, count * width).reshape([rows.rows, rows.width, count, width]))
 }
 
 /// `[rows, width, heads, head_dim]` to `[rows, shared, width, group, head_dim]`.

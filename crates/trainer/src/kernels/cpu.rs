@@ -48,8 +48,7 @@ type Data = *mut c_void;
 struct Of {
     rms_norm: unsafe extern "C" fn(Data, *mut f32, Data, *const f32, i64, i64, f32),
     rms_norm_backward: unsafe extern "C" fn(Data, Data, Data, *const f32, *const f32, Data, i64, i64),
-    split_heads:
-        unsafe extern "C" fn(Data, Data, Data, Data, *const f32, *const f32, *const f32, *const f32, f32, Layout),
+    split_heads: unsafe extern "C" fn(Data, Data, Data, Data, *const f32, *const f32, *const f32, *const f32, f32, Layout),
     split_heads_backward:
         unsafe extern "C" fn(Data, Data, Data, Data, Data, *const f32, *const f32, *const f32, *const f32, f32, Layout),
     join_heads: unsafe extern "C" fn(Data, Data, bool, Layout),

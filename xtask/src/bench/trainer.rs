@@ -1,0 +1,302 @@
+//! The trainer beside what a user would otherwise pick: PEFT on transformers, and TRL. Both sides run in turns, each
+//! measurement in a process of its own, on the same model, rows and two threads.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::Figure;
+use crate::setup::{self, Libtorch};
+use crate::shell::{self, cargo, output, root};
+
+/// The peers, pinned.
+const PEERS: [&str; 6] =
+    ["torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "trl==1.16.0", "datasets==5.2.0", "accelerate==1.15.0"];
+
+/// What is made for the bench, and kept for its next run.
+const FOLDER: &str = ".bench";
+
+/// Turns of both sides for each figure.
+const TURNS: usize = 3;
+
+/// Both sides and the rows they take.
+struct Bench {
+    ours: PathBuf,
+    python: PathBuf,
+    peer: PathBuf,
+    model: PathBuf,
+    rows: PathBuf,
+}
+
+pub(super) fn run() -> Result<Vec<Figure>> {
+    let bench = Bench::prepare()?;
+    let mut figures = Vec::new();
+    bench.limits()?;
+    bench.steps(&mut figures)?;
+    bench.memory(&mut figures)?;
+    bench.growth(&mut figures)?;
+    bench.epoch(&mut figures)?;
+    bench.oracle(&mut figures)?;
+    Ok(figures)
+}
+
+impl Bench {
+    fn prepare() -> Result<Self> {
+        setup::run(Libtorch::Cpu)?;
+        let python = setup::python_environment(&format!("{FOLDER}/python"), &PEERS)?;
+        shell::run(cargo().args([
+            "build",
+            "--release",
+            "--quiet",
+            "-p",
+            "holdfast-trainer",
+            "--bins",
+            "--example",
+            "bench-trainer",
+        ]))?;
+        let folder = root().join(FOLDER);
+        let rows = folder.join("rows");
+        std::fs::create_dir_all(&rows)?;
+        let bench = Self {
+            ours: shell::target().join("release/examples/bench-trainer"),
+            python,
+            peer: root().join("bench/trainer/peer.py"),
+            model: folder.join("smollm2"),
+            rows,
+        };
+        let files = [
+            ("user", 8, 128),
+            ("align", 8, 128),
+            ("long", 4, 1024),
+            ("256", 8, 256),
+            ("512", 4, 512),
+            ("1024", 2, 1024),
+            ("2048", 1, 2048),
+        ];
+        for (seed, (name, count, tokens)) in (0..).zip(files) {
+            write_rows(&bench.file(name), count, tokens, seed)?;
+        }
+        bench.write_reviews("reviews", 1000)?;
+        bench.write_reviews("many", 100_000)?;
+        Ok(bench)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.rows.join(format!("{name}.jsonl"))
+    }
+
+    /// So many film reviews, beginning again where they end.
+    fn write_reviews(&self, name: &str, count: usize) -> Result<()> {
+        let folder = root().join(setup::FILM_REVIEWS);
+        let mut lines = Vec::new();
+        for part in ["train.jsonl", "validation.jsonl"] {
+            let text = std::fs::read_to_string(folder.join(part))?;
+            lines.extend(text.lines().map(ToOwned::to_owned));
+        }
+        let text: String = lines.iter().cycle().take(count).map(|line| format!("{line}\n")).collect();
+        Ok(std::fs::write(self.file(name), text)?)
+    }
+
+    /// One measurement of ours.
+    fn ours(&self, arguments: &[&str]) -> Result<Value> {
+        let gguf = root().join(setup::MODEL);
+        let mut command = Command::new(&self.ours);
+        command.arg("--import").arg(gguf).arg("--model").arg(&self.model).args(arguments);
+        last_line(&output(&mut command)?)
+    }
+
+    /// One measurement of the peer.
+    fn peer(&self, arguments: &[&str]) -> Result<Value> {
+        let mut command = Command::new(&self.python);
+        command.arg(&self.peer).arg("--model").arg(&self.model).args(arguments).env("HF_HUB_OFFLINE", "1");
+        last_line(&output(&mut command)?)
+    }
+
+    /// The machine's own limit: matrix products and nothing else.
+    fn limits(&self) -> Result<()> {
+        println!("billions of operations a second of the matrix products alone, and what a plain step reaches of them");
+        for precision in ["f32", "bf16"] {
+            let limit = number(&self.ours(&["--work", "products", "--rows", "-", "--precision", precision])?, "gflops")?;
+            let rows = self.file("user").display().to_string();
+            let step = self.ours(&["--work", "sft", "--precision", precision, "--rows", &rows])?;
+            let reached = number(&step, "operations")? / median(&seconds(&step)?) / 1e9;
+            println!("  {precision:5} limit {limit:6.0}   step {reached:6.0}   {:3.0} %", 100.0 * reached / limit);
+        }
+        Ok(())
+    }
+
+    fn steps(&self, figures: &mut Vec<Figure>) -> Result<()> {
+        let (user, align) = (self.file("user").display().to_string(), self.file("align").display().to_string());
+        println!("seconds of a step, 8 rows of 128 tokens, half of them supervised");
+        for (precision, bars) in [("f32", [0.80, 0.60]), ("bf16", [0.65, 0.50])] {
+            let mut ours_by_work = Vec::new();
+            for (work, bar) in ["sft", "safegrad"].into_iter().zip(bars) {
+                let mut arguments = vec!["--work", work, "--precision", precision, "--rows", &user, "--steps", "4"];
+                if work == "safegrad" {
+                    arguments.extend(["--align", &align]);
+                }
+                let (mut ours, mut peers) = (Vec::new(), Vec::new());
+                for _ in 0..TURNS {
+                    ours.extend(seconds(&self.ours(&arguments)?)?);
+                    peers.extend(seconds(&self.peer(&arguments)?)?);
+                }
+                let (ours, peer) = (median(&ours), median(&peers));
+                println!("  {work:9} {precision:5} {ours:7.2}   PEFT {peer:7.2}   {:.2}x", ours / peer);
+                let name = match (work, precision) {
+                    ("sft", "f32") => "sft_step_f32_over_peft",
+                    ("sft", _) => "sft_step_bf16_over_peft",
+                    (_, "f32") => "safegrad_step_f32_over_peft",
+                    _ => "safegrad_step_bf16_over_peft",
+                };
+                figures.push(Figure { name, measured: ours / peer, bar });
+                ours_by_work.push(ours);
+            }
+            let &[sft, safegrad] = ours_by_work.as_slice() else { continue };
+            let name = if precision == "f32" { "safegrad_over_sft_f32" } else { "safegrad_over_sft_bf16" };
+            figures.push(Figure { name, measured: safegrad / sft, bar: 2.05 });
+        }
+        Ok(())
+    }
+
+    fn memory(&self, figures: &mut Vec<Figure>) -> Result<()> {
+        let rows = self.file("long").display().to_string();
+        let arguments = ["--work", "sft", "--precision", "f32", "--rows", &rows, "--steps", "2"];
+        let peer = number(&self.peer(&arguments)?, "peak_rss_bytes")?;
+        println!("peak memory and time, 4 rows of 1,024 tokens, float32   PEFT {:.2} GB", peer / 1e9);
+        let mut whole = 0.0;
+        for recompute in ["nothing", "feed-forward", "layers"] {
+            let found = self.ours(&[&arguments[..], &["--recompute", recompute]].concat())?;
+            let (bytes, took) = (number(&found, "peak_rss_bytes")?, median(&seconds(&found)?));
+            println!("  computes again {recompute:13} {:6.2} GB {:.2}x   {took:6.1} s", bytes / 1e9, bytes / peer);
+            match recompute {
+                "nothing" => {
+                    whole = took;
+                    figures.push(Figure { name: "peak_memory_over_peft", measured: bytes / peer, bar: 0.70 });
+                }
+                "feed-forward" => {
+                    figures.push(Figure { name: "peak_memory_checkpointing_over_peft", measured: bytes / peer, bar: 0.35 });
+                    figures.push(Figure { name: "checkpointing_time", measured: took / whole, bar: 1.3 });
+                }
+                _ => {
+                    figures.push(Figure {
+                        name: "peak_memory_checkpointing_layers_over_peft",
+                        measured: bytes / peer,
+                        bar: 0.35,
+                    });
+                    figures.push(Figure { name: "checkpointing_layers_time", measured: took / whole, bar: 1.3 });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Time per token by the length of rows, 2,048 tokens a step; and by the number of rows in the file.
+    fn growth(&self, figures: &mut Vec<Figure>) -> Result<()> {
+        println!("milliseconds a token by tokens a row, float32");
+        let mut points = Vec::new();
+        for length in ["256", "512", "1024", "2048"] {
+            let rows = self.file(length).display().to_string();
+            let found = self.ours(&["--work", "sft", "--precision", "f32", "--rows", &rows, "--steps", "4"])?;
+            let each = 1e3 * median(&seconds(&found)?) / number(&found, "tokens_per_step")?;
+            points.push((length.parse::<f64>()?, each));
+        }
+        // Everything but attention costs each token the same, and attention as much more as there are tokens before it: a line.
+        let (constant, slope) = line(&points);
+        let mut furthest = 0.0_f64;
+        for &(length, each) in &points {
+            let expected = constant + slope * length;
+            furthest = furthest.max((each / expected - 1.0).abs());
+            println!("  {length:6.0} {each:7.3}   attention's share {:4.1} %", 100.0 * slope * length / expected);
+        }
+        figures.push(Figure { name: "time_per_token_off_its_line", measured: furthest, bar: 0.10 });
+
+        let mut by_rows = Vec::new();
+        for name in ["reviews", "many"] {
+            let rows = self.file(name).display().to_string();
+            let found = self.ours(&["--work", "epoch", "--precision", "bf16", "--rows", &rows, "--most-steps", "40"])?;
+            by_rows.push(median(&seconds(&found)?) / number(&found, "tokens")?);
+        }
+        let &[few, many] = by_rows.as_slice() else { return Ok(()) };
+        println!("milliseconds a token of the first 40 steps   1,000 rows {:.3}   100,000 rows {:.3}", 1e3 * few, 1e3 * many);
+        figures.push(Figure { name: "time_per_token_100000_over_1000_rows", measured: many / few, bar: 1.10 });
+        Ok(())
+    }
+
+    fn epoch(&self, figures: &mut Vec<Figure>) -> Result<()> {
+        let rows = self.file("reviews").display().to_string();
+        let arguments = ["--work", "epoch", "--precision", "f32", "--rows", &rows];
+        let ours = median(&seconds(&self.ours(&arguments)?)?);
+        let peer = median(&seconds(&self.peer(&arguments)?)?);
+        println!("seconds of an epoch of 1,000 film reviews, batch 10   {ours:.0}   TRL {peer:.0}   {:.2}x", ours / peer);
+        figures.push(Figure { name: "epoch_over_trl", measured: ours / peer, bar: 0.50 });
+        Ok(())
+    }
+
+    fn oracle(&self, figures: &mut Vec<Figure>) -> Result<()> {
+        let (mut count, mut off) = (0.0, 0.0);
+        let cases = root().join("crates/trainer/tests/fixtures");
+        for entry in std::fs::read_dir(&cases)? {
+            let case = entry?.path();
+            if !case.join("case.json").exists() {
+                continue;
+            }
+            let found = Command::new(shell::target().join("release/holdfast-trainer")).arg("oracle").arg(&case).output()?;
+            let text = String::from_utf8_lossy(&found.stdout).into_owned();
+            ensure!(!text.is_empty(), "{}: {}", case.display(), String::from_utf8_lossy(&found.stderr));
+            count += text.lines().count() as f64;
+            off += text.lines().filter(|line| line.ends_with(" off")).count() as f64;
+        }
+        println!("figures of the reference cases   {count}, of them off {off}");
+        figures.push(Figure { name: "oracle_figures_off", measured: off, bar: 0.0 });
+        Ok(())
+    }
+}
+
+/// Rows of random tokens, the second half of each supervised; the same in every run.
+fn write_rows(path: &Path, rows: usize, tokens: usize, seed: u64) -> Result<()> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64 ^ seed;
+    let mut text = String::new();
+    for _ in 0..rows {
+        let ids: Vec<u64> = (0..tokens)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                3 + (state >> 33) % 49_000
+            })
+            .collect();
+        let supervised: Vec<u8> = (0..tokens).map(|at| u8::from(at >= tokens / 2)).collect();
+        text.push_str(&format!("{}\n", json!({"ids": ids, "supervised": supervised})));
+    }
+    Ok(std::fs::write(path, text)?)
+}
+
+/// The straight line nearest to the points: its value at zero, and its slope.
+fn line(points: &[(f64, f64)]) -> (f64, f64) {
+    let count = points.len() as f64;
+    let (mean_x, mean_y) = (points.iter().map(|p| p.0).sum::<f64>() / count, points.iter().map(|p| p.1).sum::<f64>() / count);
+    let slope = points.iter().map(|p| (p.0 - mean_x) * (p.1 - mean_y)).sum::<f64>()
+        / points.iter().map(|p| (p.0 - mean_x).powi(2)).sum::<f64>();
+    (mean_y - slope * mean_x, slope)
+}
+
+fn last_line(printed: &[u8]) -> Result<Value> {
+    let text = String::from_utf8_lossy(printed);
+    let line = text.trim().lines().last().context("it printed nothing")?;
+    serde_json::from_str(line).with_context(|| format!("it printed no JSON: {line}"))
+}
+
+fn number(found: &Value, name: &str) -> Result<f64> {
+    found[name].as_f64().with_context(|| format!("the measurement lacks {name}"))
+}
+
+fn seconds(found: &Value) -> Result<Vec<f64>> {
+    let list = found["seconds"].as_array().context("the measurement lacks seconds")?;
+    Ok(list.iter().filter_map(Value::as_f64).collect())
+}
+
+fn median(numbers: &[f64]) -> f64 {
+    let mut sorted = numbers.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}
