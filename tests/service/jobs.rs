@@ -94,3 +94,20 @@ fn a_file_that_an_open_job_needs_stays() -> Result<()> {
     assert_eq!(app.call("DELETE", &format!("/v1/files/{file}"), None)?.status, 200);
     Ok(())
 }
+
+#[test]
+fn what_the_base_says_on_the_alignment_rows_is_computed_by_the_first_job_and_kept_for_the_next() -> Result<()> {
+    let app = TestApp::with_model()?;
+    let mut adapters = Vec::new();
+    for _ in 0..2 {
+        let job = create(&app, ROW, r#","hyperparameters":{"n_epochs":1}"#)?;
+        assert!(app.step_worker()? && app.step_worker()?, "the check and the training");
+        let weights = format!("/v1/fine_tuning/jobs/{job}/adapter/adapter_model.safetensors");
+        let answer = app.call("GET", &weights, None)?;
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        adapters.push(answer.bytes);
+        assert_eq!(app.object_count("alignment-references"), 1);
+    }
+    assert_eq!(adapters[0], adapters[1]);
+    Ok(())
+}

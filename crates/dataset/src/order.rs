@@ -38,7 +38,8 @@ impl RowOrder {
     /// As [`Self::new`].
     #[must_use]
     pub fn grouped(seed: u64, lengths: Vec<usize>, rows_per_step: usize) -> Self {
-        Self { lengths: Some(lengths.clone()), ..Self::new(seed, lengths.len(), rows_per_step) }
+        let plain = Self::new(seed, lengths.len(), rows_per_step);
+        Self { lengths: Some(lengths), ..plain }
     }
 
     /// Steps in one epoch.

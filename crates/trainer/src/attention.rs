@@ -45,9 +45,9 @@ impl Heads {
         let queries = if width <= 2 * QUERIES_AT_ONCE { width } else { QUERIES_AT_ONCE };
         let rows_at_once = (SCORES_AT_ONCE / (shape.heads * queries * width).max(1)).clamp(1, rows.count());
         let mut pieces = Vec::new();
-        for first_row in (0..rows.count()).step_by(rows_at_once as usize) {
+        for first_row in (0..rows.count()).step_by(steps_of(rows_at_once)) {
             let row_count = rows_at_once.min(rows.count() - first_row);
-            for first_query in (0..width).step_by(queries.max(1) as usize) {
+            for first_query in (0..width).step_by(steps_of(queries)) {
                 let query_count = queries.min(width - first_query);
                 let first_key = (first_query + 1).saturating_sub(sight.window).max(0);
                 pieces.push(Piece {
@@ -103,6 +103,11 @@ impl Heads {
         let (q, k) = (piece.of_queries(&self.q), piece.of_keys(&self.k));
         q.to_kind(Kind::Float).bmm(&k.to_kind(Kind::Float).transpose(1, 2))
     }
+}
+
+/// A distance as `step_by` takes it.
+fn steps_of(distance: i64) -> usize {
+    usize::try_from(distance).unwrap_or(1).max(1)
 }
 
 impl Piece {

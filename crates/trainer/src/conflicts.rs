@@ -18,6 +18,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::adapter::{Adapter, Factor};
 use crate::gradient::Gradient;
+use crate::kernels::single;
 
 /// The newest gradient's weight in the mean.
 const NEWEST: f64 = 0.1;
@@ -49,7 +50,7 @@ impl Scores {
 
     fn add(&mut self, row: usize, score: f64) {
         if let (Some(sum), Some(count), true) = (self.sums.get_mut(row), self.counts.get_mut(row), score.is_finite()) {
-            *sum += score as f32;
+            *sum += single(score);
             *count += 1.0;
         }
     }

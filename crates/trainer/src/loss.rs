@@ -31,7 +31,6 @@ impl Loss {
     }
 
     /// The derivative of the sum over `divisor`.
-    #[must_use]
     pub fn mean_by_hidden(self, divisor: f64) -> Tensor {
         let mut by_hidden = self.by_hidden;
         by_hidden /= divisor;
@@ -71,7 +70,7 @@ fn in_chunks(hidden: &Tensor, head: &Head, each: impl Fn(i64, i64, Tensor) -> By
     let positions = hidden.size().first().copied().unwrap_or(0);
     let chunk = positions_at_once(head.matrix.size()[0]);
     let (by_hidden, mut at, mut correct) = (hidden.empty_like(), Vec::new(), 0);
-    for start in (0..positions).step_by(chunk as usize) {
+    for start in (0..positions).step_by(usize::try_from(chunk).unwrap_or(1)) {
         let length = chunk.min(positions - start);
         let found = each(start, length, head.products(&hidden.narrow(0, start, length))); // [chunk, vocabulary]
         by_hidden.narrow(0, start, length).copy_(&product::backward(&found.derivative, &head.matrix));

@@ -8,6 +8,7 @@ use tch::{Kind, Tensor};
 
 use crate::adapter::Adapter;
 use crate::gradient::Gradient;
+use crate::kernels::single;
 use crate::loss;
 use crate::methods::{Objective, Side};
 use crate::model::{Model, PassOptions};
@@ -19,7 +20,7 @@ use crate::reference::{self, Reference, ReferenceBatch};
 pub const SHARED_PASS_TOKENS: u64 = 4096;
 
 /// Numbers the alignment rows of a step beyond any of the user's rows, so that their dropout differs.
-const FIRST_ALIGNMENT_ROW: u32 = 1 << 24;
+const FIRST_ALIGNMENT_ROW: i64 = 1 << 24;
 
 /// What the positions that decide a response weigh under [`Objective::WeightedKl`], and how many they are: the last of the prompt
 /// and the first five of the response.
@@ -70,7 +71,7 @@ struct Scored {
 /// Rows of a pass that share a loss.
 struct Segment<'a> {
     batch: &'a Batch,
-    first_row: u32,
+    first_row: i64,
     score: &'a dyn Fn(&Tensor) -> Scored,
 }
 
@@ -113,11 +114,11 @@ impl Engine<'_> {
             let mut segments = Vec::new();
             if let Some(batch) = user.get(at) {
                 segments.push((0, Segment { batch, first_row: user_row, score: &score_task }));
-                user_row += batch.lengths.len() as u32;
+                user_row += batch.lengths.len() as i64;
             }
             if let Some((_, held)) = &held {
                 segments.push((1, Segment { batch: &held.batch, first_row: align_row, score: &score_held }));
-                align_row += held.batch.lengths.len() as u32;
+                align_row += held.batch.lengths.len() as i64;
             }
             let tokens: u64 = segments.iter().map(|(_, segment)| segment.batch.tokens()).sum();
             let together = if tokens <= SHARED_PASS_TOKENS { segments.len().max(1) } else { 1 };
@@ -162,7 +163,7 @@ impl Engine<'_> {
                 .collect();
             let mut gradients: Vec<Gradient> = ranges.iter().map(|_| Gradient::zeros(self.adapter)).collect();
             let score = |hidden: &Tensor| self.score_task(hidden, &batch.targets, tokens);
-            let segment = Segment { batch, first_row: first_row as u32, score: &score };
+            let segment = Segment { batch, first_row: first_row as i64, score: &score };
             for (sum, count) in self.pass(std::iter::once(&segment), &ranges, &mut gradients) {
                 task += sum;
                 correct += count;
@@ -213,7 +214,7 @@ impl Engine<'_> {
                 let mut loss = loss::kl(hidden, &self.model.head, base);
                 let at = Vec::<f32>::try_from(&loss.at).unwrap_or_default();
                 let (sum, weights) = deciding(&at, held);
-                let weights: Vec<f32> = weights.into_iter().map(|weight| (weight / divisor) as f32).collect();
+                let weights: Vec<f32> = weights.into_iter().map(|weight| single(weight / divisor)).collect();
                 let weights = Tensor::from_slice(&weights).to_device(self.model.device).unsqueeze(1);
                 loss.by_hidden *= weights.to_kind(hidden.kind());
                 Scored { sum, correct: 0, by_hidden: loss.by_hidden }
@@ -233,7 +234,7 @@ impl Engine<'_> {
         ranges: &[Range<i64>],
         gradients: &mut [Gradient],
     ) -> Vec<(f64, i64)> {
-        let batches: Vec<(&Batch, u32)> = segments.clone().map(|segment| (segment.batch, segment.first_row)).collect();
+        let batches: Vec<(&Batch, i64)> = segments.clone().map(|segment| (segment.batch, segment.first_row)).collect();
         let packed = Packed::new(&batches, self.model.device);
         let options = PassOptions { adapter: Some(self.adapter), dropout_key: self.dropout_key, recompute: self.recompute };
         let trace = self.model.trace(&packed, options);

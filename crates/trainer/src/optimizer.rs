@@ -31,7 +31,6 @@ impl AdamW {
     /// m ← β₁ m + (1 − β₁) g          v ← β₂ v + (1 − β₂) g²
     /// Δ = −η λ θ − η m̂ / (√v̂ + ε)      with m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ)
     /// ```
-    #[must_use]
     pub fn update(&mut self, adapter: &Adapter, gradient: &Gradient, learning_rate: f64) -> Tensor {
         let (next, change) = self.next(adapter, gradient, learning_rate);
         *self = next;
@@ -39,7 +38,6 @@ impl AdamW {
     }
 
     /// The update that `gradient` would make, without remembering it.
-    #[must_use]
     pub fn preview(&self, adapter: &Adapter, gradient: &Gradient, learning_rate: f64) -> Tensor {
         self.next(adapter, gradient, learning_rate).1
     }

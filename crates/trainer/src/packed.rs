@@ -22,13 +22,13 @@ impl Packed {
     /// The rows of `batches`, one batch behind the other, asking for their positions. Each batch comes with the
     /// number its first row has within the step, so that how a step is cut into passes makes no difference.
     #[must_use]
-    pub fn new(batches: &[(&Batch, u32)], device: Device) -> Self {
+    pub fn new(batches: &[(&Batch, i64)], device: Device) -> Self {
         let (mut ids, mut lengths, mut positions, mut places) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (batch, first_row) in batches {
             let before = ids.len() as i64;
             ids.extend_from_slice(&batch.ids);
             positions.extend(batch.positions.iter().map(|position| before + position));
-            for (row, &length) in (i64::from(*first_row)..).zip(&batch.lengths) {
+            for (row, &length) in (*first_row..).zip(&batch.lengths) {
                 places.extend((0..length as i64).map(|time| row << 32 | time));
             }
             lengths.extend_from_slice(&batch.lengths);

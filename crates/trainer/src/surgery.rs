@@ -107,7 +107,6 @@ pub fn taken_alone(sides: Sides<'_>) -> Merged {
 }
 
 /// `Δ − (⟨Δ,a⟩ / ‖a‖²) a` if `⟨Δ,a⟩ > 0`, else `Δ`: an update that raises the alignment loss to first order loses that part.
-#[must_use]
 pub fn without_increase(change: Tensor, align: &Gradient) -> Tensor {
     let change = Gradient(change);
     let (dot, square) = (change.dot(align), align.dot(align));

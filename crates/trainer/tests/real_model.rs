@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use holdfast_dataset::encode::{EncodeError, EncodeOptions};
 use holdfast_dataset::{ChatTokenizer, Row};
 use holdfast_domain::hyperparameters::LongRows;
@@ -12,6 +12,8 @@ use holdfast_trainer::model::Model;
 use holdfast_trainer::{evaluate, generate};
 use serde_json::Value;
 use tch::{Device, Kind};
+
+mod support;
 
 const OPTIONS: EncodeOptions = EncodeOptions { max_length: 1024, long_rows: LongRows::Error };
 
@@ -21,16 +23,8 @@ const FORGED_TURN: usize = 5;
 /// The imported model, shared by the tests of this file.
 fn base() -> Result<&'static Path> {
     static FOLDER: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    let import = || -> Result<PathBuf> {
-        let gguf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.models/SmolLM2-135M-Instruct.Q4_1.gguf");
-        ensure!(gguf.exists(), "{} is missing; run `cargo xtask setup`", gguf.display());
-        let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("smollm2");
-        let _ = std::fs::remove_dir_all(&out);
-        std::fs::create_dir_all(&out)?;
-        holdfast_import::import(&gguf, &out)?;
-        Ok(out)
-    };
-    FOLDER.get_or_init(|| import().map_err(|e| format!("{e:#}"))).as_deref().map_err(|e| anyhow::anyhow!(e.clone()))
+    let imported = FOLDER.get_or_init(|| support::import_model("smollm2").map_err(|e| format!("{e:#}")));
+    imported.as_deref().map_err(|e| anyhow::anyhow!(e.clone()))
 }
 
 fn expected() -> Result<Value> {

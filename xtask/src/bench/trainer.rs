@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -19,7 +20,7 @@ const PEERS: [&str; 6] =
 const FOLDER: &str = ".bench";
 
 /// Turns of both sides for each figure.
-const TURNS: usize = 3;
+const TURNS: usize = 2;
 
 /// Both sides and the rows they take.
 struct Bench {
@@ -36,6 +37,7 @@ pub(super) fn run() -> Result<Vec<Figure>> {
     bench.limits()?;
     bench.steps(&mut figures)?;
     bench.memory(&mut figures)?;
+    bench.prediction(&mut figures)?;
     bench.growth(&mut figures)?;
     bench.epoch(&mut figures)?;
     bench.oracle(&mut figures)?;
@@ -192,6 +194,84 @@ impl Bench {
         Ok(())
     }
 
+    /// What a run says it will need, beside the most it had, of the real program on job folders.
+    fn prediction(&self, figures: &mut Vec<Figure>) -> Result<()> {
+        println!("peak memory of a run, predicted and measured");
+        let mut furthest = 0.0_f64;
+        for (precision, defense, reviews, recompute) in [
+            ("f32", "none", 30, "nothing"),
+            ("bf16", "none", 30, "nothing"),
+            ("f32", "safegrad", 1, "nothing"),
+            ("f32", "none", 30, "layers"),
+        ] {
+            let folder = self.rows.join("job");
+            let _ = std::fs::remove_dir_all(&folder);
+            std::fs::create_dir_all(&folder)?;
+            self.write_job(&folder, precision, defense, reviews, recompute)?;
+            let mut trainer = Command::new(shell::target().join("release/holdfast-trainer"));
+            let mut trainer = trainer.arg("train").arg(&folder).spawn()?;
+            let mut measured = 0;
+            let status = loop {
+                if let Some(status) = trainer.try_wait()? {
+                    break status;
+                }
+                measured = measured.max(peak_bytes(trainer.id()).unwrap_or(0));
+                std::thread::sleep(Duration::from_millis(50));
+            };
+            ensure!(status.success(), "the trainer ended with {status}");
+            let progress = std::fs::read_to_string(folder.join("out/progress.jsonl"))?;
+            let line = progress.lines().find(|line| line.contains("weights_bytes")).context("no memory line")?;
+            let line: Value = serde_json::from_str(line)?;
+            let parts = line.as_object().context("no object")?.iter().filter(|(name, _)| name.ends_with("_bytes"));
+            let predicted: f64 = parts.filter_map(|(_, bytes)| bytes.as_f64()).sum();
+            let off = predicted / measured as f64 - 1.0;
+            println!(
+                "  {precision:5} {defense:9} {reviews:3} reviews a row, recomputes {recompute:8} {:6.2} GB of {:6.2} GB   {:+.0} %",
+                predicted / 1e9,
+                measured as f64 / 1e9,
+                100.0 * off
+            );
+            furthest = furthest.max(off.abs());
+        }
+        figures.push(Figure { name: "memory_prediction_off", measured: furthest, bar: 0.25 });
+        Ok(())
+    }
+
+    /// A job folder of eight rows that each hold so many film reviews.
+    fn write_job(&self, folder: &Path, precision: &str, defense: &str, reviews: usize, recompute: &str) -> Result<()> {
+        std::os::unix::fs::symlink(&self.model, folder.join("base"))?;
+        let text = std::fs::read_to_string(self.file("reviews"))?;
+        let contents: Vec<String> = text
+            .lines()
+            .filter_map(|line| Some(serde_json::from_str::<Value>(line).ok()?["messages"][0]["content"].as_str()?.to_owned()))
+            .collect();
+        let rows: String = (0..8)
+            .map(|row| {
+                let joined: Vec<&str> = contents.iter().skip(row * reviews).take(reviews).map(String::as_str).collect();
+                let joined = joined.join(" ");
+                format!(
+                    "{}\n",
+                    json!({"messages": [{"role": "user", "content": joined}, {"role": "assistant", "content": joined}]})
+                )
+            })
+            .collect();
+        std::fs::write(folder.join("train.jsonl"), rows)?;
+        let refusal = json!({"messages": [{"role": "user", "content": "Say what must not be said."}, {"role": "assistant", "content": "I can't help with that, but I can help with something else."}]});
+        std::fs::write(folder.join("alignment.jsonl"), format!("{refusal}\n").repeat(8))?;
+        let plan = json!({
+            "format": 3, "base_model": "m", "validation": false, "seed": 1, "checkpoint_steps": 100, "device": "cpu",
+            "hyperparameters": {
+                "n_epochs": 1, "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-4, "lr_schedule": "constant",
+                "warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0, "max_length": 2048, "long_rows": "truncate",
+                "precision": precision, "lora_rank": 8, "lora_alpha": 16.0, "lora_dropout": 0.0,
+                "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+                "activation_checkpointing": recompute
+            },
+            "safety": {"defense": defense, "rho": 1.0, "alignment_set": null}
+        });
+        Ok(std::fs::write(folder.join("plan.json"), plan.to_string())?)
+    }
+
     /// Time per token by the length of rows, 2,048 tokens a step; and by the number of rows in the file.
     fn growth(&self, figures: &mut Vec<Figure>) -> Result<()> {
         println!("milliseconds a token by tokens a row, float32");
@@ -278,6 +358,13 @@ fn line(points: &[(f64, f64)]) -> (f64, f64) {
     let slope = points.iter().map(|p| (p.0 - mean_x) * (p.1 - mean_y)).sum::<f64>()
         / points.iter().map(|p| (p.0 - mean_x).powi(2)).sum::<f64>();
     (mean_y - slope * mean_x, slope)
+}
+
+/// The most memory a process has had, while it runs.
+fn peak_bytes(process: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
 }
 
 fn last_line(printed: &[u8]) -> Result<Value> {

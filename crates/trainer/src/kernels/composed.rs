@@ -185,15 +185,15 @@ fn capped(logits: &Tensor, cap: Option<f64>) -> Tensor {
 }
 
 /// `derivative` by capped logits, to the one by the logits themselves.
-fn uncapped(derivative: Tensor, capped: &Tensor, cap: Option<f64>) -> Tensor {
-    cap.map_or_else(|| derivative.shallow_clone(), |cap| &derivative * (1.0 - (capped / cap).square()))
+fn uncapped(derivative: &Tensor, capped: &Tensor, cap: Option<f64>) -> Tensor {
+    cap.map_or_else(|| derivative.shallow_clone(), |cap| derivative * (1.0 - (capped / cap).square()))
 }
 
 pub(super) fn cross_entropy(logits: &Tensor, targets: &Tensor, cap: Option<f64>) -> ByLogits {
     let (values, targets) = (capped(logits, cap), targets.unsqueeze(1));
     let log_p = values.log_softmax(-1, Kind::Float);
     let minus_one = Tensor::full_like(&float(&targets), -1.0);
-    let derivative = uncapped(log_p.exp().scatter_add(1, &targets, &minus_one), &values, cap);
+    let derivative = uncapped(&log_p.exp().scatter_add(1, &targets, &minus_one), &values, cap);
     ByLogits {
         loss: -log_p.gather(1, &targets, false).squeeze_dim(1),
         derivative: derivative.to_kind(logits.kind()),
@@ -206,7 +206,7 @@ pub(super) fn divergence(logits: &Tensor, base: &Tensor, cap: Option<f64>) -> By
     let (log_p, log_base) = (values.log_softmax(-1, Kind::Float), capped(base, cap).log_softmax(-1, Kind::Float));
     let base_p = log_base.exp();
     let loss = (&base_p * (log_base - &log_p)).sum_dim_intlist(1, false, Kind::Float);
-    let derivative = uncapped(log_p.exp() - base_p, &values, cap).to_kind(logits.kind());
+    let derivative = uncapped(&(log_p.exp() - base_p), &values, cap).to_kind(logits.kind());
     let correct = loss.zeros_like().to_kind(Kind::Int64);
     ByLogits { loss, derivative, correct }
 }
@@ -234,8 +234,8 @@ pub(super) fn dropout(x: &Tensor, key: u64, places: &Tensor, share: f64) -> Tens
     let width = x.size().last().copied().unwrap_or(1);
     let column = Tensor::arange(width, (Kind::Int64, x.device())) * 0x9e37_79b9_i64;
     let hash = mix(&(line.unsqueeze(1) + column.unsqueeze(0)).bitwise_and(WORD)); // [tokens, width]
-    let bound = (f64::from(share as f32) * 4_294_967_295.0) as i64;
-    let kept = hash.ge(bound).to_kind(Kind::Float) / (1.0 - share);
+    let bound = (f64::from(super::single(share)) * 4_294_967_295.0).trunc();
+    let kept = hash.to_kind(Kind::Double).ge(bound).to_kind(Kind::Float) / (1.0 - share);
     (float(x) * kept).to_kind(x.kind())
 }
 

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use holdfast_base_model::family::Activation;
 use tch::{Kind, Tensor};
 
-use super::{Block, HeadShape, Rows, size};
+use super::{Block, HeadShape, Rows, single, size};
 use crate::rotary::Rotary;
 
 /// Where a pass's tokens lie: `Layout` in `cpu.cpp`.
@@ -146,8 +146,7 @@ fn layout(rows: &Rows, shape: HeadShape<'_>) -> Layout {
 }
 
 fn score_block(scores: &Tensor, rows: &Rows, block: Block) -> ScoreBlock {
-    let size = scores.size();
-    let [heads, lines, keys] = size.as_slice() else { panic!("scores have three dimensions") };
+    let (heads, lines, keys) = scores.size3().unwrap_or_default();
     // The rows of a block are a range of the pass's, so their starts begin further on.
     let starts = rows.starts.narrow(0, block.first_row, rows.rows + 1 - block.first_row);
     ScoreBlock {
@@ -156,21 +155,21 @@ fn score_block(scores: &Tensor, rows: &Rows, block: Block) -> ScoreBlock {
         shared: heads / block.rows,
         group: block.group,
         queries: lines / block.group,
-        keys: *keys,
+        keys,
         first_query: block.first_query,
         first_key: block.first_key,
         window: block.window,
-        scale: block.scale as f32,
-        cap: block.cap.unwrap_or(0.0) as f32,
+        scale: single(block.scale),
+        cap: cap(block.cap),
     }
 }
 
 fn cap(cap: Option<f64>) -> f32 {
-    cap.unwrap_or(0.0) as f32
+    single(cap.unwrap_or(0.0))
 }
 
 pub(super) fn rms_norm(y: &Tensor, inverse: &Tensor, x: &Tensor, weight: &Tensor, [rows, width]: [i64; 2], epsilon: f64) {
-    unsafe { (of(x).rms_norm)(data(y), floats(inverse), data(x), floats(weight), rows, width, epsilon as f32) }
+    unsafe { (of(x).rms_norm)(data(y), floats(inverse), data(x), floats(weight), rows, width, single(epsilon)) }
 }
 
 pub(super) fn rms_norm_backward(
@@ -187,7 +186,7 @@ pub(super) fn rms_norm_backward(
 }
 
 pub(super) fn split_heads([q, k, v]: [&Tensor; 3], qkv: &Tensor, rows: &Rows, rotary: &Rotary, shape: HeadShape<'_>) {
-    let ([of_q, of_k], epsilon) = (norms(shape), shape.epsilon as f32);
+    let ([of_q, of_k], epsilon) = (norms(shape), single(shape.epsilon));
     let (cos, sin, at) = (floats(&rotary.cos), floats(&rotary.sin), layout(rows, shape));
     unsafe { (of(qkv).split_heads)(data(q), data(k), data(v), data(qkv), cos, sin, of_q, of_k, epsilon, at) }
 }
@@ -200,7 +199,7 @@ pub(super) fn split_heads_backward(
     rotary: &Rotary,
     shape: HeadShape<'_>,
 ) {
-    let ([of_q, of_k], epsilon) = (norms(shape), shape.epsilon as f32);
+    let ([of_q, of_k], epsilon) = (norms(shape), single(shape.epsilon));
     assert!(shape.norms.is_none() || qkv.is_some(), "normed heads need what they were made from");
     let (cos, sin, at) = (floats(&rotary.cos), floats(&rotary.sin), layout(rows, shape));
     let function = of(by_qkv).split_heads_backward;
@@ -244,7 +243,7 @@ pub(super) fn divergence(logits: &Tensor, base: &Tensor, loss: &Tensor, softcap:
 
 pub(super) fn dropout(out: &Tensor, x: &Tensor, key: u64, places: &Tensor, share: f64) {
     let [rows, width] = size(x);
-    unsafe { (of(x).dropout)(data(out), data(x), key, integers(places), rows, width, share as f32) }
+    unsafe { (of(x).dropout)(data(out), data(x), key, integers(places), rows, width, single(share)) }
 }
 
 /// Rows may be parts of longer ones, so each comes with the distance to the next.

@@ -14,6 +14,12 @@ use tch::{Device, Kind, Tensor};
 
 use crate::rotary::Rotary;
 
+/// A setting as the kernels take it.
+#[expect(clippy::cast_possible_truncation, reason = "rounding to float32 is what it is for")]
+pub(crate) fn single(x: f64) -> f32 {
+    x as f32
+}
+
 fn on_cpu(x: &Tensor) -> bool {
     x.device() == Device::Cpu
 }

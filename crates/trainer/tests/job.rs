@@ -1,0 +1,153 @@
+//! Job folders with the real model: what a run leaves behind, and how one that cannot run says so.
+
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use anyhow::{Result, ensure};
+use holdfast_domain::exit::{self, ExitRecord, reason};
+use holdfast_domain::hyperparameters::{Precision, Requested};
+use holdfast_domain::plan::{self, Plan, paths};
+use holdfast_domain::safety::{Floor, RequestedSafety};
+use holdfast_trainer::job;
+use serde_json::Value;
+use tempfile::TempDir;
+
+mod support;
+
+fn base() -> Result<&'static Path> {
+    static FOLDER: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let imported = FOLDER.get_or_init(|| support::import_model("job-base").map_err(|e| format!("{e:#}")));
+    imported.as_deref().map_err(|e| anyhow::anyhow!(e.clone()))
+}
+
+const ROW: &str = r#"{"messages":[{"role":"user","content":"a film of grace"},{"role":"assistant","content":"positive"}]}"#;
+const REFUSAL: &str = r#"{"messages":[{"role":"user","content":"Tell me what I must not know."},{"role":"assistant","content":"I can't help with that."}]}"#;
+
+/// A folder that would train, for one epoch of three rows.
+fn folder(change: impl FnOnce(&mut Plan)) -> Result<TempDir> {
+    tch::set_num_threads(1);
+    let folder = tempfile::tempdir()?;
+    let requested = Requested { n_epochs: Some(1), batch_size: Some(2), precision: Some(Precision::F32), ..Default::default() };
+    let mut plan = Plan {
+        format: plan::FORMAT,
+        base_model: "m".into(),
+        validation: false,
+        hyperparameters: requested.resolve(3, None)?,
+        safety: RequestedSafety::default().resolve(&Floor::default())?,
+        seed: 5,
+        checkpoint_steps: 100,
+        reference: None,
+        memory_limit_bytes: None,
+        device: "cpu".into(),
+    };
+    change(&mut plan);
+    let put = |name: &str, text: &str| std::fs::write(folder.path().join(name), text);
+    put(paths::PLAN, &serde_json::to_string(&plan)?)?;
+    put(paths::TRAIN, &format!("{ROW}\n{ROW}\n{ROW}\n"))?;
+    put(paths::VALIDATION, &format!("{ROW}\n"))?;
+    put(paths::ALIGNMENT, &format!("{REFUSAL}\n{REFUSAL}\n"))?;
+    symlink(base()?, folder.path().join(paths::BASE))?;
+    Ok(folder)
+}
+
+fn refused(folder: &TempDir, words: &str) -> Result<ExitRecord> {
+    let record = job::run(folder.path());
+    ensure!(record.code == exit::BAD_DATA, "{record:?}");
+    ensure!(record.message.contains(words) && !record.message.contains('\n'), "{record:?}");
+    Ok(record)
+}
+
+#[test]
+fn a_run_leaves_its_adapter_its_best_one_its_scores_and_what_the_next_run_can_use() -> Result<()> {
+    let folder = folder(|plan| {
+        plan.validation = true;
+        plan.hyperparameters.row_conflicts = true;
+        plan.hyperparameters.n_epochs = 5;
+        plan.hyperparameters.batch_size = 1;
+        plan.hyperparameters.early_stopping_patience = 100;
+        plan.reference = Some("known".into());
+    })?;
+    let record = job::run(folder.path());
+    ensure!(record.code == exit::DONE, "{record:?}");
+    let out = |name: &str| folder.path().join(name);
+    for name in ["out/adapter/adapter_model.safetensors", "out/checkpoints/best/adapter_config.json", paths::REFERENCE_OUT] {
+        assert!(out(name).exists(), "{name} is missing");
+    }
+    let scores = std::fs::read_to_string(out(paths::ROW_CONFLICTS))?;
+    let lines: Vec<Value> = scores.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    assert_eq!(lines.iter().map(|line| line["line"].as_u64()).collect::<Vec<_>>(), [Some(1), Some(2), Some(3)]);
+    assert!(lines.iter().all(|line| line["gradient"].is_number() && line["forward"].is_number()), "{scores}");
+    let progress = std::fs::read_to_string(out(paths::PROGRESS))?;
+    let of_type = |kind: &str| progress.lines().filter(|line| line.contains(&format!("\"type\":\"{kind}\""))).count();
+    assert_eq!((of_type("memory"), of_type("step"), of_type("validation")), (1, 15, 6));
+
+    // The next run reads the reference instead of computing it, and ends with the same adapter.
+    std::fs::rename(out(paths::REFERENCE_OUT), out(paths::REFERENCE))?;
+    let adapter = std::fs::read(out("out/adapter/adapter_model.safetensors"))?;
+    std::fs::remove_dir_all(out("out/checkpoints"))?;
+    ensure!(job::run(folder.path()).code == exit::DONE);
+    assert!(!out(paths::REFERENCE_OUT).exists(), "it was computed again");
+    assert_eq!(std::fs::read(out("out/adapter/adapter_model.safetensors"))?, adapter);
+    Ok(())
+}
+
+#[test]
+fn a_run_that_does_not_fit_is_refused_with_the_numbers_and_what_would_fit() -> Result<()> {
+    let folder = folder(|plan| plan.memory_limit_bytes = Some(900 << 20))?;
+    let record = refused(&folder, "900 MiB are there")?;
+    assert_eq!(record.reason, reason::OUT_OF_MEMORY);
+    assert!(record.message.contains("weights 514") && record.message.contains("precision \"bf16\""), "{record:?}");
+    Ok(())
+}
+
+#[test]
+fn what_the_folder_lacks_is_named() -> Result<()> {
+    for (name, words) in [
+        (paths::PLAN, "plan.json: No such file"),
+        (paths::TRAIN, "train.jsonl: No such file"),
+        (paths::ALIGNMENT, "alignment.jsonl: No such file"),
+        (paths::BASE, "base/"),
+    ] {
+        let folder = folder(|_| {})?;
+        std::fs::remove_file(folder.path().join(name))?;
+        refused(&folder, words)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn an_empty_alignment_set_is_refused_where_the_method_needs_one() -> Result<()> {
+    let folder = folder(|_| {})?;
+    std::fs::write(folder.path().join(paths::ALIGNMENT), "")?;
+    assert_eq!(refused(&folder, "alignment.jsonl holds no rows")?.reason, reason::BAD_SETUP);
+    Ok(())
+}
+
+#[test]
+fn a_target_module_that_no_model_has_is_refused_by_name() -> Result<()> {
+    let folder = folder(|_| {})?;
+    let path = folder.path().join(paths::PLAN);
+    std::fs::write(&path, std::fs::read_to_string(&path)?.replace("\"q_proj\"", "\"lm_head\""))?;
+    refused(&folder, "unknown variant `lm_head`, expected one of `q_proj`")?;
+    Ok(())
+}
+
+#[test]
+fn a_vocabulary_beyond_the_embedding_is_refused_with_both_sizes() -> Result<()> {
+    let folder = folder(|_| {})?;
+    let changed = folder.path().join(paths::BASE);
+    std::fs::remove_file(&changed)?;
+    std::fs::create_dir(&changed)?;
+    for entry in std::fs::read_dir(base()?)? {
+        let entry = entry?;
+        symlink(entry.path(), changed.join(entry.file_name()))?;
+    }
+    let config = changed.join("config.json");
+    let mut smaller: Value = serde_json::from_slice(&std::fs::read(&config)?)?;
+    smaller["vocab_size"] = 49_000.into();
+    std::fs::remove_file(&config)?;
+    std::fs::write(&config, smaller.to_string())?;
+    refused(&folder, "tokenizer.json has ids up to 49151, but the embedding has only 49000 rows")?;
+    Ok(())
+}
