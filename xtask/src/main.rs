@@ -36,6 +36,8 @@ enum Command {
         /// Its name.
         #[arg(required_unless_present = "list")]
         name: Option<String>,
+        /// Only these parts of it, where it has parts; `--list` names them.
+        parts: Vec<String>,
         /// Name the benches.
         #[arg(long)]
         list: bool,
@@ -55,7 +57,7 @@ fn main() -> ExitCode {
         Command::Setup { cuda } => setup::run(if cuda { setup::Libtorch::Cuda } else { setup::Libtorch::Cpu }),
         Command::Demo => demo::run(),
         Command::Test => checks::run(),
-        Command::Bench { name, .. } => bench::run(name.as_deref()),
+        Command::Bench { name, parts, .. } => bench::run(name.as_deref(), &parts),
         Command::Openapi { check } => contract::openapi(check),
         Command::Sqlx => contract::sqlx(),
     };

@@ -132,7 +132,7 @@ pub struct Step {
 /// How the two gradients of a step stood to each other.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AlignmentFacts {
-    /// Mean KL(base ‖ adapted) in nats, before the step.
+    /// Mean KL(base ‖ adapted) in nats, before the step; under a method with another alignment loss, that loss.
     pub align_kl: f64,
     /// ⟨u, a⟩.
     pub dot: f64,

@@ -19,6 +19,7 @@ use tch::Tensor;
 use crate::adapter::Adapter;
 use crate::adapter_files;
 use crate::conflicts::RowConflicts;
+use crate::divergence::LossWatch;
 use crate::methods::{Memory, Method};
 use crate::model::Model;
 use crate::optimizer::AdamW;
@@ -81,12 +82,29 @@ pub struct State {
     pub method: Box<dyn Method>,
     /// The rows' conflict scores, where they are asked for.
     pub conflicts: Option<RowConflicts>,
+    /// Where the last review left the run, under a method that reviews its steps.
+    pub last_good: Option<LastGood>,
+    /// What tells when the loss runs away.
+    pub watch: LossWatch,
+}
+
+/// Weights and optimiser that passed a review: what a run goes back to.
+#[derive(Debug)]
+pub struct LastGood {
+    /// The trainable weights, `[parameters]`.
+    pub weights: Tensor,
+    /// The optimiser.
+    pub optimizer: AdamW,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Manifest {
     cursor: Cursor,
     optimizer_steps: i32,
+    /// Of the optimiser at the last review, where there are reviews.
+    last_good_steps: Option<i32>,
+    /// See [`LossWatch::bits`].
+    watch: Option<[u64; 2]>,
     /// What the method remembers, as the bits of float64s.
     method: BTreeMap<String, u64>,
     /// SHA-256 of each other file.
@@ -125,6 +143,8 @@ impl Checkpoints {
             let mut manifest = Manifest {
                 cursor: state.cursor,
                 optimizer_steps: state.optimizer.steps(),
+                last_good_steps: state.last_good.as_ref().map(|good| good.optimizer.steps()),
+                watch: state.watch.bits(),
                 method: memory.numbers.iter().map(|(name, number)| (name.clone(), number.to_bits())).collect(),
                 files: [adapter_files::CONFIG, adapter_files::WEIGHTS, STATE]
                     .into_iter()
@@ -208,10 +228,19 @@ impl Checkpoints {
         let mut moment =
             |name: &str| vectors.remove(name).with_context(|| format!("{STATE} lacks {name}")).map(|v| v.to_device(model.device));
         let (first, second) = (moment(FIRST)?, moment(SECOND)?);
+        let last_good = match manifest.last_good_steps {
+            Some(steps) => {
+                let [weights, first, second] = [moment(GOOD_WEIGHTS)?, moment(GOOD_FIRST)?, moment(GOOD_SECOND)?];
+                Some(LastGood { weights, optimizer: state.optimizer.resumed(first, second, steps) })
+            }
+            None => None,
+        };
         let (of_conflicts, of_method): (BTreeMap<_, _>, BTreeMap<_, _>) =
             vectors.into_iter().partition(|(name, _)| name.starts_with(CONFLICTS));
         adapter.set(kept.flat());
         state.cursor = manifest.cursor;
+        state.last_good = last_good;
+        state.watch = LossWatch::from_bits(manifest.watch);
         state.optimizer = state.optimizer.resumed(first, second, manifest.optimizer_steps);
         state.method.recall(Memory {
             numbers: manifest.method.into_iter().map(|(name, bits)| (name, f64::from_bits(bits))).collect(),
@@ -224,7 +253,14 @@ impl Checkpoints {
     }
 
     fn seal(&self, manifest: &Manifest) -> Result<String> {
-        let unsealed = serde_json::to_vec(&(&manifest.cursor, manifest.optimizer_steps, &manifest.method, &manifest.files))?;
+        let unsealed = serde_json::to_vec(&(
+            &manifest.cursor,
+            manifest.optimizer_steps,
+            manifest.last_good_steps,
+            manifest.watch,
+            &manifest.method,
+            &manifest.files,
+        ))?;
         let mut hash = Sha256::new();
         for part in [&self.run, &unsealed] {
             hash.update((part.len() as u64).to_le_bytes());
@@ -253,12 +289,20 @@ impl Checkpoints {
 
 const FIRST: &str = "optimizer.first";
 const SECOND: &str = "optimizer.second";
+const GOOD_WEIGHTS: &str = "last_good.weights";
+const GOOD_FIRST: &str = "last_good.first";
+const GOOD_SECOND: &str = "last_good.second";
 const METHOD: &str = "method.";
 const CONFLICTS: &str = "conflicts.";
 
 fn write_vectors(path: &Path, state: &State, memory: &Memory) -> Result<()> {
     let [first, second] = state.optimizer.moments();
     let mut vectors = vec![(FIRST.to_owned(), first.shallow_clone()), (SECOND.to_owned(), second.shallow_clone())];
+    if let Some(LastGood { weights, optimizer }) = &state.last_good {
+        let [first, second] = optimizer.moments();
+        let named = [(GOOD_WEIGHTS, weights), (GOOD_FIRST, first), (GOOD_SECOND, second)];
+        vectors.extend(named.map(|(name, vector)| (name.to_owned(), vector.shallow_clone())));
+    }
     vectors.extend(memory.vectors.iter().map(|(name, vector)| (format!("{METHOD}{name}"), vector.shallow_clone())));
     if let Some(conflicts) = &state.conflicts {
         vectors.extend(conflicts.memory().into_iter().map(|(name, vector)| (format!("{CONFLICTS}{name}"), vector)));

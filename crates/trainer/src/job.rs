@@ -21,12 +21,13 @@ use holdfast_domain::progress::{Phase, Progress};
 
 use crate::adapter::{Adapter, AdapterConfig};
 use crate::checkpoint::{Best, Checkpoints, State};
+use crate::divergence::Diverged;
 use crate::evaluate::evaluate;
 use crate::memory::{self, LargestPass};
 use crate::model::{self, Model, read_architecture};
 use crate::progress::ProgressLog;
 use crate::reference::Reference;
-use crate::train::{Diverged, Run};
+use crate::train::Run;
 use crate::{adapter_files, device, methods, objective, reference_files};
 
 /// Input that cannot be used, as opposed to a fault of the trainer. Trying again will not help.

@@ -15,6 +15,7 @@ mod block;
 pub mod checkpoint;
 pub mod conflicts;
 pub mod device;
+pub mod divergence;
 pub mod evaluate;
 pub mod generate;
 pub mod gradient;

@@ -11,8 +11,9 @@ use holdfast_domain::progress::{AlignmentFacts, Step};
 use tch::Tensor;
 
 use crate::adapter::Adapter;
-use crate::checkpoint::{Cursor, State};
+use crate::checkpoint::{Cursor, LastGood, State};
 use crate::conflicts::RowConflicts;
+use crate::divergence::{Diverged, LossWatch};
 use crate::evaluate;
 use crate::gradient::{self, Gradient};
 use crate::methods::{self, Asks, Side, Sides, Verdict};
@@ -43,49 +44,6 @@ pub struct Run<'a> {
     pub plan: &'a Plan,
 }
 
-/// Why a run cannot go on as it is.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
-pub enum Diverged {
-    /// The loss or a gradient is NaN or infinite.
-    #[error("the loss or its gradient is no longer a number at step {step}")]
-    NotANumber {
-        /// From 1.
-        step: u64,
-    },
-    /// The loss has left where it was.
-    #[error("the loss at step {step} is {loss:.3} on average, far above the {lowest:.3} it had reached")]
-    RanAway {
-        /// From 1.
-        step: u64,
-        /// Its moving mean, in nats.
-        loss: f64,
-        /// The lowest its moving mean was.
-        lowest: f64,
-    },
-}
-
-/// The moving mean of a run's loss, which tells when it runs away.
-#[derive(Debug, Default)]
-struct LossWatch {
-    mean: Option<f64>,
-    lowest: f64,
-}
-
-impl LossWatch {
-    /// How far the mean may rise above its lowest, in nats: beyond what batches differ by.
-    const MOST_RISE: f64 = 4.0;
-
-    fn see(&mut self, step: u64, loss: f64) -> Result<(), Diverged> {
-        let mean = self.mean.map_or(loss, |mean| mean + 0.1 * (loss - mean));
-        self.lowest = if self.mean.is_none() { mean } else { self.lowest.min(mean) };
-        self.mean = Some(mean);
-        if mean > self.lowest + Self::MOST_RISE {
-            return Err(Diverged::RanAway { step, loss: mean, lowest: self.lowest });
-        }
-        Ok(())
-    }
-}
-
 /// The two sides of a step as they were computed.
 struct Gradients {
     task: Option<Task>,
@@ -110,6 +68,8 @@ impl Run<'_> {
             optimizer: AdamW::new(self.adapter, h.weight_decay),
             method: methods::of(&self.plan.safety, h.precision),
             conflicts: h.row_conflicts.then(|| RowConflicts::new(self.adapter, self.examples.len())),
+            last_good: None,
+            watch: LossWatch::default(),
         }
     }
 
@@ -124,8 +84,9 @@ impl Run<'_> {
         let schedule = Schedule::new(h, total_steps);
         let mut user_rows = self.user_order();
         let mut align_rows = self.align_order();
-        let mut watch = LossWatch::default();
-        let mut last_good = (state.method.review_steps().is_some()).then(|| self.snapshot(state));
+        if state.method.review_steps().is_some() && state.last_good.is_none() {
+            state.last_good = Some(self.snapshot(state));
+        }
         let setback_scale = 0.5_f64.powi(state.cursor.setbacks as i32);
         for step in state.cursor.step..total_steps {
             let asks = state.method.asks(step);
@@ -146,7 +107,10 @@ impl Run<'_> {
             if !(loss.is_finite() && gradient_norm.is_finite()) {
                 return Err(Diverged::NotANumber { step: step + 1 }.into());
             }
-            watch.see(step + 1, loss)?;
+            // Phases on other rows have losses of their own.
+            if asks.user_step.is_some() {
+                state.watch.see(step + 1, loss)?;
+            }
             let change = state.optimizer.update(self.adapter, &merged.gradient, learning_rate);
             let change = state.method.correct(change, align.as_ref().map(|align| &align.gradient));
             self.adapter.shift(&change);
@@ -158,7 +122,7 @@ impl Run<'_> {
                 self.score_rows(state, step);
             }
             if self.review_is_due(state, total_steps) {
-                self.review(state, &mut last_good);
+                self.review(state);
             }
             let conflict_rate = state.cursor.conflicts as f64 / (step + 1) as f64;
             let report = Step {
@@ -279,8 +243,8 @@ impl Run<'_> {
         });
     }
 
-    fn snapshot(&self, state: &State) -> (Tensor, AdamW) {
-        (self.adapter.flat().copy(), state.optimizer.clone())
+    fn snapshot(&self, state: &State) -> LastGood {
+        LastGood { weights: self.adapter.flat().copy(), optimizer: state.optimizer.clone() }
     }
 
     /// Whether the method reviews its steps now: every so many, before a checkpoint, and at the end.
@@ -291,18 +255,18 @@ impl Run<'_> {
     }
 
     /// Judges the steps since the last review, and takes them back where they left the budget.
-    pub fn review(&self, state: &mut State, last_good: &mut Option<(Tensor, AdamW)>) {
+    fn review(&self, state: &mut State) {
         let (Some(probe), Some((objective, _))) = (self.probe, state.method.asks(state.cursor.step).alignment) else { return };
         let all: Vec<usize> = (0..probe.rows()).collect();
         let passes: Vec<Vec<usize>> = all.chunks(self.plan.hyperparameters.batch_size as usize).map(<[usize]>::to_vec).collect();
         let engine = Engine { dropout_key: None, ..self.engine(0) };
         let loss = engine.alignment_loss(AlignmentRows { reference: probe, objective, passes: &passes });
-        match (state.method.review(loss), &last_good) {
-            (Verdict::RollBack, Some((weights, optimizer))) => {
+        match (state.method.review(loss), &state.last_good) {
+            (Verdict::RollBack, Some(LastGood { weights, optimizer })) => {
                 self.adapter.set(weights);
                 state.optimizer = optimizer.clone();
             }
-            _ => *last_good = Some(self.snapshot(state)),
+            _ => state.last_good = Some(self.snapshot(state)),
         }
     }
 }
@@ -322,21 +286,5 @@ fn report(align: &Side, facts: &Facts, change: &Tensor, conflict_rate: f64) -> A
         conflict_rate,
         removed_fraction: facts.removed_fraction(),
         alignment_change: gradient::dot(&align.gradient.0, change),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_loss_that_runs_away_is_noticed_and_one_bad_batch_is_not() {
-        let mut watch = LossWatch::default();
-        for step in 1..50 {
-            assert_eq!(watch.see(step, 1.0), Ok(()));
-        }
-        assert_eq!(watch.see(50, 20.0), Ok(()), "one batch");
-        let run_away = (51..200).find_map(|step| watch.see(step, 20.0).err());
-        assert!(matches!(run_away, Some(Diverged::RanAway { step: 51..60, .. })), "{run_away:?}");
     }
 }

@@ -2,7 +2,9 @@
 
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use holdfast_domain::exit::{self, ExitRecord, reason};
@@ -10,6 +12,7 @@ use holdfast_domain::hyperparameters::{Precision, Requested};
 use holdfast_domain::plan::{self, Plan, paths};
 use holdfast_domain::safety::{Floor, RequestedSafety};
 use holdfast_trainer::job;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -89,6 +92,40 @@ fn a_run_leaves_its_adapter_its_best_one_its_scores_and_what_the_next_run_can_us
     ensure!(job::run(folder.path()).code == exit::DONE);
     assert!(!out(paths::REFERENCE_OUT).exists(), "it was computed again");
     assert_eq!(std::fs::read(out("out/adapter/adapter_model.safetensors"))?, adapter);
+    Ok(())
+}
+
+/// The program itself on a folder.
+fn trainer(folder: &TempDir) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_holdfast-trainer"));
+    command.arg("train").arg(folder.path()).env("OMP_NUM_THREADS", "1");
+    command
+}
+
+#[test]
+fn a_trainer_that_is_told_to_stop_leaves_with_code_75_and_the_next_one_ends_with_the_same_adapter() -> Result<()> {
+    let with_dropout = |plan: &mut Plan| {
+        plan.hyperparameters.n_epochs = 3;
+        plan.hyperparameters.batch_size = 1;
+        plan.hyperparameters.lora_dropout = 0.1;
+    };
+    let (whole, stopped) = (folder(with_dropout)?, folder(with_dropout)?);
+    assert_eq!(trainer(&whole).status()?.code(), Some(exit::DONE.into()));
+
+    let mut running = trainer(&stopped).spawn()?;
+    let progress = stopped.path().join(paths::PROGRESS);
+    let has_stepped = || std::fs::read_to_string(&progress).is_ok_and(|text| text.contains("\"type\":\"step\""));
+    while !has_stepped() && running.try_wait()?.is_none() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    kill_process(Pid::from_child(&running), Signal::TERM)?;
+    assert_eq!(running.wait()?.code(), Some(exit::STOPPED.into()));
+    let record: ExitRecord = serde_json::from_slice(&std::fs::read(stopped.path().join(paths::EXIT))?)?;
+    assert_eq!(record.reason, reason::STOPPED);
+
+    assert_eq!(trainer(&stopped).status()?.code(), Some(exit::DONE.into()));
+    let adapter = |folder: &TempDir| std::fs::read(folder.path().join("out/adapter/adapter_model.safetensors"));
+    assert_eq!(adapter(&whole)?, adapter(&stopped)?);
     Ok(())
 }
 

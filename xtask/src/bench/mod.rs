@@ -1,6 +1,6 @@
 //! What is measured, each bench by one command.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 mod trainer;
 mod upload;
@@ -8,7 +8,9 @@ mod upload;
 struct Bench {
     name: &'static str,
     what: &'static str,
-    run: fn() -> Result<Vec<Figure>>,
+    /// What it is made of, where parts of it can be run alone.
+    parts: &'static [&'static str],
+    run: fn(&dyn Fn(&str) -> bool) -> Result<Vec<Figure>>,
 }
 
 const BENCHES: [Bench; 2] = [
@@ -28,18 +30,25 @@ pub(crate) struct Figure {
     pub(crate) bar: f64,
 }
 
-/// Runs the bench of that name; without one, names them all.
-pub(crate) fn run(name: Option<&str>) -> Result<()> {
+/// Runs the bench of that name, or only some of its parts; without a name, names them all.
+pub(crate) fn run(name: Option<&str>, parts: &[String]) -> Result<()> {
     let Some(name) = name else {
-        for Bench { name, what, .. } in BENCHES {
+        for Bench { name, what, parts, .. } in BENCHES {
             println!("{name:10} {what}");
+            if !parts.is_empty() {
+                println!("{:10} parts: {}", "", parts.join(", "));
+            }
         }
         return Ok(());
     };
     let known = || BENCHES.map(|bench| bench.name).join(", ");
     let bench = BENCHES.iter().find(|bench| bench.name == name);
     let bench = bench.with_context(|| format!("there is no bench {name:?}; there are {}", known()))?;
-    for Figure { name, measured, bar } in (bench.run)()? {
+    if let Some(unknown) = parts.iter().find(|part| !bench.parts.contains(&part.as_str())) {
+        bail!("the bench {name:?} has no part {unknown:?}; it has {:?}", bench.parts);
+    }
+    let wanted = |part: &str| parts.is_empty() || parts.iter().any(|wanted| wanted == part);
+    for Figure { name, measured, bar } in (bench.run)(&wanted)? {
         println!("FIGURE {name} {measured:.3} {bar} {}", if measured <= bar { "ok" } else { "short" });
     }
     Ok(())

@@ -31,16 +31,17 @@ struct Bench {
     rows: PathBuf,
 }
 
-pub(super) fn run() -> Result<Vec<Figure>> {
+pub(super) const PARTS: [&str; 7] = ["limits", "steps", "memory", "prediction", "growth", "epoch", "oracle"];
+
+pub(super) fn run(wanted: &dyn Fn(&str) -> bool) -> Result<Vec<Figure>> {
     let bench = Bench::prepare()?;
     let mut figures = Vec::new();
-    bench.limits()?;
-    bench.steps(&mut figures)?;
-    bench.memory(&mut figures)?;
-    bench.prediction(&mut figures)?;
-    bench.growth(&mut figures)?;
-    bench.epoch(&mut figures)?;
-    bench.oracle(&mut figures)?;
+    type Part = fn(&Bench, &mut Vec<Figure>) -> Result<()>;
+    let parts: [Part; 7] =
+        [Bench::limits, Bench::steps, Bench::memory, Bench::prediction, Bench::growth, Bench::epoch, Bench::oracle];
+    for (_, part) in PARTS.iter().zip(parts).filter(|(name, _)| wanted(name)) {
+        part(&bench, &mut figures)?;
+    }
     Ok(figures)
 }
 
@@ -117,7 +118,7 @@ impl Bench {
     }
 
     /// The machine's own limit: matrix products and nothing else.
-    fn limits(&self) -> Result<()> {
+    fn limits(&self, _: &mut Vec<Figure>) -> Result<()> {
         println!("billions of operations a second of the matrix products alone, and what a plain step reaches of them");
         for precision in ["f32", "bf16"] {
             let limit = number(&self.ours(&["--work", "products", "--rows", "-", "--precision", precision])?, "gflops")?;

@@ -15,7 +15,7 @@ use crate::shell;
 
 const BYTES: usize = 1 << 30;
 
-pub(super) fn run() -> Result<Vec<Figure>> {
+pub(super) fn run(_: &dyn Fn(&str) -> bool) -> Result<Vec<Figure>> {
     setup::run(Libtorch::Cpu)?;
     let programs = shell::build_release()?;
     let folder = shell::target().join("bench-upload");

@@ -82,17 +82,24 @@ fn table() -> &'static Table {
     TABLE.get_or_init(|| {
         #[cfg(target_arch = "x86_64")]
         let found = unsafe {
-            if is_x86_feature_detected!("avx512f")
+            // All that the compiler may use at the levels x86-64-v3 and x86-64-v4 (see `build.rs`).
+            let v3 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("bmi1")
+                && is_x86_feature_detected!("bmi2")
+                && is_x86_feature_detected!("f16c")
+                && is_x86_feature_detected!("lzcnt")
+                && is_x86_feature_detected!("movbe");
+            let v4 = v3
+                && is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512cd")
-            {
-                holdfast_kernels_avx512()
-            } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                holdfast_kernels_avx2()
-            } else {
-                holdfast_kernels_baseline()
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            match (v3, v4) {
+                (_, true) => holdfast_kernels_avx512(),
+                (true, false) => holdfast_kernels_avx2(),
+                (false, false) => holdfast_kernels_baseline(),
             }
         };
         #[cfg(not(target_arch = "x86_64"))]
