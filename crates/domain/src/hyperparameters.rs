@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::safety::AlignmentPoint;
 use crate::{Invalid, Safety};
 
 /// How the learning rate moves after the warm-up.
@@ -278,6 +279,25 @@ impl Hyperparameters {
         u64::from(self.batch_size) * u64::from(self.gradient_accumulation_steps)
     }
 
+    /// Makes sure that a plan that was not made by [`Requested::resolve`] is one that could have been.
+    ///
+    /// # Errors
+    /// When a number is out of its bounds.
+    pub fn check(&self) -> Result<(), Invalid> {
+        bounded("n_epochs", self.n_epochs, 1, 50)?;
+        bounded("batch_size", self.batch_size, 1, 256)?;
+        bounded("gradient_accumulation_steps", self.gradient_accumulation_steps, 1, 256)?;
+        bounded("learning_rate", self.learning_rate, 1e-9, 1.0)?;
+        bounded("warmup_ratio", self.warmup_ratio, 0.0, 1.0)?;
+        bounded("weight_decay", self.weight_decay, 0.0, 1.0)?;
+        bounded("max_grad_norm", self.max_grad_norm, 0.0, 1e6)?;
+        bounded("lora_rank", self.lora_rank, 1, 256)?;
+        bounded("lora_alpha", self.lora_alpha, 1e-3, 1e4)?;
+        bounded("lora_dropout", self.lora_dropout, 0.0, 0.9)?;
+        bounded("max_length", self.max_length, 1, MAX_LENGTH)?;
+        Ok(())
+    }
+
     /// Makes sure that nothing is asked for that the method cannot give.
     ///
     /// # Errors
@@ -288,6 +308,11 @@ impl Hyperparameters {
                 "row_conflicts needs an alignment gradient to compare rows with, and `{}` has none",
                 safety.defense.as_str()
             );
+            return Err(Invalid::new("row_conflicts", "contradiction", message));
+        }
+        if self.row_conflicts && safety.alignment_point == AlignmentPoint::Lookahead {
+            let message =
+                "row_conflicts compares rows with the alignment gradient at the current weights; leave alignment_point out";
             return Err(Invalid::new("row_conflicts", "contradiction", message));
         }
         Ok(())

@@ -101,7 +101,7 @@ impl Phase {
     }
 }
 
-/// One optimiser step: `u` is the task's gradient, `a` the alignment gradient, `g = u + c·a` what was applied.
+/// One optimiser step: `u` is the task's gradient, `a` the alignment gradient, `g` what the method made of them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Step {
     /// From 1.

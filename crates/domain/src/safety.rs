@@ -275,6 +275,17 @@ impl RequestedSafety {
         )?;
         variant("alignment_point", self.alignment_point.is_some_and(|p| p != AlignmentPoint::default()), &[Defense::Safegrad])?;
         variant("budget", self.budget.is_some(), &[Defense::Held])?;
+        if floor.defense == Defense::Held && budget > DEFAULT_BUDGET {
+            let message = format!("this deployment trains within a budget of {DEFAULT_BUDGET} nats; {budget} is weaker");
+            return Err(Invalid::new("budget", "safety_below_floor", message));
+        }
+        let by_rows = self.projection == Some(ProjectionOf::PerRow);
+        let elsewhere =
+            self.projection_space == Some(ProjectionSpace::Update) || self.alignment_point == Some(AlignmentPoint::Lookahead);
+        if by_rows && elsewhere {
+            let message = "projection \"per_row\" works on gradients at the current weights; leave projection_space and alignment_point out";
+            return Err(Invalid::new("projection", "contradiction", message));
+        }
         let alignment_set =
             defense.needs_alignment().then(|| self.alignment_set.clone().unwrap_or_else(|| floor.alignment_set.clone()));
         Ok(Safety {

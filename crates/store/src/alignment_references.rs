@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
+use sqlx::PgExecutor;
 use tokio::io::AsyncReadExt;
 
 use crate::files::object_ref;
@@ -15,10 +16,7 @@ impl Store {
     /// # Errors
     /// When the database fails.
     pub async fn alignment_reference(&self, name: &str) -> Result<Option<ObjectRef>, StoreError> {
-        let row = sqlx::query!("select object_key, bytes, sha256 from alignment_references where name = $1", name)
-            .fetch_optional(&self.pool)
-            .await?;
-        row.map(|row| object_ref(row.object_key, row.bytes, &row.sha256)).transpose()
+        find(&self.pool, name).await
     }
 
     /// Keeps the file at `path` as the reference of that name, under the hash of its content. Where another job was faster, its
@@ -42,13 +40,20 @@ impl Store {
         )
         .execute(&mut *transaction)
         .await?;
-        let kept = self.alignment_reference(name).await?;
+        let kept = find(&mut *transaction, name).await?;
         // Two jobs that computed the same bytes wrote the same object; one that differs has no row and is swept.
         if inserted.rows_affected() == 1 || kept.is_some_and(|kept| kept.key == object.key) {
             objects::claim(&mut transaction, std::slice::from_ref(&object.key)).await?;
         }
         Ok(transaction.commit().await?)
     }
+}
+
+async fn find(executor: impl PgExecutor<'_>, name: &str) -> Result<Option<ObjectRef>, StoreError> {
+    let row = sqlx::query!("select object_key, bytes, sha256 from alignment_references where name = $1", name)
+        .fetch_optional(executor)
+        .await?;
+    row.map(|row| object_ref(row.object_key, row.bytes, &row.sha256)).transpose()
 }
 
 async fn hash(path: &Path) -> Result<[u8; 32], StoreError> {

@@ -28,8 +28,12 @@ use crate::optimizer::AdamW;
 const KEPT: usize = 2;
 const MANIFEST: &str = "checkpoint.json";
 const STATE: &str = "state.safetensors";
-/// The best adapter's folder beside the checkpoints.
-const BEST: &str = "best";
+/// Best adapters that are kept: those of the checkpoints, and a newer one.
+const KEPT_BEST: usize = 3;
+/// A checkpoint's folder begins with it, and ends with its step.
+const STEP: &str = "step-";
+/// A best adapter's folder beside the checkpoints does so too.
+const BEST: &str = "best-";
 
 /// How far a run is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,7 +140,7 @@ impl Checkpoints {
     /// # Errors
     /// When it cannot be written; those before it stay.
     pub fn save(&self, adapter: &Adapter, state: &State) -> Result<()> {
-        self.place(&format!("step-{}", state.cursor.step), |folder| {
+        self.place(&format!("{STEP}{}", state.cursor.step), |folder| {
             adapter_files::write(folder, adapter, &self.base_model)?;
             let memory = state.method.memory();
             write_vectors(&folder.join(STATE), state, &memory)?;
@@ -155,7 +159,7 @@ impl Checkpoints {
             manifest.seal = self.seal(&manifest)?;
             Ok(std::fs::write(folder.join(MANIFEST), serde_json::to_vec_pretty(&manifest)?)?)
         })?;
-        for (_, old) in self.all()?.into_iter().skip(KEPT) {
+        for (_, old) in self.named(STEP)?.into_iter().skip(KEPT) {
             std::fs::remove_dir_all(&old).with_context(|| format!("cannot remove {}", old.display()))?;
         }
         Ok(())
@@ -165,16 +169,29 @@ impl Checkpoints {
     ///
     /// # Errors
     /// When it cannot be written; the best before it stays.
-    pub fn save_best(&self, adapter: &Adapter) -> Result<()> {
-        self.place(BEST, |folder| adapter_files::write(folder, adapter, &self.base_model))
+    pub fn save_best(&self, adapter: &Adapter, step: u64) -> Result<()> {
+        self.place(&format!("{BEST}{step}"), |folder| adapter_files::write(folder, adapter, &self.base_model))?;
+        // A run that goes back finds the best of the checkpoint it goes back to.
+        for (_, old) in self.named(BEST)?.into_iter().skip(KEPT_BEST) {
+            remove_if_there(&old)?;
+        }
+        Ok(())
     }
 
-    /// The best adapter so far.
+    /// The adapter that was the best after `step`.
     ///
     /// # Errors
     /// When there is none, or it cannot be read.
-    pub fn read_best(&self, model: &Model) -> Result<Adapter> {
-        adapter_files::read(&self.folder.join(BEST), model)
+    pub fn read_best(&self, model: &Model, step: u64) -> Result<Adapter> {
+        adapter_files::read(&self.folder.join(format!("{BEST}{step}")), model)
+    }
+
+    /// Removes the checkpoint after `step`.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn discard(&self, step: u64) -> Result<()> {
+        Ok(remove_if_there(&self.folder.join(format!("{STEP}{step}")))?)
     }
 
     /// Fills a folder beside its place, makes it durable, and puts it there.
@@ -207,7 +224,7 @@ impl Checkpoints {
         state: &mut State,
         mut passed_over: impl FnMut(String),
     ) -> Result<bool> {
-        for (_, path) in self.all()? {
+        for (_, path) in self.named(STEP)? {
             match self.read(&path, model, adapter, state) {
                 Ok(()) => return Ok(true),
                 Err(error) => passed_over(format!("{}: {error:#}; going on from the one before it", path.display())),
@@ -269,8 +286,8 @@ impl Checkpoints {
         Ok(hex::encode(hash.finalize()))
     }
 
-    /// Finished checkpoints with their steps, newest first.
-    fn all(&self) -> Result<Vec<(u64, PathBuf)>> {
+    /// Finished folders of that name with their steps, newest first.
+    fn named(&self, prefix: &str) -> Result<Vec<(u64, PathBuf)>> {
         let entries = match std::fs::read_dir(&self.folder) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
             entries => entries.with_context(|| format!("cannot read {}", self.folder.display()))?,
@@ -278,7 +295,7 @@ impl Checkpoints {
         let mut found = Vec::new();
         for entry in entries {
             let entry = entry?;
-            if let Some(step) = entry.file_name().to_str().and_then(|name| name.strip_prefix("step-")?.parse().ok()) {
+            if let Some(step) = entry.file_name().to_str().and_then(|name| name.strip_prefix(prefix)?.parse().ok()) {
                 found.push((step, entry.path()));
             }
         }

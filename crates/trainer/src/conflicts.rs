@@ -6,7 +6,8 @@
 //!
 //! - by gradients: `s_i = mean over modules of ⟨u_i, ā⟩_m / (‖u_i‖_m ‖ā‖_m)`, normalised module by module, since one module's
 //!   large norm would drown the others;
-//! - by a forward pass over the whole file at the end of an epoch: `s_i ≈ (ℓ_i(θ + h ā) − ℓ_i(θ)) / (h ‖ā‖)`, in float32.
+//! - by a forward pass over the whole file at the end of an epoch: `s_i ≈ (ℓ_i(θ + h ā) − ℓ_i(θ)) / (h ‖ā‖)`; only in
+//!   float32, since a base in bfloat16 rounds so small a step away.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -30,6 +31,7 @@ const STEP_LENGTH: f64 = 1e-3;
 /// Scores of all rows so far.
 #[derive(Debug)]
 pub struct RowConflicts {
+    device: Device,
     modules: Vec<Range<i64>>,
     mean_align: Option<Tensor>, // ā: [parameters]
     by_gradient: Scores,
@@ -75,7 +77,13 @@ impl RowConflicts {
         }
         // A module's two factors count as two: their gradients have norms of their own.
         let modules = modules.into_iter().map(|(_, range)| range).collect();
-        Self { modules, mean_align: None, by_gradient: Scores::none(rows), by_forward: Scores::none(rows) }
+        Self {
+            device: adapter.flat().device(),
+            modules,
+            mean_align: None,
+            by_gradient: Scores::none(rows),
+            by_forward: Scores::none(rows),
+        }
     }
 
     /// The direction to score by at `step`, once the warm-up is over.
@@ -155,7 +163,7 @@ impl RowConflicts {
 
     /// Goes on from a checkpoint.
     pub fn recall(&mut self, mut memory: BTreeMap<String, Tensor>) {
-        let device = self.mean_align.as_ref().map_or(Device::Cpu, Tensor::device);
+        let device = self.device;
         self.mean_align = memory.remove("mean_align").map(|mean| mean.to_device(device));
         let mut numbers = |name: &str, into: &mut Vec<f32>| {
             let found = memory.remove(name).and_then(|vector| Vec::<f32>::try_from(&vector.to_kind(Kind::Float)).ok());

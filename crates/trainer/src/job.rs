@@ -18,10 +18,11 @@ use holdfast_domain::exit::{self, ExitRecord};
 use holdfast_domain::hyperparameters::LongRows;
 use holdfast_domain::plan::{self, Plan, paths};
 use holdfast_domain::progress::{Phase, Progress};
+use holdfast_domain::safety::{Defense, KlPositions, ProjectionOf};
 
 use crate::adapter::{Adapter, AdapterConfig};
 use crate::checkpoint::{Best, Checkpoints, State};
-use crate::divergence::Diverged;
+use crate::divergence::{Diverged, LossWatch};
 use crate::evaluate::evaluate;
 use crate::memory::{self, LargestPass};
 use crate::model::{self, Model, read_architecture};
@@ -151,7 +152,7 @@ fn train(folder: &Path) -> Result<Ended> {
     let mut log = ProgressLog::open(folder)?;
     log.phase(Phase::LoadingModel)?;
     let inputs = Inputs::read(folder, &plan)?;
-    let device = device::parse(&plan.device)?;
+    let device = device::parse(&plan.device).map_err(|e| bad_setup(format!("{}: {e}", paths::PLAN)))?;
     memory_plan(&inputs, &plan, &mut log)?;
     let base = folder.join(paths::BASE);
     let model = Model::load_as(
@@ -181,7 +182,10 @@ fn train(folder: &Path) -> Result<Ended> {
         return Ok(Ended::Stopped { step: state.cursor.step, trained_tokens });
     }
     log.phase(Phase::Exporting)?;
-    let best = (ended == RunEnd::StoppedEarly).then(|| checkpoints.read_best(&model)).transpose()?;
+    let best = match state.cursor.best.filter(|_| ended == RunEnd::StoppedEarly) {
+        Some(best) => Some(checkpoints.read_best(&model, best.step)?),
+        None => None,
+    };
     adapter_files::write(&folder.join(paths::ADAPTER), best.as_ref().unwrap_or(&adapter), &plan.base_model)?;
     if let Some(conflicts) = &state.conflicts {
         conflicts.write(&folder.join(paths::ROW_CONFLICTS), &inputs.lines)?;
@@ -203,6 +207,7 @@ struct Inputs {
 impl Inputs {
     fn read(folder: &Path, plan: &Plan) -> Result<Self> {
         let h = &plan.hyperparameters;
+        h.check().and_then(|()| h.check_with(&plan.safety)).map_err(|e| bad_setup(format!("{}: {}", paths::PLAN, e.message)))?;
         let base = folder.join(paths::BASE);
         let in_base = |e: &dyn std::fmt::Display| bad_setup(format!("{}/{e}", paths::BASE));
         let tokenizer = ChatTokenizer::load(&base).map_err(|e| in_base(&e))?;
@@ -224,7 +229,6 @@ impl Inputs {
         let validation = if plan.validation { rows(paths::VALIDATION, tenants, bad_data)?.1 } else { Vec::new() };
         let needs_alignment = plan.safety.defense.needs_alignment();
         let alignment = if needs_alignment { rows(paths::ALIGNMENT, operators, bad_setup)?.1 } else { Vec::new() };
-        h.check_with(&plan.safety).map_err(|e| bad_setup(format!("{}: {}", paths::PLAN, e.message)))?;
         Ok(Self { architecture, examples, lines, validation, alignment })
     }
 }
@@ -239,9 +243,18 @@ fn memory_plan(inputs: &Inputs, plan: &Plan, log: &mut ProgressLog) -> Result<()
         sizes.sum::<u64>() * inputs.architecture.layers.len() as u64
     };
     let needs = |h: &Hyperparameters| {
-        let pass = largest_pass(inputs, h);
+        let pass = largest_pass(inputs, h, plan.safety.kl_positions == KlPositions::All);
         let positions = inputs.alignment.iter().map(|row| row.supervised_count() as u64).sum();
-        memory::plan(&inputs.architecture, h, parameters(h), pass, positions)
+        // A step that asks for each row's gradient has those of a whole pass at once; a method may remember vectors of its own.
+        let by_row = h.row_conflicts || plan.safety.projection == ProjectionOf::PerRow;
+        let vectors = u64::from(by_row) * u64::from(h.batch_size)
+            + u64::from(h.row_conflicts)
+            + match plan.safety.defense {
+                Defense::Held => 4,
+                Defense::Lisa => 1,
+                _ => 0,
+            };
+        memory::plan(&inputs.architecture, h, parameters(h), vectors, pass, positions)
     };
     let needed = needs(&plan.hyperparameters);
     log.write(&Progress::Memory(needed))?;
@@ -271,18 +284,26 @@ fn memory_plan(inputs: &Inputs, plan: &Plan, log: &mut ProgressLog) -> Result<()
 }
 
 /// The largest pass that the order of rows could make: the longest rows together.
-fn largest_pass(inputs: &Inputs, h: &Hyperparameters) -> LargestPass {
-    let largest = |rows: &[Example]| {
+fn largest_pass(inputs: &Inputs, h: &Hyperparameters, all_positions: bool) -> LargestPass {
+    /// The longest rows of a batch: how many, their tokens and positions, and the longest.
+    fn largest(rows: &[Example], batch_size: usize) -> [u64; 4] {
         let mut rows: Vec<(u64, u64)> = rows.iter().map(|row| (row.ids.len() as u64, row.supervised_count() as u64)).collect();
         rows.sort_unstable_by(|x, y| y.cmp(x));
-        rows.truncate(h.batch_size as usize);
-        (rows.iter().map(|(tokens, _)| tokens).sum::<u64>(), rows.iter().map(|(_, positions)| positions).sum::<u64>())
-    };
-    let (user, align) = (largest(&inputs.examples), largest(&inputs.alignment));
-    let shared = user.0 + align.0 <= objective::SHARED_PASS_TOKENS;
-    let tokens = if shared { user.0 + align.0 } else { user.0.max(align.0) };
-    let positions = if shared { user.1 + align.1 } else { user.1.max(align.1) };
-    LargestPass { tokens, positions, two_logits: !inputs.alignment.is_empty() }
+        rows.truncate(batch_size);
+        let sum = |of: fn(&(u64, u64)) -> u64| rows.iter().map(of).sum();
+        [rows.len() as u64, sum(|row| row.0), sum(|row| row.1), rows.first().map_or(0, |row| row.0)]
+    }
+    let batch_size = h.batch_size as usize;
+    let (user, align) = (largest(&inputs.examples, batch_size), largest(&inputs.alignment, batch_size));
+    let shared = user[1] + align[1] <= objective::SHARED_PASS_TOKENS;
+    let both = |of: usize| if shared { user[of] + align[of] } else { user[of].max(align[of]) };
+    LargestPass {
+        tokens: both(1),
+        // Attention pads every row to the longest of its pass.
+        rectangle: both(0) * user[3].max(align[3]),
+        positions: if all_positions { both(1) } else { both(2) },
+        two_logits: !inputs.alignment.is_empty(),
+    }
 }
 
 /// The alignment rows that gradients are taken on, and those that are kept apart for reviews.
@@ -350,8 +371,12 @@ impl Session<'_> {
             if !restored {
                 run.adapter.set(Adapter::init(run.model, AdapterConfig::from(h), run.plan.seed).flat());
             }
-            setbacks = setbacks.max(state.cursor.setbacks);
-            state.cursor.setbacks = setbacks;
+            if setbacks > state.cursor.setbacks {
+                // What led to the setback must not count against what follows it.
+                state.cursor.setbacks = setbacks;
+                state.watch = LossWatch::default();
+            }
+            setbacks = state.cursor.setbacks;
             let from = state.cursor.step;
             match self.take_steps(&mut state) {
                 Ok(ended) => return Ok((state, ended)),
@@ -359,12 +384,16 @@ impl Session<'_> {
                     let Some(diverged) = error.downcast_ref::<Diverged>() else { return Err(error) };
                     if setbacks == MOST_SETBACKS {
                         return Err(BadInput::Diverged(format!(
-                            "{diverged}; tried from step {from} with the learning rate {} and {MOST_SETBACKS} times with half of what it was; lower learning_rate or look at the rows",
+                            "{diverged}; tried from step {from} with the learning rate {} and then {MOST_SETBACKS} times with half of the last; lower learning_rate or look at the rows",
                             h.learning_rate
                         ))
                         .into());
                     }
                     setbacks += 1;
+                    if state.cursor.step <= from && from > 0 {
+                        // Not one step could be taken from it: it is no good place to go back to.
+                        self.checkpoints.discard(from)?;
+                    }
                     let message = format!("{diverged}; going back to step {from} with half the learning rate");
                     self.log.write(&Progress::Note { step: from, message })?;
                 }
@@ -387,10 +416,7 @@ impl Session<'_> {
         if state.cursor.step == 0 {
             self.validate(state, total_steps)?;
         }
-        let evaluate_steps = match h.evaluate_steps {
-            0 => (run.examples.len() as u64).div_ceil(h.rows_per_step()),
-            steps => steps,
-        };
+        let evaluate_steps = run.evaluate_steps();
         let mut ended = RunEnd::Done;
         let done = run.train(state, |step, state| {
             self.log.step(step)?;
@@ -428,6 +454,9 @@ impl Session<'_> {
         let rows_per_pass = self.run.plan.hyperparameters.batch_size as usize;
         let found = evaluate(self.run.model, adapter, self.validation, rows_per_pass);
         self.log.write(&Progress::Validation { step, loss: found.loss, token_accuracy: found.token_accuracy })?;
+        if !found.loss.is_finite() {
+            return Err(Diverged::NotANumber { step }.into());
+        }
         if step == 0 || step > total_steps {
             return Ok(());
         }
@@ -435,7 +464,7 @@ impl Session<'_> {
             Some(best) if found.loss >= best.loss() => best.since += 1,
             best => {
                 *best = Some(Best::new(step, found.loss));
-                self.checkpoints.save_best(self.run.adapter)?;
+                self.checkpoints.save_best(self.run.adapter, step)?;
             }
         }
         Ok(())

@@ -134,18 +134,21 @@ impl Linear<'_> {
         gradients: &mut [Gradient],
     ) {
         let (Some(patch), Some(low), Some(by_low)) = (&self.patch, low, by_low) else { return };
+        let dropped: Option<Vec<Tensor>> = self
+            .dropout
+            .as_ref()
+            .map(|dropout| patch.members().map(|(member, _)| dropout.apply(x, patch.layer, member.projection)).collect());
         for (part, gradient) in parts.iter().zip(gradients) {
             let (start, length) = (part.start, part.end - part.start);
             if length == 0 {
                 continue;
             }
             let rows = |x: &Tensor| x.narrow(0, start, length);
-            match &self.dropout {
+            match &dropped {
                 None => gradient.add(patch.down_range(), &kernels::outer_sum(&rows(by_low), &rows(x))),
-                Some(dropout) => {
-                    for (member, _) in patch.members() {
-                        let dropped = dropout.apply(x, patch.layer, member.projection);
-                        let by_down = kernels::outer_sum(&rows(&patch.of_member(by_low, member)), &rows(&dropped));
+                Some(dropped) => {
+                    for ((member, _), dropped) in patch.members().zip(dropped) {
+                        let by_down = kernels::outer_sum(&rows(&patch.of_member(by_low, member)), &rows(dropped));
                         gradient.add(member.down.clone(), &by_down);
                     }
                 }

@@ -20,20 +20,23 @@ const ADAPTER_VECTORS: u64 = 11;
 /// The largest pass of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LargestPass {
-    /// Tokens that are in it, padding in attention's rectangle counted.
+    /// Tokens that are in it.
     pub tokens: u64,
+    /// Places of attention's rectangle, padding counted.
+    pub rectangle: u64,
     /// Positions whose logits it needs.
     pub positions: u64,
     /// Whether two sets of logits exist at a time, as for a KL.
     pub two_logits: bool,
 }
 
-/// What a run of `architecture` needs.
+/// What a run of `architecture` needs; `more_vectors` as long as the adapter exist beside what every run has.
 #[must_use]
 pub fn plan(
     architecture: &Architecture,
     h: &Hyperparameters,
     adapter_parameters: u64,
+    more_vectors: u64,
     pass: LargestPass,
     reference_positions: u64,
 ) -> MemoryPlan {
@@ -51,13 +54,17 @@ pub fn plan(
         // One layer at a time is whole again on the way back.
         other => layers * kept_by_layer(a, h, other) + kept,
     };
+    let heads = ((a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim) as u64;
+    let padded = pass.rectangle.saturating_sub(pass.tokens)
+        * heads
+        * if h.activation_checkpointing == Recompute::Layers { 1 } else { layers };
     // On the way back through a layer: the derivatives of its widest parts beside what is made again.
     let on_the_way_back = 5 * inner + 6 * hidden;
     let logits = loss::positions_at_once(a.vocab_size as i64).cast_unsigned().min(pass.positions) * a.vocab_size as u64;
     MemoryPlan {
         weights_bytes: parameters * bytes,
-        optimizer_bytes: adapter_parameters * 4 * ADAPTER_VECTORS,
-        activations_bytes: pass.tokens * (of_layers + on_the_way_back) * bytes
+        optimizer_bytes: adapter_parameters * 4 * (ADAPTER_VECTORS + more_vectors),
+        activations_bytes: (pass.tokens * (of_layers + on_the_way_back) + padded) * bytes
             + 4 * pass.positions * hidden * bytes
             + ATTENTION_BYTES,
         logits_bytes: logits * bytes * if pass.two_logits { 2 } else { 1 },
@@ -105,14 +112,21 @@ pub fn smallest_change(
         let changed = Hyperparameters { activation_checkpointing: recompute, ..h.clone() };
         changes.push((format!("activation_checkpointing \"{word}\""), changed));
     }
-    let mut batch_size = h.batch_size;
-    while batch_size > 1 {
-        batch_size /= 2;
+    // Sizes that divide the batch, so that a step keeps its rows.
+    for batch_size in (1..h.batch_size).rev().filter(|size| h.batch_size.is_multiple_of(*size)) {
         for (word, recompute) in
             [("", h.activation_checkpointing), (" and activation_checkpointing \"layers\"", Recompute::Layers)]
         {
             let steps = h.gradient_accumulation_steps * (h.batch_size / batch_size);
-            let changed = Hyperparameters { batch_size, activation_checkpointing: recompute, ..h.clone() };
+            let changed = Hyperparameters {
+                batch_size,
+                gradient_accumulation_steps: steps,
+                activation_checkpointing: recompute,
+                ..h.clone()
+            };
+            if changed.check().is_err() {
+                continue;
+            }
             changes.push((format!("batch_size {batch_size} with gradient_accumulation_steps {steps}{word}"), changed));
         }
     }
@@ -164,8 +178,8 @@ mod tests {
 
     fn needs(h: &Hyperparameters) -> MemoryPlan {
         let tokens = u64::from(h.batch_size) * 1024;
-        let pass = LargestPass { tokens, positions: tokens / 2, two_logits: false };
-        plan(&smollm2(), h, 2_442_240, pass, 0)
+        let pass = LargestPass { tokens, rectangle: tokens, positions: tokens / 2, two_logits: false };
+        plan(&smollm2(), h, 2_442_240, 0, pass, 0)
     }
 
     fn hyperparameters() -> Hyperparameters {

@@ -8,7 +8,7 @@ use holdfast_dataset::batch::Batch;
 use holdfast_dataset::order::RowOrder;
 use holdfast_domain::Plan;
 use holdfast_domain::progress::{AlignmentFacts, Step};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::adapter::Adapter;
 use crate::checkpoint::{Cursor, LastGood, State};
@@ -113,6 +113,9 @@ impl Run<'_> {
             }
             let change = state.optimizer.update(self.adapter, &merged.gradient, learning_rate);
             let change = state.method.correct(change, align.as_ref().map(|align| &align.gradient));
+            if !gradient::dot(&change, &change).is_finite() {
+                return Err(Diverged::NotANumber { step: step + 1 }.into());
+            }
             self.adapter.shift(&change);
 
             state.cursor.step = step + 1;
@@ -236,7 +239,8 @@ impl Run<'_> {
     }
 
     fn score_rows(&self, state: &mut State, step: u64) {
-        let Some(conflicts) = &mut state.conflicts else { return };
+        // In bfloat16 so small a step is lost in the rounding of the weights.
+        let Some(conflicts) = state.conflicts.as_mut().filter(|_| self.model.kind == Kind::Float) else { return };
         let rows_per_pass = self.plan.hyperparameters.batch_size as usize;
         conflicts.score_by_forward(self.adapter, step, || {
             evaluate::row_losses(self.model, Some(self.adapter), self.examples, rows_per_pass)
@@ -247,11 +251,22 @@ impl Run<'_> {
         LastGood { weights: self.adapter.flat().copy(), optimizer: state.optimizer.clone() }
     }
 
-    /// Whether the method reviews its steps now: every so many, before a checkpoint, and at the end.
+    /// Whether the method reviews its steps now: every so many, at the end, and before anything is kept of the run.
     fn review_is_due(&self, state: &State, total_steps: u64) -> bool {
         let step = state.cursor.step;
-        let checkpoint = step.is_multiple_of(self.plan.checkpoint_steps.max(1));
-        state.method.review_steps().is_some_and(|every| step.is_multiple_of(every) || checkpoint || step == total_steps)
+        let kept = [self.plan.checkpoint_steps.max(1), self.evaluate_steps()];
+        let due = |every: u64| step == total_steps || kept.into_iter().chain([every]).any(|every| step.is_multiple_of(every));
+        state.method.review_steps().is_some_and(due)
+    }
+
+    /// Steps between measurements on the validation file.
+    #[must_use]
+    pub fn evaluate_steps(&self) -> u64 {
+        let h = &self.plan.hyperparameters;
+        match h.evaluate_steps {
+            0 => (self.examples.len() as u64).div_ceil(h.rows_per_step().max(1)).max(1),
+            steps => steps,
+        }
     }
 
     /// Judges the steps since the last review, and takes them back where they left the budget.

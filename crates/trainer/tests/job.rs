@@ -74,7 +74,7 @@ fn a_run_leaves_its_adapter_its_best_one_its_scores_and_what_the_next_run_can_us
     let record = job::run(folder.path());
     ensure!(record.code == exit::DONE, "{record:?}");
     let out = |name: &str| folder.path().join(name);
-    for name in ["out/adapter/adapter_model.safetensors", "out/checkpoints/best/adapter_config.json", paths::REFERENCE_OUT] {
+    for name in ["out/adapter/adapter_model.safetensors", "out/checkpoints/best-15/adapter_config.json", paths::REFERENCE_OUT] {
         assert!(out(name).exists(), "{name} is missing");
     }
     let scores = std::fs::read_to_string(out(paths::ROW_CONFLICTS))?;

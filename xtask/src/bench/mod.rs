@@ -5,21 +5,25 @@ use anyhow::{Context, Result, bail};
 mod trainer;
 mod upload;
 
+/// Whether a part of a bench is to be run.
+type Wanted<'a> = &'a dyn Fn(&str) -> bool;
+
 struct Bench {
     name: &'static str,
     what: &'static str,
     /// What it is made of, where parts of it can be run alone.
     parts: &'static [&'static str],
-    run: fn(&dyn Fn(&str) -> bool) -> Result<Vec<Figure>>,
+    run: fn(Wanted<'_>) -> Result<Vec<Figure>>,
 }
 
 const BENCHES: [Bench; 2] = [
     Bench {
         name: "trainer",
         what: "time and memory of training beside PEFT, transformers and TRL (half an hour)",
+        parts: &trainer::PARTS,
         run: trainer::run,
     },
-    Bench { name: "upload", what: "memory and time of the API while a file of 1 GiB streams in", run: upload::run },
+    Bench { name: "upload", what: "memory and time of the API while a file of 1 GiB streams in", parts: &[], run: upload::run },
 ];
 
 /// A measured value and what it is held to.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::Figure;
+use super::{Figure, Wanted};
 use crate::setup::{self, Libtorch};
 use crate::shell::{self, cargo, output, root};
 
@@ -33,7 +33,7 @@ struct Bench {
 
 pub(super) const PARTS: [&str; 7] = ["limits", "steps", "memory", "prediction", "growth", "epoch", "oracle"];
 
-pub(super) fn run(wanted: &dyn Fn(&str) -> bool) -> Result<Vec<Figure>> {
+pub(super) fn run(wanted: Wanted<'_>) -> Result<Vec<Figure>> {
     let bench = Bench::prepare()?;
     let mut figures = Vec::new();
     type Part = fn(&Bench, &mut Vec<Figure>) -> Result<()>;

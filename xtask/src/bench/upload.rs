@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use sha2::{Digest, Sha256};
 
-use super::Figure;
+use super::{Figure, Wanted};
 use crate::service::Service;
 use crate::setup::{self, Libtorch};
 use crate::shell;
 
 const BYTES: usize = 1 << 30;
 
-pub(super) fn run(_: &dyn Fn(&str) -> bool) -> Result<Vec<Figure>> {
+pub(super) fn run(_: Wanted<'_>) -> Result<Vec<Figure>> {
     setup::run(Libtorch::Cpu)?;
     let programs = shell::build_release()?;
     let folder = shell::target().join("bench-upload");

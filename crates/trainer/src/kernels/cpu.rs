@@ -1,6 +1,9 @@
 //! The table of `cpu.cpp`'s functions for this machine's instructions.
 
-#![expect(unsafe_code, reason = "calls C++; every pointer comes from a tensor whose shape and kind `mod.rs` has checked")]
+#![expect(
+    unsafe_code,
+    reason = "calls C++; every pointer comes from a contiguous tensor of the kind asked for, whose length `mod.rs` gives"
+)]
 
 use std::ffi::c_void;
 use std::sync::OnceLock;
@@ -133,6 +136,12 @@ fn integers(x: &Tensor) -> *mut i64 {
     x.data_ptr().cast()
 }
 
+/// The numbers of a tensor that must be like `like`.
+fn alike(x: &Tensor, like: &Tensor) -> Data {
+    assert!(x.kind() == like.kind() && x.numel() == like.numel(), "a kernel needs tensors of one kind and length");
+    data(x)
+}
+
 fn optional(x: Option<&Tensor>) -> Data {
     x.map_or(std::ptr::null_mut(), data)
 }
@@ -189,7 +198,8 @@ pub(super) fn rms_norm_backward(
     [rows, width]: [i64; 2],
 ) {
     let function = of(x).rms_norm_backward;
-    unsafe { function(data(by_x), data(by_y), data(x), floats(inverse), floats(weight), optional(also), rows, width) }
+    let (by_y, also) = (alike(by_y, x), also.map_or(std::ptr::null_mut(), |also| alike(also, x)));
+    unsafe { function(data(by_x), by_y, data(x), floats(inverse), floats(weight), also, rows, width) }
 }
 
 pub(super) fn split_heads([q, k, v]: [&Tensor; 3], qkv: &Tensor, rows: &Rows, rotary: &Rotary, shape: HeadShape<'_>) {
@@ -245,7 +255,7 @@ pub(super) fn cross_entropy(logits: &Tensor, targets: &Tensor, loss: &Tensor, co
 
 pub(super) fn divergence(logits: &Tensor, base: &Tensor, loss: &Tensor, softcap: Option<f64>) {
     let [rows, vocabulary] = size(logits);
-    unsafe { (of(logits).divergence)(data(logits), data(base), floats(loss), rows, vocabulary, cap(softcap)) }
+    unsafe { (of(logits).divergence)(data(logits), alike(base, logits), floats(loss), rows, vocabulary, cap(softcap)) }
 }
 
 pub(super) fn dropout(out: &Tensor, x: &Tensor, key: u64, places: &Tensor, share: f64) {

@@ -20,8 +20,8 @@ use crate::surgery::{self, Merged};
 ///           rate halves, λ doubles
 /// ```
 ///
-/// λ never falls below `ρ`, so that a floor on `ρ` is a floor on it. A checkpoint on schedule, and the run's end, come after a
-/// review, so neither leaves the budget; one that is written because the run is stopped holds the last good state beside its own.
+/// λ never falls below `ρ`, so that a floor on `ρ` is a floor on it. A checkpoint on schedule, a best adapter, and the run's end come after
+/// a review, so neither leaves the budget; one that is written because the run is stopped holds the last good state beside its own.
 /// The worse half is that of each pass.
 #[derive(Debug)]
 pub struct Held {

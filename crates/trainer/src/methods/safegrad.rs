@@ -28,6 +28,8 @@ pub struct Safegrad {
     in_update: bool,
     lookahead: bool,
     precision: Precision,
+    /// Whether the last step's `a` was a direction and not noise.
+    is_direction: bool,
 }
 
 impl Safegrad {
@@ -40,6 +42,7 @@ impl Safegrad {
             in_update: safety.projection_space == ProjectionSpace::Update,
             lookahead: safety.alignment_point == AlignmentPoint::Lookahead,
             precision,
+            is_direction: false,
         }
     }
 }
@@ -56,18 +59,20 @@ impl Method for Safegrad {
             f64::NAN // of the step's one dot product, below
         };
         let (rho, per_row, in_update) = (self.rho, self.per_row, self.in_update);
-        surgery::combine(sides, self.precision, |facts| {
+        let merged = surgery::combine(sides, self.precision, |facts| {
             if in_update || !facts.is_direction {
                 return [1.0, rho];
             }
             let against = if per_row { against } else { (-facts.dot).max(0.0) };
             [1.0, rho + against / facts.norm_align.powi(2)]
-        })
+        });
+        self.is_direction = merged.facts.as_ref().is_some_and(|facts| facts.is_direction);
+        merged
     }
 
     fn correct(&self, change: Tensor, align: Option<&Gradient>) -> Tensor {
         match align {
-            Some(align) if self.in_update => surgery::without_increase(change, align),
+            Some(align) if self.in_update && self.is_direction => surgery::without_increase(change, align),
             _ => change,
         }
     }
