@@ -17,7 +17,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 
-use crate::adapter::{Adapter, Factor};
+use crate::adapter::Adapter;
 use crate::gradient::Gradient;
 use crate::kernels::single;
 
@@ -67,16 +67,8 @@ impl RowConflicts {
     /// No scores yet, of `rows` rows.
     #[must_use]
     pub fn new(adapter: &Adapter, rows: usize) -> Self {
-        let mut modules: Vec<(_, Range<i64>)> = Vec::new();
-        let places: Vec<_> = adapter.places().collect();
-        for down in places.iter().filter(|place| place.name.factor == Factor::Down) {
-            modules.push((down.name, down.range.clone()));
-        }
-        for up in places.iter().filter(|place| place.name.factor == Factor::Up) {
-            modules.push((up.name, up.range.clone()));
-        }
         // A module's two factors count as two: their gradients have norms of their own.
-        let modules = modules.into_iter().map(|(_, range)| range).collect();
+        let modules = adapter.places().map(|place| place.range).collect();
         Self {
             device: adapter.flat().device(),
             modules,

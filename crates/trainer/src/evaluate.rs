@@ -5,7 +5,7 @@ use holdfast_dataset::batch::Batch;
 use tch::Tensor;
 
 use crate::adapter::Adapter;
-use crate::loss;
+use crate::loss::{self, Loss};
 use crate::model::Model;
 use crate::packed::Packed;
 
@@ -22,11 +22,8 @@ pub struct Evaluation {
 #[must_use]
 pub fn row_losses(model: &Model, adapter: Option<&Adapter>, examples: &[Example], rows_per_pass: usize) -> Vec<f64> {
     let mut losses = Vec::with_capacity(examples.len());
-    for rows in examples.chunks(rows_per_pass.max(1)) {
-        let batch = Batch::new(rows);
-        let targets = Tensor::from_slice(&batch.targets).to_device(model.device);
-        let hidden = model.hidden(&Packed::new(&[(&batch, 0)], model.device), adapter);
-        let at = Vec::<f32>::try_from(&loss::task(&hidden, &model.head, &targets).at).unwrap_or_default();
+    for (rows, loss) in passes(model, adapter, examples, rows_per_pass) {
+        let at = Vec::<f32>::try_from(&loss.at).unwrap_or_default();
         let mut rest = at.as_slice();
         for row in rows {
             let (of_row, others) = rest.split_at(row.supervised_count().min(rest.len()));
@@ -41,14 +38,25 @@ pub fn row_losses(model: &Model, adapter: Option<&Adapter>, examples: &[Example]
 #[must_use]
 pub fn evaluate(model: &Model, adapter: Option<&Adapter>, examples: &[Example], rows_per_pass: usize) -> Evaluation {
     let (mut sum, mut correct, mut supervised) = (0.0, 0, 0);
-    for rows in examples.chunks(rows_per_pass.max(1)) {
+    for (rows, loss) in passes(model, adapter, examples, rows_per_pass) {
+        sum += loss.sum();
+        correct += loss.correct;
+        supervised += rows.iter().map(Example::supervised_count).sum::<usize>();
+    }
+    Evaluation { loss: sum / supervised as f64, token_accuracy: correct as f64 / supervised as f64 }
+}
+
+/// The rows of each forward pass over `examples`, with their task loss.
+fn passes<'a>(
+    model: &'a Model,
+    adapter: Option<&'a Adapter>,
+    examples: &'a [Example],
+    rows_per_pass: usize,
+) -> impl Iterator<Item = (&'a [Example], Loss)> {
+    examples.chunks(rows_per_pass.max(1)).map(move |rows| {
         let batch = Batch::new(rows);
         let targets = Tensor::from_slice(&batch.targets).to_device(model.device);
         let hidden = model.hidden(&Packed::new(&[(&batch, 0)], model.device), adapter);
-        let loss = loss::task(&hidden, &model.head, &targets);
-        sum += loss.sum();
-        correct += loss.correct;
-        supervised += batch.targets.len();
-    }
-    Evaluation { loss: sum / supervised as f64, token_accuracy: correct as f64 / supervised as f64 }
+        (rows, loss::task(&hidden, &model.head, &targets))
+    })
 }
