@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 
 use crate::adapter::Adapter;
-use crate::gradient::Gradient;
+use crate::gradient::{self, Gradient};
 use crate::kernels::single;
 
 /// The newest gradient's weight in the mean.
@@ -103,8 +103,7 @@ impl RowConflicts {
 
     /// Takes a step's alignment gradient into the mean.
     pub fn learn(&mut self, align: &Gradient) {
-        let mean = self.mean_align.take();
-        self.mean_align = Some(mean.map_or_else(|| align.0.copy(), |mean| mean * (1.0 - NEWEST) + &align.0 * NEWEST));
+        self.mean_align = Some(gradient::mean_with(self.mean_align.take(), align, NEWEST));
     }
 
     /// Scores all rows by two forward passes, at the weights and a little along the mean. `losses` gives each row's mean loss.

@@ -51,3 +51,8 @@ impl Gradient {
 pub fn dot(x: &Tensor, y: &Tensor) -> f64 {
     kernels::inner_product(x, y)
 }
+
+/// An exponential mean with `newest` taken in at `weight`; the first one is the mean.
+pub(crate) fn mean_with(mean: Option<Tensor>, newest: &Gradient, weight: f64) -> Tensor {
+    mean.map_or_else(|| newest.0.copy(), |mean| mean * (1.0 - weight) + &newest.0 * weight)
+}

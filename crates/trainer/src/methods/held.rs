@@ -4,7 +4,7 @@ use holdfast_domain::hyperparameters::Precision;
 use tch::Tensor;
 
 use super::{Asks, Memory, Method, Objective, Sides, Verdict};
-use crate::gradient::Gradient;
+use crate::gradient::{self, Gradient};
 use crate::surgery::{self, Merged};
 
 /// Against what `SafeGrad` leaks: the noise of one batch's `a`, a fixed `ρ`, drift, and a mean in which the first refusal token
@@ -63,8 +63,7 @@ impl Method for Held {
         let error = ((mean_loss - self.budget) / self.budget).clamp(-MOST_CHANGE, MOST_CHANGE);
         self.lambda = self.clipped(self.lambda * (1.0 + GAIN * error));
         self.mean_loss = Some(mean_loss);
-        let newest = &align.gradient.0;
-        let mean_align = self.mean_align.take().map_or_else(|| newest.copy(), |mean| mean * (1.0 - NEWEST) + newest * NEWEST);
+        let mean_align = gradient::mean_with(self.mean_align.take(), &align.gradient, NEWEST);
         let mean = Gradient(mean_align.shallow_clone());
         self.mean_align = Some(mean_align);
 
