@@ -24,8 +24,6 @@ pub struct Architecture {
     pub head_dim: usize,
     /// What the products of queries and keys are multiplied by.
     pub attention_scale: f64,
-    /// Attention scores `s` become `c · tanh(s / c)`, where set.
-    pub attention_softcap: Option<f64>,
     /// Logits `l` become `c · tanh(l / c)`, where set.
     pub logit_softcap: Option<f64>,
     /// Positions the model was made for.

@@ -16,8 +16,11 @@ const MAX_SIZE: u64 = 1 << 24;
 const MAX_LAYERS: usize = 4096;
 
 /// What a Gemma leaves out of its `config.json` because transformers has it as a default.
-const GEMMA3_DEFAULTS: [(&str, u64); 7] = [
+const GEMMA3_DEFAULTS: [(&str, u64); 10] = [
     ("vocab_size", 262_208),
+    ("hidden_size", 2304),
+    ("intermediate_size", 9216),
+    ("num_hidden_layers", 26),
     ("num_attention_heads", 8),
     ("num_key_value_heads", 4),
     ("head_dim", 256),
@@ -74,6 +77,7 @@ impl Architecture {
                 return unsupported(format!("{key} {activation:?} is not supported; supported: {supported:?}"));
             }
         }
+        whole_heads_turn(config)?;
         let hidden_size = size(config, "hidden_size")?;
         let num_attention_heads = size(config, "num_attention_heads")?;
         let num_key_value_heads = optional_size(config, "num_key_value_heads")?.unwrap_or(num_attention_heads);
@@ -103,7 +107,8 @@ impl Architecture {
             num_key_value_heads,
             head_dim,
             attention_scale: scalar.unwrap_or(head_dim as f64).powf(-0.5),
-            attention_softcap: number(config, "attn_logit_softcapping")?,
+            // A Gemma 3 may also set `attn_logit_softcapping`, a leftover of Gemma 2: what trains and serves it (transformers)
+            // never applies it, so neither does this.
             logit_softcap: number(config, "final_logit_softcapping")?,
             max_position_embeddings: optional_size(config, "max_position_embeddings")?.unwrap_or(2048),
             rms_norm_eps: number(config, "rms_norm_eps")?.unwrap_or(1e-6),
@@ -217,9 +222,18 @@ fn ropes(family: Family, config: &Value) -> Result<(Rope, Rope), Unsupported> {
     Ok((full, windowed))
 }
 
+/// Some models turn only a part of each head.
+fn whole_heads_turn(parameters: &Value) -> Result<(), Unsupported> {
+    match number(parameters, "partial_rotary_factor")? {
+        Some(share) if share < 1.0 => unsupported(format!("partial_rotary_factor {share} is not supported")),
+        _ => Ok(()),
+    }
+}
+
 fn rope(parameters: &Value, theta: f64) -> Result<Rope, Unsupported> {
     let word = |key: &str| parameters.get(key).and_then(Value::as_str);
     let needed = |key: &str| number(parameters, key)?.map_or_else(|| unsupported(format!("rope_scaling lacks {key}")), Ok);
+    whole_heads_turn(parameters)?;
     let scaling = match word("rope_type").or_else(|| word("type")).unwrap_or("default") {
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear { factor: needed("factor")? },
@@ -273,6 +287,11 @@ mod tests {
             (with("rms_norm_eps", json!(-1.0)), "rms_norm_eps"),
             (with("rope_scaling", json!({"rope_type": "yarn"})), "rope_type \"yarn\""),
             (with("rope_scaling", json!({"rope_type": "linear"})), "lacks factor"),
+            (with("partial_rotary_factor", json!(0.5)), "partial_rotary_factor 0.5"),
+            (
+                with("rope_parameters", json!({"rope_type": "default", "partial_rotary_factor": 0.25})),
+                "partial_rotary_factor 0.25",
+            ),
         ];
         for (config, named) in cases {
             let message = Architecture::from_config(&config).map_or_else(|e| e.to_string(), |_| "accepted".into());

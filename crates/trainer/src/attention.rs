@@ -27,7 +27,6 @@ pub(crate) struct Sight {
     /// Keys a query sees at most, itself among them.
     pub(crate) window: i64,
     pub(crate) scale: f64,
-    pub(crate) cap: Option<f64>,
 }
 
 /// One block's place: its rows, queries and keys.
@@ -60,7 +59,6 @@ impl Heads {
                         first_key,
                         window: sight.window,
                         scale: sight.scale,
-                        cap: sight.cap,
                         first_row,
                         rows: row_count,
                     },

@@ -115,7 +115,7 @@ impl Layer {
             LayerKind::Full => i64::MAX,
             LayerKind::Window(window) => window as i64,
         };
-        Sight { window, scale: architecture.attention_scale, cap: architecture.attention_softcap }
+        Sight { window, scale: architecture.attention_scale }
     }
 
     fn rotary<'a>(&self, pass: &'a Pass<'_>) -> &'a Rotary {

@@ -116,7 +116,7 @@ pub(super) fn join_heads_backward(by_packed: &Tensor, rows: &Rows, shape: HeadSh
     grouped(&rectangle.view([rows.rows, rows.width, shape.heads, shape.head_dim]), shape)
 }
 
-/// Capped scores, and −∞ where a query does not see a key; with whether it sees it. `[rows · shared, queries · group, keys]`.
+/// Scaled scores, −∞ where a query does not see a key; with whether it sees it. `[rows · shared, queries · group, keys]`.
 fn seen(scores: &Tensor, rows: &Rows, block: Block) -> (Tensor, Tensor) {
     let size = scores.size();
     let (heads, queries, keys) = (size[0], size[1] / block.group, size[2]);
@@ -128,9 +128,7 @@ fn seen(scores: &Tensor, rows: &Rows, block: Block) -> (Tensor, Tensor) {
     let lengths = starts.narrow(0, 1, block.rows) - starts.narrow(0, 0, block.rows);
     let lengths = lengths.repeat_interleave_self_int(heads / block.rows, 0, None).view([heads, 1, 1]);
     let sees = within.unsqueeze(0).logical_and(&query.view([1, -1, 1]).lt_tensor(&lengths));
-    let scaled = scores * block.scale;
-    let scaled = block.cap.map_or_else(|| scaled.shallow_clone(), |cap| (&scaled / cap).tanh() * cap);
-    (scaled.masked_fill(&sees.logical_not(), f64::NEG_INFINITY), sees)
+    ((scores * block.scale).masked_fill(&sees.logical_not(), f64::NEG_INFINITY), sees)
 }
 
 fn probabilities(masked: &Tensor, sees: &Tensor) -> Tensor {
@@ -149,10 +147,7 @@ pub(super) fn attention_softmax_backward(by: &Tensor, scores: &Tensor, rows: &Ro
     let p = probabilities(&masked, &sees);
     let by = float(by);
     let dot = (&p * &by).sum_dim_intlist(-1_i64, true, Kind::Float);
-    let mut by_scores = &p * (by - dot) * block.scale;
-    if let Some(cap) = block.cap {
-        by_scores *= 1.0 - (scores * (block.scale / cap)).tanh().square();
-    }
+    let by_scores = &p * (by - dot) * block.scale;
     [p.to_kind(kind), by_scores.to_kind(kind)]
 }
 

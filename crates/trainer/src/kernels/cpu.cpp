@@ -253,7 +253,7 @@ void join_heads(T* packed, T* heads, bool back, Layout at) {
 struct Block {
     const int64_t* starts;  // [rows + 1], as in Layout
     int64_t rows, shared, group, queries, keys, first_query, first_key, window;
-    float scale, cap;  // cap 0: none
+    float scale;
 };
 
 // Softmax of one row of scores into `p`; returns the range of keys it sees.
@@ -269,19 +269,10 @@ inline void softmax_row(float* p, const float* score, const Block& at, int64_t r
     *from = begin;
     *to = end;
     float most = -INFINITY, sum = 0;
-    if (at.cap > 0) {
-        float inside = at.scale / at.cap;
 #pragma omp simd reduction(max : most)
-        for (int64_t j = begin; j < end; j++) {
-            p[j] = at.cap * tangent(score[j] * inside);
-            most = most > p[j] ? most : p[j];
-        }
-    } else {
-#pragma omp simd reduction(max : most)
-        for (int64_t j = begin; j < end; j++) {
-            p[j] = score[j] * at.scale;
-            most = most > p[j] ? most : p[j];
-        }
+    for (int64_t j = begin; j < end; j++) {
+        p[j] = score[j] * at.scale;
+        most = most > p[j] ? most : p[j];
     }
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = begin; j < end; j++) {
@@ -334,17 +325,8 @@ void attention_softmax_backward(T* probability, T* derivative, const float* scor
                 float dot = 0;
 #pragma omp simd reduction(+ : dot)
                 for (int64_t j = from; j < to; j++) dot += p.at[j] * load(by[j]);
-                if (at.cap > 0) {
-                    float inside = at.scale / at.cap;
 #pragma omp simd
-                    for (int64_t j = from; j < to; j++) {
-                        float t = tangent(score[offset + j] * inside);
-                        d.at[j] = p.at[j] * (load(by[j]) - dot) * at.scale * (1.0f - t * t);
-                    }
-                } else {
-#pragma omp simd
-                    for (int64_t j = from; j < to; j++) d.at[j] = p.at[j] * (load(by[j]) - dot) * at.scale;
-                }
+                for (int64_t j = from; j < to; j++) d.at[j] = p.at[j] * (load(by[j]) - dot) * at.scale;
                 fill_row(by, d.at, from, to, at.keys);
                 fill_row(probability + offset, p.at, from, to, at.keys);
             }

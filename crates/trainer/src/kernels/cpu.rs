@@ -40,7 +40,6 @@ struct ScoreBlock {
     first_key: i64,
     window: i64,
     scale: f32,
-    cap: f32,
 }
 
 /// Numbers of whichever kind the table is for.
@@ -176,7 +175,6 @@ fn score_block(scores: &Tensor, rows: &Rows, block: Block) -> ScoreBlock {
         first_key: block.first_key,
         window: block.window,
         scale: single(block.scale),
-        cap: cap(block.cap),
     }
 }
 

@@ -106,8 +106,6 @@ pub(crate) struct Block {
     pub(crate) window: i64,
     /// What products are multiplied by.
     pub(crate) scale: f64,
-    /// Scores `s` become `c · tanh(s / c)`, where set.
-    pub(crate) cap: Option<f64>,
     /// The first of the pass's rows that the block is of.
     pub(crate) first_row: i64,
     /// How many it is of.

@@ -68,11 +68,11 @@ fn heads_are_split_turned_and_joined_as_the_formula_says_also_in_rows_of_differe
 #[test]
 fn attention_sees_what_its_block_says_and_its_derivative_is_that_of_the_formula() {
     let rows = Rows::new(&[6, 3, 5], Device::Cpu);
-    let blocks = [(0, i64::MAX, None), (0, 2, None), (2, 3, Some(4.0))];
+    let blocks = [(0, i64::MAX), (0, 2), (2, 3)];
     for (kind, bar) in KINDS {
-        for (first_query, window, cap) in blocks {
+        for (first_query, window) in blocks {
             let first_key = (first_query + 1_i64).saturating_sub(window).max(0);
-            let block = Block { group: 2, first_query, first_key, window, scale: 0.3, cap, first_row: 1, rows: 2 };
+            let block = Block { group: 2, first_query, first_key, window, scale: 0.3, first_row: 1, rows: 2 };
             let (queries, keys) = (6 - first_query, 6 - first_key);
             let scores = random(&[4, 2 * queries, keys], Kind::Float) * 5.0;
             let p = attention_softmax(&scores, &rows, block, kind);
