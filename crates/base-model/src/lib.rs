@@ -7,10 +7,12 @@
 pub mod architecture;
 mod config;
 pub mod family;
+pub mod shards;
 pub mod weights;
 
 pub use architecture::{Architecture, Unsupported};
 pub use family::Family;
+pub use shards::Shards;
 pub use weights::{WeightFile, WeightsError};
 
 /// The names of the files this crate reads.
@@ -19,4 +21,6 @@ pub mod files {
     pub const CONFIG: &str = "config.json";
     /// The weights.
     pub const WEIGHTS: &str = "model.safetensors";
+    /// Which of several weight files holds which tensor, in a folder as the hub ships it.
+    pub const INDEX: &str = "model.safetensors.index.json";
 }

@@ -48,6 +48,23 @@ pub enum WeightsError {
         /// What its reader said.
         reason: String,
     },
+    /// The folder has neither a weight file nor an index of several.
+    #[error(
+        "{}: there is neither {} nor {}; pickled weights (.bin, .pt, .pth) are never read: save the model as safetensors",
+        folder.display(), crate::files::WEIGHTS, crate::files::INDEX
+    )]
+    NoWeights {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// The index of several weight files is malformed, or says what is not so.
+    #[error("{path} {reason}")]
+    Index {
+        /// The index.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// The architecture needs a tensor the file does not have.
     #[error("{path}: tensor {name} is missing")]
     Missing {

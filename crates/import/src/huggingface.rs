@@ -1,11 +1,10 @@
 //! A directory as Hugging Face's hub ships it.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
-use std::path::{Component, Path};
+use std::path::Path;
 
 use holdfast_base_model::architecture::ExpectedTensor;
-use holdfast_base_model::{Architecture, WeightFile, WeightsError, files};
+use holdfast_base_model::{Architecture, Shards, files};
 use holdfast_dataset::tokenizer::{SpecialTokens, files as text_files};
 use safetensors::Dtype;
 use serde_json::Value;
@@ -13,7 +12,6 @@ use serde_json::Value;
 use crate::ImportError;
 use crate::folder::{self, TensorSource, TextFiles};
 
-const INDEX: &str = "model.safetensors.index.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
 
@@ -100,74 +98,12 @@ fn chat_template(source: &Path, tokenizer_config: &Value) -> Result<String, Impo
     })
 }
 
-/// The weights, in one file or several with an index.
-struct Shards {
-    folder: std::path::PathBuf,
-    files: Vec<WeightFile>,
-    /// Tensor name to the file that holds it.
-    place: BTreeMap<String, usize>,
-}
-
-impl Shards {
-    fn open(source: &Path) -> Result<Self, ImportError> {
-        let mut shards = Self { folder: source.to_owned(), files: Vec::new(), place: BTreeMap::new() };
-        if let Some(index) = read_json(source, INDEX)? {
-            shards.open_indexed(source, &index)?;
-        } else if source.join(files::WEIGHTS).exists() {
-            let file = WeightFile::open(&source.join(files::WEIGHTS))?;
-            shards.place = file.names().into_iter().map(|name| (name, 0)).collect();
-            shards.files.push(file);
-        } else {
-            return Err(ImportError::format(
-                files::WEIGHTS,
-                format!(
-                    "is missing, and so is {INDEX}; pickled weights (.bin, .pt, .pth) are never read: save the model as safetensors"
-                ),
-            ));
-        }
-        Ok(shards)
-    }
-
-    fn open_indexed(&mut self, source: &Path, index: &Value) -> Result<(), ImportError> {
-        let map = index["weight_map"].as_object().ok_or_else(|| ImportError::format(INDEX, "has no weight_map"))?;
-        let mut opened = BTreeMap::new();
-        for (tensor, file) in map {
-            let name = file.as_str().filter(|name| is_plain(name)).ok_or_else(|| {
-                ImportError::format(INDEX, format!("weight_map names no file of this directory for tensor {tensor}"))
-            })?;
-            let at = match opened.get(name) {
-                Some(&at) => at,
-                None => {
-                    self.files.push(WeightFile::open(&source.join(name))?);
-                    opened.insert(name, self.files.len() - 1);
-                    self.files.len() - 1
-                }
-            };
-            self.place.insert(tensor.clone(), at);
-        }
-        Ok(())
-    }
-
-    fn find(&self, tensor: &ExpectedTensor) -> Result<holdfast_base_model::weights::TensorBytes<'_>, ImportError> {
-        let place = tensor.spellings().iter().find_map(|name| self.place.get(name).copied());
-        let file = place.and_then(|at| self.files.get(at));
-        let missing = || WeightsError::Missing { path: self.folder.clone(), name: tensor.name.clone() };
-        Ok(file.ok_or_else(missing)?.expect(tensor)?)
-    }
-}
-
-/// Whether a name from an index stays inside its directory.
-fn is_plain(name: &str) -> bool {
-    let mut parts = Path::new(name).components();
-    matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None))
-}
-
 impl TensorSource for Shards {
     fn dtype(&self, tensor: &ExpectedTensor) -> Result<Dtype, ImportError> {
-        Ok(self.find(tensor)?.dtype)
+        Ok(self.expect(tensor)?.dtype)
     }
 
     fn bytes(&self, tensor: &ExpectedTensor) -> Result<Cow<'_, [u8]>, ImportError> {
-        Ok(Cow::Borrowed(self.find(tensor)?.bytes))
+        Ok(Cow::Borrowed(self.expect(tensor)?.bytes))
     }
 }

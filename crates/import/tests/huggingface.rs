@@ -58,7 +58,7 @@ fn shard(folder: &Path) -> Result<()> {
             map.insert(tensor, name.into());
         }
     }
-    Ok(fs::write(folder.join("model.safetensors.index.json"), json!({ "weight_map": map }).to_string())?)
+    Ok(fs::write(folder.join(files::INDEX), json!({ "weight_map": map }).to_string())?)
 }
 
 fn refusal(folder: &Path) -> Result<String> {
@@ -103,16 +103,20 @@ fn what_is_missing_is_named() -> Result<()> {
 #[test]
 fn an_index_that_lies_or_leaves_its_folder_is_refused() -> Result<()> {
     for (value, words) in [
-        (json!("../elsewhere.safetensors"), "names no file of this directory"),
-        (json!("/etc/passwd"), "names no file of this directory"),
+        (json!("../elsewhere.safetensors"), "names no file of this folder"),
+        (json!("/etc/passwd"), "names no file of this folder"),
         (json!("model-00009-of-00002.safetensors"), "No such file"),
-        (json!(7), "names no file of this directory"),
+        (json!(7), "names no file of this folder"),
+        (
+            json!("model-00002-of-00002.safetensors"),
+            "places tensor model.embed_tokens.weight in model-00002-of-00002.safetensors, which does not hold it",
+        ),
     ] {
         let folder = model()?;
         shard(folder.path())?;
-        let path = folder.path().join("model.safetensors.index.json");
+        let path = folder.path().join(files::INDEX);
         let mut index: Value = serde_json::from_slice(&fs::read(&path)?)?;
-        index["weight_map"]["model.norm.weight"] = value;
+        index["weight_map"]["model.embed_tokens.weight"] = value;
         fs::write(&path, index.to_string())?;
         let message = refusal(folder.path())?;
         assert!(message.contains(words), "{message}");

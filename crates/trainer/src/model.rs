@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use holdfast_base_model::architecture::{ExpectedTensor, LayerKind};
 use holdfast_base_model::family::Traits;
 use holdfast_base_model::weights::TensorBytes;
-use holdfast_base_model::{Architecture, WeightFile, files};
+use holdfast_base_model::{Architecture, Shards, files};
 use holdfast_domain::hyperparameters::{Projection, Recompute};
 use safetensors::Dtype;
 use tch::{Device, Kind, Tensor};
@@ -91,7 +91,7 @@ pub fn projection_size(a: &Architecture, projection: Projection) -> (i64, i64) {
 
 /// The weights an architecture needs, by name.
 struct Weights<'a> {
-    file: &'a WeightFile,
+    shards: &'a Shards,
     expected: BTreeMap<String, ExpectedTensor>,
     kind: Kind,
     device: Device,
@@ -102,7 +102,7 @@ struct Weights<'a> {
 impl Weights<'_> {
     fn read(&self, name: &str) -> Result<TensorBytes<'_>> {
         let expected = self.expected.get(name).with_context(|| format!("the architecture has no tensor {name}"))?;
-        Ok(self.file.expect(expected)?)
+        Ok(self.shards.expect(expected)?)
     }
 
     fn get(&self, name: &str) -> Result<Tensor> {
@@ -158,18 +158,18 @@ impl Model {
     /// When a file is missing or not what the architecture needs, or a weight is not a finite number.
     pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
         let architecture = read_architecture(&folder.join(files::CONFIG))?;
-        Self::load_as(architecture, &folder.join(files::WEIGHTS), kind, device)
+        Self::load_as(architecture, folder, kind, device)
     }
 
-    /// The same for weights whose architecture is known from elsewhere.
+    /// The same for a folder's weights whose architecture is known from elsewhere.
     ///
     /// # Errors
     /// When a tensor is missing, has another shape or other numbers than the architecture needs, or is not finite.
-    pub fn load_as(architecture: Architecture, weights: &Path, kind: Kind, device: Device) -> Result<Self> {
-        let file = WeightFile::open(weights)?;
+    pub fn load_as(architecture: Architecture, folder: &Path, kind: Kind, device: Device) -> Result<Self> {
+        let shards = Shards::open(folder)?;
         let traits = architecture.family.traits();
         let expected = architecture.tensors().into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
-        let weights = Weights { file: &file, expected, kind, device, norm_plus_one: traits.norm_plus_one };
+        let weights = Weights { shards: &shards, expected, kind, device, norm_plus_one: traits.norm_plus_one };
         let embedding = weights.get("model.embed_tokens.weight")?;
         let layers = architecture.layers.iter().enumerate();
         let layers = layers.map(|(index, &kind)| load_layer(&weights, index, kind, traits)).collect::<Result<_>>()?;
@@ -282,7 +282,7 @@ fn to_tensor(name: &str, stored: TensorBytes<'_>, kind: Kind, device: Device) ->
     let stored_kind = match stored.dtype {
         Dtype::F16 => Kind::Half,
         Dtype::BF16 => Kind::BFloat16,
-        _ => Kind::Float, // `WeightFile::expect` gives no other
+        _ => Kind::Float, // `Shards::expect` gives no other
     };
     let shape: Vec<i64> = stored.shape.iter().map(|&n| n as i64).collect();
     let tensor = Tensor::from_data_size(stored.bytes, &shape, stored_kind).to_kind(kind).to_device(device);

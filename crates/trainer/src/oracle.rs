@@ -125,7 +125,7 @@ struct Case {
 impl Case {
     fn open(folder: &Path, config: Option<&Path>) -> Result<Self> {
         let config = config.map_or_else(|| folder.join(files::CONFIG), Path::to_owned);
-        let model = Model::load_as(read_architecture(&config)?, &folder.join(files::WEIGHTS), Kind::Float, Device::Cpu)?;
+        let model = Model::load_as(read_architecture(&config)?, folder, Kind::Float, Device::Cpu)?;
         let path = folder.join("case.json");
         let scalars = serde_json::from_slice(&std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?)?;
         let file = WeightFile::open(&folder.join("case.safetensors"))?;
