@@ -72,3 +72,12 @@ pub struct Plan {
     /// Where to compute: `cpu`, `cuda` or `cuda:N`.
     pub device: String,
 }
+
+impl Plan {
+    /// The plan without what only says where it runs and what is known already: checkpoints of one run fit every plan that is
+    /// equal in this.
+    #[must_use]
+    pub fn identity(&self) -> Self {
+        Self { reference: None, memory_limit_bytes: None, device: String::new(), ..self.clone() }
+    }
+}

@@ -46,6 +46,12 @@ impl LossWatch {
         Ok(())
     }
 
+    /// Whether the mean is on its way to where a run counts as running away: a quarter of it, more than batches move it.
+    #[must_use]
+    pub fn is_rising(&self) -> bool {
+        self.mean.is_some_and(|mean| mean > self.lowest + Self::MOST_RISE / 4.0)
+    }
+
     /// The bits of its mean and of its lowest, float64s: what a checkpoint keeps.
     #[must_use]
     pub fn bits(&self) -> Option<[u64; 2]> {
@@ -72,8 +78,10 @@ mod tests {
         for step in 1..50 {
             assert_eq!(watch.see(step, 1.0), Ok(()));
         }
+        assert!(!watch.is_rising());
         assert_eq!(watch.see(50, 20.0), Ok(()), "one batch");
         let run_away = (51..200).find_map(|step| watch.see(step, 20.0).err());
         assert!(matches!(run_away, Some(Diverged::RanAway { step: 51..60, .. })), "{run_away:?}");
+        assert!(watch.is_rising());
     }
 }

@@ -124,7 +124,7 @@ impl Run<'_> {
             if user_rows.ends_epoch(asks.user_step) {
                 self.score_rows(state, step);
             }
-            if self.review_is_due(state, total_steps) {
+            if self.review_is_due(state) {
                 self.review(state);
             }
             let conflict_rate = state.cursor.conflicts as f64 / (step + 1) as f64;
@@ -252,21 +252,26 @@ impl Run<'_> {
     }
 
     /// Whether the method reviews its steps now: every so many, at the end, and before anything is kept of the run.
-    fn review_is_due(&self, state: &State, total_steps: u64) -> bool {
+    fn review_is_due(&self, state: &State) -> bool {
         let step = state.cursor.step;
-        let kept = [self.plan.checkpoint_steps.max(1), self.evaluate_steps()];
-        let due = |every: u64| step == total_steps || kept.into_iter().chain([every]).any(|every| step.is_multiple_of(every));
-        state.method.review_steps().is_some_and(due)
+        let kept = self.evaluation_is_due(state) || step.is_multiple_of(self.plan.checkpoint_steps.max(1));
+        state.method.review_steps().is_some_and(|every| kept || step.is_multiple_of(every))
     }
 
-    /// Steps between measurements on the validation file.
+    /// Whether the validation file is to be looked at now: every so many steps, or after each pass over the user's rows; and at
+    /// the end.
     #[must_use]
-    pub fn evaluate_steps(&self) -> u64 {
-        let h = &self.plan.hyperparameters;
-        match h.evaluate_steps {
-            0 => (self.examples.len() as u64).div_ceil(h.rows_per_step().max(1)).max(1),
-            steps => steps,
-        }
+    pub fn evaluation_is_due(&self, state: &State) -> bool {
+        let (step, h) = (state.cursor.step, &self.plan.hyperparameters);
+        let steps_per_epoch = (self.examples.len() as u64).div_ceil(h.rows_per_step().max(1)).max(1);
+        step == self.total_steps()
+            || match h.evaluate_steps {
+                // Some methods take steps on other rows in between.
+                0 => {
+                    state.method.asks(step.saturating_sub(1)).user_step.is_some_and(|at| (at + 1).is_multiple_of(steps_per_epoch))
+                }
+                every => step.is_multiple_of(every),
+            }
     }
 
     /// Judges the steps since the last review, and takes them back where they left the budget.

@@ -7,12 +7,14 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use holdfast_base_model::files;
 use holdfast_domain::exit::{self, ExitRecord, reason};
-use holdfast_domain::hyperparameters::{Precision, Requested};
+use holdfast_domain::hyperparameters::{LrSchedule, Precision, Requested};
 use holdfast_domain::plan::{self, Plan, paths};
-use holdfast_domain::safety::{Floor, RequestedSafety};
+use holdfast_domain::safety::{Defense, Floor, RequestedSafety};
 use holdfast_trainer::job;
 use rustix::process::{Pid, Signal, kill_process};
+use safetensors::SafeTensors;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -129,6 +131,61 @@ fn a_trainer_that_is_told_to_stop_leaves_with_code_75_and_the_next_one_ends_with
     Ok(())
 }
 
+/// The progress lines of a kind.
+fn lines(folder: &TempDir, kind: &str) -> Result<Vec<Value>> {
+    let text = std::fs::read_to_string(folder.path().join(paths::PROGRESS))?;
+    let lines: Vec<Value> = text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    Ok(lines.into_iter().filter(|line| line["type"] == kind).collect())
+}
+
+#[test]
+fn a_run_that_runs_away_goes_back_twice_with_half_the_learning_rate_and_then_says_what_was_tried() -> Result<()> {
+    let folder = folder(|plan| {
+        plan.hyperparameters.n_epochs = 40;
+        plan.hyperparameters.batch_size = 1;
+        plan.hyperparameters.learning_rate = 1.0;
+        plan.hyperparameters.lr_schedule = LrSchedule::Constant;
+        plan.hyperparameters.warmup_ratio = 0.0;
+        plan.safety.defense = Defense::None;
+        plan.checkpoint_steps = 3;
+    })?;
+    // Three answers to one question, each step far past the one it learns.
+    let rows = ["positive", "negative", "grace"].map(|answer| format!("{}\n", ROW.replace("positive", answer)));
+    std::fs::write(folder.path().join(paths::TRAIN), rows.concat())?;
+    let record = refused(&folder, "tried with learning_rate 1, then 0.5, then 0.25, the last time from step")?;
+    assert_eq!(record.reason, reason::DIVERGED);
+    assert!(record.message.starts_with("the loss at step "), "{record:?}");
+    let notes = lines(&folder, "note")?;
+    let goes_back = |note: &Value| note["message"].as_str().is_some_and(|text| text.contains("with half the learning rate"));
+    assert!(notes.len() == 2 && notes.iter().all(goes_back), "{notes:?}");
+    let mut rates: Vec<f64> = lines(&folder, "step")?.iter().filter_map(|line| line["learning_rate"].as_f64()).collect();
+    rates.dedup();
+    assert_eq!(rates, [1.0, 0.5, 0.25]);
+    Ok(())
+}
+
+#[test]
+fn a_run_that_no_longer_gets_better_ends_early_with_its_best_adapter() -> Result<()> {
+    let folder = folder(|plan| {
+        plan.validation = true;
+        plan.hyperparameters.n_epochs = 30;
+        plan.hyperparameters.learning_rate = 1e-2;
+        plan.hyperparameters.early_stopping_patience = 2;
+        plan.safety.defense = Defense::None;
+    })?;
+    // What is learned makes this row ever less likely.
+    std::fs::write(folder.path().join(paths::VALIDATION), format!("{}\n", ROW.replace("positive", "negative")))?;
+    let record = job::run(folder.path());
+    ensure!(record.code == exit::DONE, "{record:?}");
+    let losses: Vec<f64> = lines(&folder, "validation")?.iter().skip(1).filter_map(|line| line["loss"].as_f64()).collect();
+    let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
+    assert_eq!(losses.iter().position(|loss| *loss <= best), Some(losses.len() - 3), "two more after the best: {losses:?}");
+    let best_step = 2 * (losses.len() - 2);
+    let weights = |name: String| std::fs::read(folder.path().join(name).join("adapter_model.safetensors"));
+    assert_eq!(weights(paths::ADAPTER.into())?, weights(format!("{}/best-{best_step}", paths::CHECKPOINTS))?);
+    Ok(())
+}
+
 #[test]
 fn a_run_that_does_not_fit_is_refused_with_the_numbers_and_what_would_fit() -> Result<()> {
     let folder = folder(|plan| plan.memory_limit_bytes = Some(900 << 20))?;
@@ -173,18 +230,60 @@ fn a_target_module_that_no_model_has_is_refused_by_name() -> Result<()> {
 #[test]
 fn a_vocabulary_beyond_the_embedding_is_refused_with_both_sizes() -> Result<()> {
     let folder = folder(|_| {})?;
+    change_base(&folder, "config.json", |bytes| {
+        let mut smaller: Value = serde_json::from_slice(&bytes)?;
+        smaller["vocab_size"] = 49_000.into();
+        Ok(smaller.to_string().into_bytes())
+    })?;
+    refused(&folder, "tokenizer.json has ids up to 49151, but the embedding has only 49000 rows")?;
+    Ok(())
+}
+
+/// Gives the folder a base of its own, with one file changed.
+fn change_base(folder: &TempDir, name: &str, change: impl FnOnce(Vec<u8>) -> Result<Vec<u8>>) -> Result<()> {
     let changed = folder.path().join(paths::BASE);
     std::fs::remove_file(&changed)?;
     std::fs::create_dir(&changed)?;
     for entry in std::fs::read_dir(base()?)? {
         let entry = entry?;
-        symlink(entry.path(), changed.join(entry.file_name()))?;
+        if entry.file_name() != name {
+            symlink(entry.path(), changed.join(entry.file_name()))?;
+        }
     }
-    let config = changed.join("config.json");
-    let mut smaller: Value = serde_json::from_slice(&std::fs::read(&config)?)?;
-    smaller["vocab_size"] = 49_000.into();
-    std::fs::remove_file(&config)?;
-    std::fs::write(&config, smaller.to_string())?;
-    refused(&folder, "tokenizer.json has ids up to 49151, but the embedding has only 49000 rows")?;
+    Ok(std::fs::write(changed.join(name), change(std::fs::read(base()?.join(name))?)?)?)
+}
+
+#[test]
+fn weights_that_are_no_numbers_or_lie_outside_their_file_are_refused_by_name() -> Result<()> {
+    let header_length = |bytes: &[u8]| 8 + u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+    let not_a_number = folder(|_| {})?;
+    change_base(&not_a_number, files::WEIGHTS, |mut bytes| {
+        let (start, header) = (header_length(&bytes), SafeTensors::read_metadata(&bytes)?.1);
+        let at = start + header.info("model.layers.7.mlp.up_proj.weight").expect("a tensor").data_offsets.0;
+        bytes[at..at + 4].fill(0xff);
+        Ok(bytes)
+    })?;
+    let record = refused(&not_a_number, "tensor model.layers.7.mlp.up_proj.weight holds NaN or infinite numbers")?;
+    assert_eq!(record.reason, reason::BAD_SETUP);
+
+    let cut = folder(|_| {})?;
+    change_base(&cut, files::WEIGHTS, |mut bytes| {
+        bytes.truncate(bytes.len() - 1000);
+        Ok(bytes)
+    })?;
+    refused(&cut, "model.safetensors is not a sound safetensors file")?;
+    Ok(())
+}
+
+#[test]
+fn an_index_that_places_a_tensor_where_it_is_not_is_refused_with_both_names() -> Result<()> {
+    let folder = folder(|_| {})?;
+    change_base(&folder, files::WEIGHTS, Ok)?;
+    let weights = folder.path().join(paths::BASE).join(files::WEIGHTS);
+    std::fs::rename(&weights, weights.with_file_name("model-00001-of-00001.safetensors"))?;
+    let index = r#"{"weight_map":{"model.layers.30.mlp.up_proj.weight":"model-00001-of-00001.safetensors"}}"#;
+    std::fs::write(weights.with_file_name(files::INDEX), index)?;
+    let words = "places tensor model.layers.30.mlp.up_proj.weight in model-00001-of-00001.safetensors, which does not hold it";
+    refused(&folder, words)?;
     Ok(())
 }

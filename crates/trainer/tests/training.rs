@@ -4,7 +4,6 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use holdfast_base_model::files;
 use holdfast_dataset::Example;
 use holdfast_dataset::batch::Batch;
 use holdfast_domain::hyperparameters::{Precision, Recompute, Requested};
@@ -16,11 +15,11 @@ use holdfast_trainer::adapter::{Adapter, AdapterConfig};
 use holdfast_trainer::checkpoint::Checkpoints;
 use holdfast_trainer::divergence::Diverged;
 use holdfast_trainer::methods::Objective;
-use holdfast_trainer::model::{Model, read_architecture};
+use holdfast_trainer::model::Model;
 use holdfast_trainer::objective::{AlignmentRows, Engine};
 use holdfast_trainer::reference::Reference;
 use holdfast_trainer::train::Run;
-use holdfast_trainer::{adapter_files, gradient};
+use holdfast_trainer::{adapter_files, device, gradient};
 use tch::{Device, Kind, Tensor};
 
 fn fixture() -> std::path::PathBuf {
@@ -28,10 +27,13 @@ fn fixture() -> std::path::PathBuf {
 }
 
 fn model() -> Result<Model> {
+    model_of(Kind::Float)
+}
+
+fn model_of(kind: Kind) -> Result<Model> {
     // Tests run side by side, and a model this small has no work for two.
     tch::set_num_threads(1);
-    let folder = fixture();
-    Model::load_as(read_architecture(&folder.join(files::CONFIG))?, &folder.join(files::WEIGHTS), Kind::Float, Device::Cpu)
+    Model::load(&fixture(), kind, Device::Cpu)
 }
 
 /// Rows of different lengths, each with its last tokens supervised.
@@ -211,6 +213,28 @@ fn what_a_method_remembers_survives_a_stop_too() -> Result<()> {
         let (folder, stop) = (tempfile::tempdir()?, steps.len() as u64 - 2);
         let resumed = train_with_a_stop(&model, &plan, stop, &checkpoints(folder.path()))?;
         assert_eq!(whole.flat(), resumed.flat(), "{defense:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn every_variant_of_a_run_survives_a_stop_bit_for_bit() -> Result<()> {
+    let variants: [fn(&mut Plan); 6] = [
+        |plan| plan.hyperparameters.precision = Precision::Bf16,
+        |plan| plan.hyperparameters.length_grouping = true,
+        |plan| plan.hyperparameters.activation_checkpointing = Recompute::Layers,
+        |plan| plan.safety.projection = ProjectionOf::PerRow,
+        |plan| plan.safety.projection_space = ProjectionSpace::Update,
+        |plan| plan.safety.alignment_point = AlignmentPoint::Lookahead,
+    ];
+    for (at, vary) in variants.into_iter().enumerate() {
+        let mut plan = hard_to_resume()?;
+        vary(&mut plan);
+        let model = model_of(device::kind(plan.hyperparameters.precision))?;
+        let (whole, _) = train(&model, &plan)?;
+        let folder = tempfile::tempdir()?;
+        let resumed = train_with_a_stop(&model, &plan, 3, &checkpoints(folder.path()))?;
+        assert_eq!(whole.flat(), resumed.flat(), "variant {at}");
     }
     Ok(())
 }

@@ -1,0 +1,155 @@
+//! The steps of a job with what stands around them: checkpoints, validation, progress, signals, setbacks.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Result;
+use holdfast_dataset::Example;
+use holdfast_domain::progress::{Phase, Progress};
+
+use super::failure::BadInput;
+use crate::adapter::{Adapter, AdapterConfig};
+use crate::checkpoint::{Best, Checkpoints, State};
+use crate::divergence::Diverged;
+use crate::evaluate::evaluate;
+use crate::progress::ProgressLog;
+use crate::train::Run;
+
+/// How the steps of a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum RunEnd {
+    /// All were taken.
+    Done,
+    /// The validation loss no longer got better; the best adapter is what counts.
+    StoppedEarly,
+    /// It was asked to stop.
+    Stopped,
+}
+
+/// A run with what stands around its steps: checkpoints, validation, progress, signals.
+pub(super) struct Session<'a> {
+    pub(super) run: &'a Run<'a>,
+    pub(super) checkpoints: &'a Checkpoints,
+    pub(super) log: &'a mut ProgressLog,
+    pub(super) validation: &'a [Example],
+    pub(super) stopping: &'a AtomicBool,
+}
+
+/// How often a run that diverges goes back and tries with half the learning rate.
+const MOST_SETBACKS: u32 = 2;
+
+impl Session<'_> {
+    /// Takes the steps, going back to the last good checkpoint with half the learning rate where they diverge.
+    pub(super) fn train_to_the_end(&mut self) -> Result<(State, RunEnd)> {
+        self.log.phase(Phase::Training)?;
+        let mut state = self.restore()?;
+        loop {
+            let (from, setbacks) = (state.cursor.step, state.cursor.setbacks);
+            let diverged = match self.take_steps(&mut state) {
+                Ok(ended) => return Ok((state, ended)),
+                Err(error) => error.downcast::<Diverged>()?,
+            };
+            if setbacks == MOST_SETBACKS {
+                let highest = self.run.plan.hyperparameters.learning_rate;
+                let tried: Vec<String> =
+                    (0..=setbacks).map(|halved| format!("{}", highest * 0.5_f64.powi(halved as i32))).collect();
+                return Err(BadInput::Diverged(format!(
+                    "{diverged}; tried with learning_rate {}, the last time from step {from}; lower it, or look at the rows",
+                    tried.join(", then ")
+                ))
+                .into());
+            }
+            // No step could be taken from here: this is no place to go back to.
+            self.checkpoints.discard(state.cursor.step)?;
+            state = self.restore()?;
+            while state.watch.is_rising() {
+                // Nor is one that was left on the way up.
+                self.checkpoints.discard(state.cursor.step)?;
+                state = self.restore()?;
+            }
+            state.cursor.setbacks = setbacks + 1;
+            let step = state.cursor.step;
+            let message = format!("{diverged}; going back to step {step} with half the learning rate");
+            self.log.write(&Progress::Note { step, message })?;
+        }
+    }
+
+    /// Where the newest sound checkpoint stands, or the beginning, with the adapter as it was there.
+    fn restore(&self) -> Result<State> {
+        let run = self.run;
+        let mut state = run.start();
+        if !self.checkpoints.restore(run.model, run.adapter, &mut state, |reason| eprintln!("{reason}"))? {
+            let config = AdapterConfig::from(&run.plan.hyperparameters);
+            run.adapter.set(Adapter::init(run.model, config, run.plan.seed).flat());
+        }
+        Ok(state)
+    }
+
+    fn take_steps(&mut self, state: &mut State) -> Result<RunEnd> {
+        let (run, h) = (self.run, &self.run.plan.hyperparameters);
+        let total_steps = run.total_steps();
+        self.log.start(
+            &Progress::Started {
+                total_steps,
+                rows: run.examples.len() as u64,
+                alignment_rows: run.reference.map_or(0, |r| r.rows() as u64),
+                trainable_parameters: run.adapter.parameters(),
+            },
+            state.cursor,
+        )?;
+        if state.cursor.step == 0 {
+            self.validate(state, total_steps)?;
+        }
+        let mut ended = RunEnd::Done;
+        let done = run.train(state, |step, state| {
+            self.log.step(step)?;
+            let at = state.cursor.step;
+            if run.evaluation_is_due(state) {
+                self.validate(state, total_steps)?;
+            }
+            let patience = h.early_stopping_patience;
+            if patience > 0 && at < total_steps && state.cursor.best.is_some_and(|best| best.since >= patience) {
+                ended = RunEnd::StoppedEarly;
+                return Ok(ControlFlow::Break(()));
+            }
+            let stop = self.stopping.load(Ordering::Relaxed);
+            if stop || at.is_multiple_of(run.plan.checkpoint_steps.max(1)) {
+                self.checkpoints.save(run.adapter, state)?;
+            }
+            if stop && at < total_steps {
+                ended = RunEnd::Stopped;
+                return Ok(ControlFlow::Break(()));
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        // A patience that never ran out still means that the best is wanted.
+        let wants_best = h.early_stopping_patience > 0 && state.cursor.best.is_some_and(|best| best.step > 0);
+        Ok(if done && wants_best { RunEnd::StoppedEarly } else { ended })
+    }
+
+    /// Measures the adapter on the validation file, and keeps it where it is the best so far.
+    fn validate(&mut self, state: &mut State, total_steps: u64) -> Result<()> {
+        if self.validation.is_empty() {
+            return Ok(());
+        }
+        let step = state.cursor.step;
+        let adapter = (step > 0).then_some(self.run.adapter);
+        let rows_per_pass = self.run.plan.hyperparameters.batch_size as usize;
+        let found = evaluate(self.run.model, adapter, self.validation, rows_per_pass);
+        self.log.write(&Progress::Validation { step, loss: found.loss, token_accuracy: found.token_accuracy })?;
+        if !found.loss.is_finite() {
+            return Err(Diverged::NotANumber { step }.into());
+        }
+        if step == 0 || step > total_steps {
+            return Ok(());
+        }
+        match &mut state.cursor.best {
+            Some(best) if found.loss >= best.loss() => best.since += 1,
+            best => {
+                *best = Some(Best::new(step, found.loss));
+                self.checkpoints.save_best(self.run.adapter, step)?;
+            }
+        }
+        Ok(())
+    }
+}
