@@ -79,6 +79,7 @@ struct Inside {
 struct FeedForward {
     gate_up: Tensor, // [kept, 2 inner]
     gate_up_low: Option<Tensor>,
+    /// Made again from what the gate puts out where it is missing.
     down_low: Option<Tensor>,
     /// What it put out, where that is normed.
     out: Option<Tensor>, // [kept, hidden]
@@ -126,16 +127,18 @@ impl Layer {
     /// The block's output `[kept, hidden]` for `x: [tokens, hidden]`, and what a backward pass needs. With `keep`, indices of
     /// tokens, only they go on after attention.
     pub(crate) fn forward(&self, x: Tensor, keep: Option<Tensor>, pass: &Pass<'_>) -> (Tensor, Saved) {
-        let (out, inside) = self.inside(&x, keep.as_ref(), pass);
+        let inside = self.attend(&x, keep.as_ref(), pass);
+        let (out, fed) = self.feed_forward(&inside.after_attention, pass);
         let inside = match pass.recompute {
-            Recompute::Nothing => Some(inside),
-            Recompute::FeedForward => Some(Inside { fed: None, ..inside }),
+            Recompute::Nothing => Some(Inside { fed: Some(fed), ..inside }),
+            Recompute::FeedForward => Some(inside),
             Recompute::Layers => None,
         };
         (out, Saved { x, keep, inside })
     }
 
-    fn inside(&self, x: &Tensor, keep: Option<&Tensor>, pass: &Pass<'_>) -> (Tensor, Inside) {
+    /// The block's first half.
+    fn attend(&self, x: &Tensor, keep: Option<&Tensor>, pass: &Pass<'_>) -> Inside {
         let (shape, epsilon) = (self.shape(pass.architecture), pass.architecture.rms_norm_eps);
         let normed = kernels::rms_norm(x, &self.attention_norm, epsilon).0;
         let (qkv, qkv_low) = self.linear(Stack::Qkv, pass).forward(&normed, None); // [tokens, (heads + 2 shared) head_dim]
@@ -144,17 +147,30 @@ impl Layer {
         let mixed = heads.attend(pass.rows, shape, self.sight(pass.architecture));
         let mixed = kept(kernels::join_heads(&mixed, pass.rows, shape, pass.tokens), keep);
         let (after_attention, mixed_low, attended) = self.onto(Stack::Output, &mixed, &kept(x.shallow_clone(), keep), 0, pass); // [kept, hidden]
-        let (out, fed) = self.feed_forward(&after_attention, pass);
         let qkv = self.head_norms.is_some().then_some(qkv);
-        (out, Inside { qkv, qkv_low, heads, mixed, mixed_low, attended, after_attention, fed: Some(fed) })
+        Inside { qkv, qkv_low, heads, mixed, mixed_low, attended, after_attention, fed: None }
     }
 
+    /// The block's second half.
     fn feed_forward(&self, h: &Tensor, pass: &Pass<'_>) -> (Tensor, FeedForward) {
-        let normed = kernels::rms_norm(h, &self.feed_forward_norm, pass.architecture.rms_norm_eps).0;
-        let (gate_up, gate_up_low) = self.linear(Stack::GateUp, pass).forward(&normed, None); // [kept, 2 inner]
+        let (gate_up, gate_up_low) = self.gate_up(h, pass);
         let gated = kernels::gated(&gate_up, pass.architecture.family.traits().activation);
         let (y, down_low, out) = self.onto(Stack::Down, &gated, h, 1, pass);
         (y, FeedForward { gate_up, gate_up_low, down_low, out })
+    }
+
+    /// What the way back needs of it. Without a norm behind it, its output is not among that.
+    fn feed_forward_again(&self, h: &Tensor, pass: &Pass<'_>) -> FeedForward {
+        if self.output_norms.is_some() {
+            return self.feed_forward(h, pass).1;
+        }
+        let (gate_up, gate_up_low) = self.gate_up(h, pass);
+        FeedForward { gate_up, gate_up_low, down_low: None, out: None }
+    }
+
+    fn gate_up(&self, h: &Tensor, pass: &Pass<'_>) -> (Tensor, Option<Tensor>) {
+        let normed = kernels::rms_norm(h, &self.feed_forward_norm, pass.architecture.rms_norm_eps).0;
+        self.linear(Stack::GateUp, pass).forward(&normed, None) // [kept, 2 inner]
     }
 
     /// `stream + W x`, or `stream + norm(W x)` where what a part puts out is normed; with the LoRA's low product, and `W x`
@@ -193,19 +209,20 @@ impl Layer {
     pub(crate) fn backward(&self, by_y: Tensor, saved: Saved, pass: &Pass<'_>, parts: &mut Parts<'_>) -> Option<Tensor> {
         let epsilon = pass.architecture.rms_norm_eps;
         let Saved { x, keep, inside } = saved;
-        let inside = inside.unwrap_or_else(|| self.inside(&x, keep.as_ref(), pass).1);
+        let inside = inside.unwrap_or_else(|| self.attend(&x, keep.as_ref(), pass));
         let after_ranges = if keep.is_some() { parts.kept.clone() } else { parts.tokens.clone() };
 
         // The feed-forward.
         let h = inside.after_attention;
         let (normed, inverse) = kernels::rms_norm(&h, &self.feed_forward_norm, epsilon);
-        let fed = inside.fed.unwrap_or_else(|| self.feed_forward(&h, pass).1);
+        let fed = inside.fed.unwrap_or_else(|| self.feed_forward_again(&h, pass));
         let by_out = self.through_output_norm(&by_y, fed.out.as_ref(), 1, pass);
         let down = self.linear(Stack::Down, pass);
         let (by_gated, by_low) = down.backward(&by_out, true);
         let by_gated = by_gated.unwrap_or_else(|| by_out.zeros_like());
         let [by_gate_up, gated] = kernels::gated_backward(&fed.gate_up, &by_gated, pass.architecture.family.traits().activation);
-        down.accumulate(&gated, fed.down_low.as_ref(), &by_out, by_low.as_ref(), &after_ranges, parts.gradients);
+        let down_low = fed.down_low.or_else(|| down.low(&gated));
+        down.accumulate(&gated, down_low.as_ref(), &by_out, by_low.as_ref(), &after_ranges, parts.gradients);
         drop((fed.gate_up, by_gated, gated));
         let gate_up = self.linear(Stack::GateUp, pass);
         let (by_normed, by_low) = gate_up.backward(&by_gate_up, true);

@@ -81,8 +81,7 @@ impl Linear<'_> {
     pub(crate) fn forward(&self, x: &Tensor, onto: Option<&Tensor>) -> (Tensor, Option<Tensor>) {
         // A map that adds onto the stream has no bias in any family.
         let y = product::forward(x, &self.weight.matrix, onto.or(self.weight.bias.as_ref()));
-        let Some(patch) = &self.patch else { return (y, None) };
-        let low = self.low(patch, x);
+        let Some((patch, low)) = self.patch.as_ref().zip(self.low(x)) else { return (y, None) };
         for (member, up) in patch.members() {
             let mut columns = y.narrow(1, member.first_column, member.columns);
             let _ = columns.addmm_(&patch.of_member(&low, member), &up.tr());
@@ -90,14 +89,16 @@ impl Linear<'_> {
         (y, Some(low))
     }
 
-    fn low(&self, patch: &Patch<'_>, x: &Tensor) -> Tensor {
+    /// The LoRA's `(α / r) A x` alone.
+    pub(crate) fn low(&self, x: &Tensor) -> Option<Tensor> {
+        let patch = self.patch.as_ref()?;
         let scale = patch.scale();
-        let Some(dropout) = &self.dropout else { return x.mm(&patch.down.tr()) * scale };
+        let Some(dropout) = &self.dropout else { return Some(x.mm(&patch.down.tr()) * scale) };
         let parts: Vec<Tensor> = patch
             .members()
             .map(|(member, _)| dropout.apply(x, patch.layer, member.projection).mm(&patch.down_of(member).tr()) * scale)
             .collect();
-        Tensor::cat(&parts, 1)
+        Some(Tensor::cat(&parts, 1))
     }
 
     /// The derivative by `x`, unless nothing before it learns, and by the LoRA's `A x`.

@@ -1,17 +1,24 @@
-//! The large matrix products, with weights as they are stored, `[out, in]`.
+//! The large matrix products: of rows with weights as they are stored, `[out, in]`, and of attention's blocks.
 //!
 //! In float32 on a CPU they go to oneDNN as convolutions over single points, over the same memory and exact to the same rounding:
-//! libtorch has no other way to it in float32, and it is a tenth faster here than the products libtorch would take.
+//! libtorch has no other way to it in float32, and what it would take instead is slower (`bench/RESULTS.md` says by how much).
 
 use tch::{Device, Kind, Tensor};
 
+use crate::kernels;
+
 /// Products smaller than this, in multiplications, gain nothing by the detour.
-const LEAST: i64 = 1 << 26;
+const LEAST: i64 = 1 << 23;
+
+/// Whether a product of tensors like `x`, over three such sizes, is better off alone than in a batch: on a CPU, where one as
+/// large as this keeps all threads busy.
+pub(crate) fn is_large(x: &Tensor, rows: i64, columns: i64, depth: i64) -> bool {
+    x.device() == Device::Cpu && rows * columns * depth >= LEAST
+}
 
 fn as_convolution(x: &Tensor, matrix: &Tensor) -> bool {
     let size = matrix.size();
-    let rows = x.size()[0];
-    x.device() == Device::Cpu && x.kind() == Kind::Float && x.is_contiguous() && rows * size[0] * size[1] >= LEAST
+    is_large(x, x.size()[0], size[0], size[1]) && x.kind() == Kind::Float && x.is_contiguous() && matrix.is_contiguous()
 }
 
 /// `[tokens, width]` as an image of one column, channels last; a view.
@@ -54,6 +61,35 @@ pub(crate) fn backward(y: &Tensor, matrix: &Tensor) -> Tensor {
     y.mm(matrix)
 }
 
+/// `x yᵀ` of each of a batch, `[batch, m, n]` of `x: [batch, m, d]` and `y: [batch, n, d]`.
+pub(crate) fn each_transposed(x: &Tensor, y: &Tensor) -> Tensor {
+    match single(x, y) {
+        Some((x, y)) => forward(&x, &y, None).unsqueeze(0),
+        None => x.bmm(&y.transpose(1, 2)),
+    }
+}
+
+/// `x y` of each of a batch, `[batch, m, d]` of `x: [batch, m, n]` and `y: [batch, n, d]`.
+pub(crate) fn each(x: &Tensor, y: &Tensor) -> Tensor {
+    match single(x, y) {
+        Some((x, y)) => backward(&x, &y).unsqueeze(0),
+        None => x.bmm(y),
+    }
+}
+
+/// Adds `xᵀ y` of each of a batch onto `out: [batch, n, d]` in float32, of `x: [batch, m, n]` and `y: [batch, m, d]`.
+pub(crate) fn each_outer_onto(out: &Tensor, x: &Tensor, y: &Tensor) {
+    match single(x, y).filter(|(x, _)| x.kind() == Kind::Float) {
+        Some((x, y)) => kernels::add_outer_sum(&out.squeeze_dim(0), &x, &y),
+        None => drop(out.shallow_clone().g_add_(&x.transpose(1, 2).bmm(y))),
+    }
+}
+
+/// A batch of one as what is in it, where a device computes it better so.
+fn single(x: &Tensor, y: &Tensor) -> Option<(Tensor, Tensor)> {
+    (x.size()[0] == 1 && x.device() == Device::Cpu).then(|| (x.squeeze_dim(0), y.squeeze_dim(0)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -68,5 +104,24 @@ mod tests {
         assert!(near(forward(&x, &matrix, Some(&bias)), x.mm(&matrix.tr()) + &bias));
         assert!(near(forward(&x, &matrix, Some(&y)), x.mm(&matrix.tr()) + &y));
         assert!(near(backward(&y, &matrix), y.mm(&matrix)));
+    }
+
+    #[test]
+    fn batches_of_one_and_of_many_give_the_same_products() {
+        let random = |sizes: [i64; 3]| Tensor::randn(sizes, (Kind::Float, Device::Cpu));
+        let near = |got: &Tensor, expected: &Tensor| (got - expected).abs().max().double_value(&[]) < 1e-3;
+        let (x, y, p) = (random([2, 300, 64]), random([2, 500, 64]), random([2, 300, 500]));
+        let by_one = |of: &dyn Fn(&Tensor, &Tensor) -> Tensor, x: &Tensor, y: &Tensor| {
+            Tensor::cat(&[of(&x.narrow(0, 0, 1), &y.narrow(0, 0, 1)), of(&x.narrow(0, 1, 1), &y.narrow(0, 1, 1))], 0)
+        };
+        let outer = |x: &Tensor, y: &Tensor| {
+            let out = Tensor::ones([x.size()[0], x.size()[2], y.size()[2]], (Kind::Float, Device::Cpu));
+            each_outer_onto(&out, x, y);
+            out
+        };
+        assert!(near(&by_one(&each_transposed, &x, &y), &each_transposed(&x, &y)));
+        assert!(near(&by_one(&each, &p, &y), &each(&p, &y)));
+        assert!(near(&by_one(&outer, &p, &x), &outer(&p, &x)));
+        assert!(near(&outer(&p, &x), &(p.transpose(1, 2).bmm(&x) + 1.0)));
     }
 }

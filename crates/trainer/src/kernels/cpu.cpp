@@ -547,7 +547,7 @@ void dropout(T* out, const T* x, uint64_t key, const int64_t* places, int64_t ro
     }
 }
 
-// ---- LoRA's gradients -----------------------------------------------------------------------------------------------------
+// ---- Sums of outer products ---------------------------------------------------------------------------------------------------
 
 typedef float Lanes __attribute__((vector_size(64), aligned(4)));
 const int64_t LANES = 16, RANKS = 8, PAIR = 2 * LANES, DEPTH = 64;
@@ -592,27 +592,42 @@ __attribute__((optimize("fp-contract=fast"))) inline void outer_block(float* out
 }
 
 // out [rank, width] += Σ over tokens of low[t] ⊗ wide[t], float32 whatever the kind: low [tokens, rank], wide [tokens, width],
-// both with rows of their own stride. A product this flat leaves a general one packing more than it computes.
+// both with rows of their own stride. A product this flat (LoRA's factors, attention's keys) leaves a general one packing more
+// than it computes.
 template <class T>
 void outer_sum(float* out, const T* low, int64_t low_stride, const T* wide, int64_t wide_stride, int64_t tokens, int64_t rank,
                int64_t width) {
-    int64_t blocks = (width + PAIR - 1) / PAIR;
-#pragma omp parallel for schedule(static)
-    for (int64_t block = 0; block < blocks; block++) {
-        int64_t first = block * PAIR, columns = width - first < PAIR ? width - first : PAIR;
-        for (int64_t start = 0; start < tokens; start += DEPTH) {
-            int64_t depth = tokens - start < DEPTH ? tokens - start : DEPTH;
-            const T *l = low + start * low_stride, *w = wide + start * wide_stride + first;
-            int64_t r = 0;
-            if (columns == PAIR)
-                for (; r + RANKS <= rank; r += RANKS) outer_block(out + r * width + first, width, l + r, low_stride, w, wide_stride, depth);
-            for (; r < rank; r++)
-                for (int64_t t = 0; t < depth; t++) {
-                    float by = load(l[t * low_stride + r]);
+    const int64_t tall = 64;  // rows of the result that a thread takes at a time
+    int64_t blocks = (width + PAIR - 1) / PAIR, stacks = (rank + tall - 1) / tall;
+#pragma omp parallel
+    {
+        // Rows of `low` far longer than what is read of them fall on the same lines of the cache, so they are copied together.
+        bool packs = stacks > 1;
+        Buffer<T> packed(packs ? DEPTH * tall : 1);
+#pragma omp for schedule(static) collapse(2)
+        for (int64_t stack = 0; stack < stacks; stack++)
+            for (int64_t block = 0; block < blocks; block++) {
+                int64_t first = block * PAIR, columns = width - first < PAIR ? width - first : PAIR;
+                int64_t top = stack * tall, ranks = rank - top < tall ? rank - top : tall;
+                float* sum = out + top * width + first;
+                for (int64_t start = 0; start < tokens; start += DEPTH) {
+                    int64_t depth = tokens - start < DEPTH ? tokens - start : DEPTH, stride = packs ? tall : low_stride;
+                    const T *l = low + start * low_stride + top, *w = wide + start * wide_stride + first;
+                    if (packs) {
+                        for (int64_t t = 0; t < depth; t++) std::memcpy(static_cast<void*>(packed.at + t * tall), l + t * low_stride, ranks * sizeof(T));
+                        l = packed.at;
+                    }
+                    int64_t r = 0;
+                    if (columns == PAIR)
+                        for (; r + RANKS <= ranks; r += RANKS) outer_block(sum + r * width, width, l + r, stride, w, wide_stride, depth);
+                    for (; r < ranks; r++)
+                        for (int64_t t = 0; t < depth; t++) {
+                            float by = load(l[t * stride + r]);
 #pragma omp simd
-                    for (int64_t i = 0; i < columns; i++) out[r * width + first + i] += by * load(w[t * wide_stride + i]);
+                            for (int64_t i = 0; i < columns; i++) sum[r * width + i] += by * load(w[t * wide_stride + i]);
+                        }
                 }
-        }
+            }
     }
 }
 

@@ -283,6 +283,15 @@ pub(crate) fn outer_sum(low: &Tensor, wide: &Tensor) -> Tensor {
     out
 }
 
+/// The same added onto `out: [rank, width]`, float32.
+pub(crate) fn add_outer_sum(out: &Tensor, low: &Tensor, wide: &Tensor) {
+    if on_cpu(low) {
+        cpu::outer_sum(out, low, wide);
+    } else {
+        let _ = out.shallow_clone().g_add_(&composed::outer_sum(low, wide));
+    }
+}
+
 /// ⟨x, y⟩ of two float32 vectors, summed in float64.
 pub(crate) fn inner_product(x: &Tensor, y: &Tensor) -> f64 {
     if !on_cpu(x) {

@@ -144,7 +144,7 @@ fn dropout_is_a_function_of_key_place_and_column_alone_and_keeps_the_share_it_sa
 #[test]
 fn outer_products_are_summed_in_float32_also_over_parts_of_rows() {
     for kind in [Kind::Float, Kind::BFloat16] {
-        for (rank, width) in [(8, 96), (20, 70), (3, 32)] {
+        for (rank, width) in [(8, 96), (20, 70), (3, 32), (150, 64)] {
             let (low, wide) = (random(&[150, rank + 5], kind), random(&[150, width + 9], kind));
             let (low, wide) = (low.narrow(1, 2, rank), wide.narrow(1, 4, width));
             same(&[outer_sum(&low, &wide)], &[composed::outer_sum(&low, &wide)], 1e-5);
