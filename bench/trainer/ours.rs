@@ -19,7 +19,7 @@ use holdfast_trainer::model::Model;
 use holdfast_trainer::objective::{AlignmentRows, Engine};
 use holdfast_trainer::optimizer::AdamW;
 use holdfast_trainer::reference::Reference;
-use holdfast_trainer::{allocator, device};
+use holdfast_trainer::{allocator, device, product};
 use serde_json::{Value, json};
 use tch::Device;
 
@@ -131,8 +131,14 @@ fn main() -> Result<()> {
                     seconds.push(since.elapsed().as_secs_f64());
                 }
             }
-            let operations = operations(&model, batch[0].tokens() as f64, batch[0].positions.len() as f64);
-            json!({"seconds": seconds, "losses": losses, "tokens_per_step": batch[0].tokens(), "operations": operations})
+            let attention = attention_operations(&model, &batch[0].lengths);
+            json!({
+                "seconds": seconds,
+                "losses": losses,
+                "tokens_per_step": batch[0].tokens(),
+                "operations": operations(&model, batch[0].tokens() as f64, batch[0].positions.len() as f64) + attention,
+                "attention_operations": attention,
+            })
         }
         Work::Epoch => epoch(&cli, &mut trainer)?,
     };
@@ -201,8 +207,8 @@ fn epoch(cli: &Cli, trainer: &mut Trainer<'_>) -> Result<Value> {
     Ok(json!({"seconds": [seconds], "losses": losses, "tokens": tokens, "rows": rows.len()}))
 }
 
-/// Operations of the matrix products that a plain fine-tuning step cannot do without: the frozen maps forward and back, and the
-/// output matrix at the supervised positions.
+/// Operations of the matrix products that a plain fine-tuning step cannot do without, beside attention's: the frozen maps forward
+/// and back, and the output matrix at the supervised positions.
 fn operations(model: &Model, tokens: f64, positions: f64) -> f64 {
     let maps: i64 = Projection::ALL
         .into_iter()
@@ -215,7 +221,15 @@ fn operations(model: &Model, tokens: f64, positions: f64) -> f64 {
     4.0 * (maps * a.layers.len() as i64) as f64 * tokens + 4.0 * (a.vocab_size * a.hidden_size) as f64 * positions
 }
 
-/// The matrix products of a forward and a backward pass over 1,024 tokens, as billions of operations a second.
+/// Those of attention: two products forward and four back, over each query and the keys up to it.
+fn attention_operations(model: &Model, lengths: &[usize]) -> f64 {
+    let a = &model.architecture;
+    let pairs: f64 = lengths.iter().map(|&length| (length * (length + 1) / 2) as f64).sum();
+    12.0 * (a.layers.len() * a.num_attention_heads * a.head_dim) as f64 * pairs
+}
+
+/// The matrix products of a forward and a backward pass over 1,024 tokens, as billions of operations a second: libtorch's own,
+/// and ours, which may take another way to them.
 fn products(model: &Model, rounds: usize) -> Value {
     let options = (model.kind, Device::Cpu);
     let a = &model.architecture;
@@ -223,19 +237,23 @@ fn products(model: &Model, rounds: usize) -> Value {
     let qkv = ((a.num_attention_heads + 2 * a.num_key_value_heads) * a.head_dim) as i64;
     let random =
         |rows: i64, columns: i64| tch::Tensor::randn([rows, columns], (tch::Kind::Float, Device::Cpu)).to_kind(options.0);
-    let (mut operations, mut seconds) = (0.0, 0.0);
+    let (mut operations, mut seconds) = (0.0, [0.0; 2]);
     for (input, output) in [(hidden, qkv), (hidden, hidden), (hidden, 2 * inner), (inner, hidden)] {
         let (x, y, matrix) = (random(1024, input), random(1024, output), random(output, input));
         for round in 0..=rounds {
             let since = Instant::now();
             let _ = (x.mm(&matrix.tr()), y.mm(&matrix));
+            let libtorch = since.elapsed().as_secs_f64();
+            let _ = (product::forward(&x, &matrix, None), product::backward(&y, &matrix));
             if round > 0 {
-                seconds += since.elapsed().as_secs_f64();
+                seconds[0] += libtorch;
+                seconds[1] += since.elapsed().as_secs_f64() - libtorch;
                 operations += 4.0 * 1024.0 * (input * output) as f64;
             }
         }
     }
-    json!({"gflops": operations / seconds / 1e9, "seconds": [seconds]})
+    let [libtorch, ours] = seconds.map(|seconds| operations / seconds / 1e9);
+    json!({"gflops": libtorch.max(ours), "libtorch_gflops": libtorch, "seconds": seconds})
 }
 
 fn peak_rss_bytes() -> Result<u64> {

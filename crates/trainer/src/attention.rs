@@ -145,11 +145,14 @@ mod tests {
     /// keys: against softmax and autograd over the whole rectangle.
     #[test]
     fn long_rows_attend_block_by_block_as_they_would_at_once() {
-        let (rows, lengths, [shared, width, group, head_dim]) = (2, [700, 450], [2, 700, 3, 64]);
+        let (rows, lengths, [shared, width, group, head_dim]) = (2, [700_usize, 450], [2, 700, 3, 64]);
         let shape = HeadShape { heads: 6, shared, head_dim, norms: None, epsilon: 1e-6 };
         let within = Tensor::arange(width, (Kind::Int64, Device::Cpu));
         let distance = within.unsqueeze(1) - within.unsqueeze(0); // [queries, keys]
-        let real = Tensor::from_slice(&lengths).unsqueeze(1).gt_tensor(&within.unsqueeze(0)).view([rows, 1, width, 1, 1]);
+        let real = Tensor::from_slice(&lengths.map(|length| length as i64))
+            .unsqueeze(1)
+            .gt_tensor(&within.unsqueeze(0))
+            .view([rows, 1, width, 1, 1]);
         let random = |sizes: &[i64]| Tensor::randn(sizes, (Kind::Float, Device::Cpu)) * 0.3;
         for window in [i64::MAX, 200] {
             let sight = Sight { window, scale: 0.5 };
@@ -164,7 +167,7 @@ mod tests {
             let by = Tensor::run_backward(&[(&expected * &by_out).sum(Kind::Float)], &[&q, &k, &v], false, false);
 
             let heads = Heads { q: q.detach(), k: k.detach(), v: v.detach() };
-            let layout = Rows::new(&lengths.map(|length| length as usize), Device::Cpu);
+            let layout = Rows::new(&lengths, Device::Cpu);
             let got = heads.attend(&layout, shape, sight);
             let got_by = heads.attend_backward(&by_out, &layout, shape, sight);
             let near = |got: &Tensor, expected: &Tensor| {

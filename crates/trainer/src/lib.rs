@@ -31,7 +31,7 @@ pub mod objective;
 pub mod optimizer;
 pub mod oracle;
 pub mod packed;
-mod product;
+pub mod product;
 pub mod progress;
 pub mod reference;
 mod reference_files;

@@ -121,11 +121,15 @@ impl Bench {
     fn limits(&self, _: &mut Vec<Figure>) -> Result<()> {
         println!("billions of operations a second of the matrix products alone, and what a plain step reaches of them");
         for precision in ["f32", "bf16"] {
-            let limit = number(&self.ours(&["--work", "products", "--rows", "-", "--precision", precision])?, "gflops")?;
+            let products = self.ours(&["--work", "products", "--rows", "-", "--precision", precision])?;
+            let (limit, libtorch) = (number(&products, "gflops")?, number(&products, "libtorch_gflops")?);
             let rows = self.file("user").display().to_string();
             let step = self.ours(&["--work", "sft", "--precision", precision, "--rows", &rows])?;
             let reached = number(&step, "operations")? / median(&seconds(&step)?) / 1e9;
-            println!("  {precision:5} limit {limit:6.0}   step {reached:6.0}   {:3.0} %", 100.0 * reached / limit);
+            println!(
+                "  {precision:5} limit {limit:6.0} (libtorch's own {libtorch:.0})   step {reached:6.0}   {:3.0} %",
+                100.0 * reached / limit
+            );
         }
         Ok(())
     }
@@ -275,23 +279,28 @@ impl Bench {
 
     /// Time per token by the length of rows, 2,048 tokens a step; and by the number of rows in the file.
     fn growth(&self, figures: &mut Vec<Figure>) -> Result<()> {
-        println!("milliseconds a token by tokens a row, float32");
-        let mut points = Vec::new();
-        for length in ["256", "512", "1024", "2048"] {
-            let rows = self.file(length).display().to_string();
-            let found = self.ours(&["--work", "sft", "--precision", "f32", "--rows", &rows, "--steps", "4"])?;
-            let each = 1e3 * median(&seconds(&found)?) / number(&found, "tokens_per_step")?;
-            points.push((length.parse::<f64>()?, each));
+        for (precision, name) in
+            [("f32", "time_per_operation_2048_over_256_f32"), ("bf16", "time_per_operation_2048_over_256_bf16")]
+        {
+            println!("milliseconds a token by tokens a row, {precision}");
+            // Everything but attention asks as many operations of each token, and attention as many more as stand before it: what
+            // must stay flat is the time of an operation.
+            let mut of_operations = Vec::new();
+            for length in ["256", "512", "1024", "2048"] {
+                let rows = self.file(length).display().to_string();
+                let found = self.ours(&["--work", "sft", "--precision", precision, "--rows", &rows, "--steps", "5"])?;
+                let (took, operations) = (median(&seconds(&found)?), number(&found, "operations")?);
+                println!(
+                    "  {length:>6} {:7.3}   attention's share of the operations {:4.1} %   {:4.0} billion operations a second",
+                    1e3 * took / number(&found, "tokens_per_step")?,
+                    100.0 * number(&found, "attention_operations")? / operations,
+                    operations / took / 1e9
+                );
+                of_operations.push(took / operations);
+            }
+            let (Some(short), Some(long)) = (of_operations.first(), of_operations.last()) else { continue };
+            figures.push(Figure { name, measured: long / short, bar: 1.10 });
         }
-        // Everything but attention costs each token the same, and attention as much more as there are tokens before it: a line.
-        let (constant, slope) = line(&points);
-        let mut furthest = 0.0_f64;
-        for &(length, each) in &points {
-            let expected = constant + slope * length;
-            furthest = furthest.max((each / expected - 1.0).abs());
-            println!("  {length:6.0} {each:7.3}   attention's share {:4.1} %", 100.0 * slope * length / expected);
-        }
-        figures.push(Figure { name: "time_per_token_off_its_line", measured: furthest, bar: 0.10 });
 
         let mut by_rows = Vec::new();
         for name in ["reviews", "many"] {
@@ -350,15 +359,6 @@ fn write_rows(path: &Path, rows: usize, tokens: usize, seed: u64) -> Result<()> 
         text.push_str(&format!("{}\n", json!({"ids": ids, "supervised": supervised})));
     }
     Ok(std::fs::write(path, text)?)
-}
-
-/// The straight line nearest to the points: its value at zero, and its slope.
-fn line(points: &[(f64, f64)]) -> (f64, f64) {
-    let count = points.len() as f64;
-    let (mean_x, mean_y) = (points.iter().map(|p| p.0).sum::<f64>() / count, points.iter().map(|p| p.1).sum::<f64>() / count);
-    let slope = points.iter().map(|p| (p.0 - mean_x) * (p.1 - mean_y)).sum::<f64>()
-        / points.iter().map(|p| (p.0 - mean_x).powi(2)).sum::<f64>();
-    (mean_y - slope * mean_x, slope)
 }
 
 /// The most memory a process has had, while it runs.
