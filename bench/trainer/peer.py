@@ -200,7 +200,7 @@ def run_epoch(args):
         seconds = time.perf_counter() - start
     tokens = sum(len(ids) for ids in trainer.train_dataset["input_ids"]) / trainer.state.global_step
     settings = {name: getattr(trainer.args, name) for name in ["gradient_checkpointing", "bf16", "padding_free"]}
-    return {"seconds": seconds, "loss": loss, "losses": [loss], "tokens_per_step": tokens, "settings": settings}
+    return {"seconds": [seconds], "loss": loss, "losses": [loss], "tokens_per_step": tokens, "settings": settings}
 
 
 def main():

@@ -12,7 +12,7 @@ use crate::product;
 /// Scores of one block, in numbers: 16 MiB of them in float32.
 const SCORES_AT_ONCE: i64 = 1 << 22;
 /// Queries of one block; a row with no more than twice as many is one block.
-const QUERIES_AT_ONCE: i64 = 128;
+const QUERIES_AT_ONCE: i64 = 256;
 
 /// What heads attend with.
 #[derive(Debug)]
@@ -78,9 +78,9 @@ impl Heads {
 
     /// `softmax(q kᵀ · scale) v` over the keys each query sees, `[rows, shared, width, group, head_dim]`.
     pub(crate) fn attend(&self, rows: &Rows, shape: HeadShape<'_>, sight: Sight) -> Tensor {
-        let out = self.q.empty_like();
+        let (out, scored) = (self.q.empty_like(), self.scored());
         for piece in self.pieces(rows, shape, sight) {
-            let scores = self.scores(&piece);
+            let scores = piece.scores(&scored);
             let p = kernels::attention_softmax(&scores, rows, piece.block, self.v.kind());
             piece.of_queries(&out).copy_(&product::each(&p, &piece.of_keys(&self.v)));
         }
@@ -89,7 +89,7 @@ impl Heads {
 
     /// The derivatives by `q`, `k` and `v` from the one by [`Self::attend`]'s result.
     pub(crate) fn attend_backward(&self, by_out: &Tensor, rows: &Rows, shape: HeadShape<'_>, sight: Sight) -> [Tensor; 3] {
-        let by_q = self.q.empty_like();
+        let (by_q, scored) = (self.q.empty_like(), self.scored());
         // Sums over blocks, whose parts must not be rounded to the model's numbers one by one.
         let sums = || Tensor::zeros(self.k.size(), (Kind::Float, self.k.device()));
         let (by_k, by_v) = (sums(), sums());
@@ -97,7 +97,7 @@ impl Heads {
             let (q, k, v) = (piece.of_queries(&self.q), piece.of_keys(&self.k), piece.of_keys(&self.v));
             let by_block = piece.of_queries(by_out);
             let by_p = product::each_transposed(&by_block, &v);
-            let [p, by_scores] = kernels::attention_softmax_backward(by_p, &self.scores(&piece), rows, piece.block);
+            let [p, by_scores] = kernels::attention_softmax_backward(by_p, &piece.scores(&scored), rows, piece.block);
             piece.of_queries(&by_q).copy_(&product::each(&by_scores, &k));
             product::each_outer_onto(&piece.of_keys(&by_k), &by_scores, &q);
             product::each_outer_onto(&piece.of_keys(&by_v), &p, &by_block);
@@ -105,11 +105,10 @@ impl Heads {
         [by_q, by_k.to_kind(self.k.kind()), by_v.to_kind(self.v.kind())]
     }
 
-    /// Products of queries and keys, `[rows · shared, queries · group, keys]`. In float32 always: rounded to bfloat16, a score
-    /// of 20 would be off by up to 0.06, and its probability by as many hundredths.
-    fn scores(&self, piece: &Piece) -> Tensor {
-        let (q, k) = (piece.of_queries(&self.q), piece.of_keys(&self.k));
-        product::each_transposed(&q.to_kind(Kind::Float), &k.to_kind(Kind::Float))
+    /// Queries and keys as scores are computed from them. In float32 always: rounded to bfloat16, a score of 20 would be off by up
+    /// to 0.06, and its probability by as many hundredths.
+    fn scored(&self) -> [Tensor; 2] {
+        [&self.q, &self.k].map(|x| x.to_kind(Kind::Float))
     }
 }
 
@@ -128,6 +127,11 @@ impl Piece {
     /// `[rows, shared, width, head_dim]` to this block's `[rows · shared, keys, head_dim]`; a view.
     fn of_keys(&self, x: &Tensor) -> Tensor {
         self.of_heads(x).narrow(2, self.keys.0, self.keys.1).flatten(0, 1)
+    }
+
+    /// Products of queries and keys, `[rows · shared, queries · group, keys]`.
+    fn scores(&self, [q, k]: &[Tensor; 2]) -> Tensor {
+        product::each_transposed(&self.of_queries(q), &self.of_keys(k))
     }
 
     fn of_heads(&self, x: &Tensor) -> Tensor {

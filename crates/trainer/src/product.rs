@@ -38,7 +38,6 @@ fn filter(matrix: &Tensor) -> Tensor {
 }
 
 /// `x Wᵀ`, `[tokens, out]`, of `x: [tokens, in]` and `W: [out, in]`, with `plus` added: `[out]` or `[tokens, out]`.
-#[must_use]
 pub fn forward(x: &Tensor, matrix: &Tensor, plus: Option<&Tensor>) -> Tensor {
     if as_convolution(x, matrix) {
         let bias = plus.filter(|plus| plus.dim() == 1);
@@ -55,7 +54,6 @@ pub fn forward(x: &Tensor, matrix: &Tensor, plus: Option<&Tensor>) -> Tensor {
 }
 
 /// `y W`, `[tokens, in]`, of `y: [tokens, out]` and `W: [out, in]`.
-#[must_use]
 pub fn backward(y: &Tensor, matrix: &Tensor) -> Tensor {
     if as_convolution(y, matrix) {
         return rows(&image(y).conv_transpose2d(&filter(matrix), None::<&Tensor>, [1, 1], [0, 0], [0, 0], 1, [1, 1]));

@@ -15,7 +15,7 @@ use crate::shell;
 
 const BYTES: usize = 1 << 30;
 
-pub(super) fn run(_: Wanted<'_>) -> Result<Vec<Figure>> {
+pub(super) fn run(_: Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> {
     setup::run(Libtorch::Cpu)?;
     let programs = shell::build_release()?;
     let folder = shell::target().join("bench-upload");
@@ -38,7 +38,8 @@ pub(super) fn run(_: Wanted<'_>) -> Result<Vec<Figure>> {
     println!("memory at most         {peak:8.1} MiB");
     println!("upload and check       {:8.2} s", upload.as_secs_f64());
     println!("copy with SHA-256      {:8.2} s   the upload takes {ratio:.2} times as long", copy.as_secs_f64());
-    Ok(vec![Figure { name: "upload_1gib_peak_rss_mib", measured: peak, bar: 150.0 }])
+    figures.push(Figure { name: "upload_1gib_peak_rss_mib", measured: peak, bar: 150.0 });
+    Ok(())
 }
 
 /// Rows of a usual length, about 1 KiB each.
