@@ -10,8 +10,9 @@ pub fn keep_freed_memory() {
     }
     const M_TRIM_THRESHOLD: i32 = -1;
     const M_MMAP_MAX: i32 = -4;
+    // Of the trimming threshold, −1 means never: a number would be at most 2 GiB, and a step frees more than that at once.
     // What it answers does not matter: without the settings the program is slower, nothing else.
-    let _ = unsafe { (mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, i32::MAX)) };
+    let _ = unsafe { (mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1)) };
 }
 
 /// Other allocators are left as they are.

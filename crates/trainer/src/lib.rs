@@ -4,7 +4,7 @@
 //! paper; everything else is a piece of it.
 //!
 //! Tensor code uses tch's panicking operations, because shapes are checked when a model is loaded and formulas full of `?`
-//! cannot be read; what libtorch can still refuse at run time, memory above all, is caught once at the top (`job.rs`) and
+//! cannot be read; what libtorch can still refuse at run time, memory above all, is caught once at the top (`job/mod.rs`) and
 //! becomes an exit record.
 
 pub mod adapter;
