@@ -50,6 +50,16 @@ fn a_gemma3_with_both_kinds_of_layers_computes_every_reference_figure() -> Resul
     every_figure_holds(&fixture("gemma3"), 422)
 }
 
+#[test]
+fn a_gemma3_with_capped_logits_and_stretched_positions_computes_every_reference_figure() -> Result<()> {
+    every_figure_holds(&fixture("gemma3_capped"), 182)
+}
+
+#[test]
+fn a_qwen2_with_windows_on_its_later_layers_computes_every_reference_figure() -> Result<()> {
+    every_figure_holds(&fixture("qwen2_windowed"), 182)
+}
+
 /// As Gemma 3 ships from 4B on: a nested configuration, and prefixed weights beside those of an eye.
 #[test]
 fn the_text_part_of_a_gemma_that_sees_images_computes_the_same_figures() -> Result<()> {
