@@ -196,6 +196,16 @@ fn a_run_that_does_not_fit_is_refused_with_the_numbers_and_what_would_fit() -> R
 }
 
 #[test]
+fn a_mistyped_folder_is_named_and_not_made() -> Result<()> {
+    let mistyped = tempfile::tempdir()?.path().join("typo");
+    let record = job::run(&mistyped);
+    assert_eq!((record.code, record.reason.as_str()), (exit::BAD_DATA, reason::BAD_SETUP));
+    assert!(record.message.contains("typo is no folder"));
+    assert!(!mistyped.exists());
+    Ok(())
+}
+
+#[test]
 fn what_the_folder_lacks_is_named() -> Result<()> {
     for (name, words) in [
         (paths::PLAN, "plan.json: No such file"),

@@ -40,6 +40,14 @@ enum Ended {
 /// Runs the job in `folder` and leaves its exit record there. What libtorch throws in the middle of a formula is caught here.
 #[must_use]
 pub fn run(folder: &Path) -> ExitRecord {
+    if !folder.is_dir() {
+        // A mistyped path must not become a folder with nothing but a record in it.
+        return failed(&bad_setup(format!(
+            "{} is no folder; a job's folder holds {} and the rows",
+            folder.display(),
+            paths::PLAN
+        )));
+    }
     let record = match catch_unwind(AssertUnwindSafe(|| train(folder))) {
         Ok(Ok(Ended::Done { trained_tokens })) => {
             ExitRecord { code: exit::DONE, message: "done".into(), reason: exit::reason::DONE.into(), trained_tokens }
