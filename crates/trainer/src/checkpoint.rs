@@ -28,8 +28,6 @@ use crate::optimizer::AdamW;
 const KEPT: usize = 2;
 const MANIFEST: &str = "checkpoint.json";
 const STATE: &str = "state.safetensors";
-/// Best adapters that are kept: those of the checkpoints, and a newer one.
-const KEPT_BEST: usize = 3;
 /// A checkpoint's folder begins with it, and ends with its step.
 const STEP: &str = "step-";
 /// A best adapter's folder beside the checkpoints does so too.
@@ -59,15 +57,11 @@ pub struct Best {
     loss_bits: u64,
     /// Measurements since.
     pub since: u32,
+    /// Of its adapter's files.
+    sha256: [u8; 32],
 }
 
 impl Best {
-    /// A measurement that is the best now.
-    #[must_use]
-    pub fn new(step: u64, loss: f64) -> Self {
-        Self { step, loss_bits: loss.to_bits(), since: 0 }
-    }
-
     /// Its loss, in nats.
     #[must_use]
     pub fn loss(&self) -> f64 {
@@ -165,25 +159,44 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Keeps `adapter` as the best so far.
+    /// Keeps `adapter`, after `step` and with that validation `loss` in nats, as the best so far. The best ones that the
+    /// checkpoints name stay beside it: a run that goes back goes back to theirs.
     ///
     /// # Errors
     /// When it cannot be written; the best before it stays.
-    pub fn save_best(&self, adapter: &Adapter, step: u64) -> Result<()> {
+    pub fn save_best(&self, adapter: &Adapter, step: u64, loss: f64) -> Result<Best> {
         self.place(&format!("{BEST}{step}"), |folder| adapter_files::write(folder, adapter, &self.base_model))?;
-        // A run that goes back finds the best of the checkpoint it goes back to.
-        for (_, old) in self.named(BEST)?.into_iter().skip(KEPT_BEST) {
-            remove_if_there(&old)?;
+        let sha256 = hash_adapter(&self.best(step))?;
+        let mut wanted = vec![step];
+        for (_, checkpoint) in self.named(STEP)? {
+            wanted.extend(read_manifest(&checkpoint).ok().and_then(|manifest| manifest.cursor.best).map(|best| best.step));
         }
+        for (step, folder) in self.named(BEST)? {
+            if !wanted.contains(&step) {
+                remove_if_there(&folder)?;
+            }
+        }
+        Ok(Best { step, loss_bits: loss.to_bits(), since: 0, sha256 })
+    }
+
+    /// The adapter of the `best` measurement.
+    ///
+    /// # Errors
+    /// When it is gone, torn, or was edited.
+    pub fn read_best(&self, model: &Model, best: &Best) -> Result<Adapter> {
+        self.check_best(best)?;
+        adapter_files::read(&self.best(best.step), model)
+    }
+
+    fn check_best(&self, best: &Best) -> Result<()> {
+        let folder = self.best(best.step);
+        let is_sound = hash_adapter(&folder)? == best.sha256;
+        ensure!(is_sound, "the best adapter, {}, is torn or was edited", folder.display());
         Ok(())
     }
 
-    /// The adapter that was the best after `step`.
-    ///
-    /// # Errors
-    /// When there is none, or it cannot be read.
-    pub fn read_best(&self, model: &Model, step: u64) -> Result<Adapter> {
-        adapter_files::read(&self.folder.join(format!("{BEST}{step}")), model)
+    fn best(&self, step: u64) -> PathBuf {
+        self.folder.join(format!("{BEST}{step}"))
     }
 
     /// Removes the checkpoint after `step`.
@@ -234,11 +247,12 @@ impl Checkpoints {
     }
 
     fn read(&self, path: &Path, model: &Model, adapter: &Adapter, state: &mut State) -> Result<()> {
-        let manifest: Manifest = serde_json::from_slice(&std::fs::read(path.join(MANIFEST))?)?;
+        let manifest = read_manifest(path)?;
         ensure!(self.seal(&manifest)? == manifest.seal, "its seal does not match: it was edited, or is of another plan");
         for (name, expected) in &manifest.files {
             ensure!(hash_file(&path.join(name))? == *expected, "{name} is torn or was edited");
         }
+        manifest.cursor.best.as_ref().map_or(Ok(()), |best| self.check_best(best))?;
         let kept = adapter_files::read(path, model)?;
         ensure!(kept.flat().size() == adapter.flat().size(), "it does not fit the adapter");
         let mut vectors = read_vectors(&path.join(STATE))?;
@@ -351,9 +365,24 @@ fn without_prefix(vectors: BTreeMap<String, Tensor>, prefix: &'static str) -> im
     vectors.into_iter().filter_map(move |(name, vector)| Some((name.strip_prefix(prefix)?.to_owned(), vector)))
 }
 
+fn read_manifest(checkpoint: &Path) -> Result<Manifest> {
+    let path = checkpoint.join(MANIFEST);
+    let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{MANIFEST} is torn or was edited"))
+}
+
 fn hash_file(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     Ok(hex::encode(Sha256::digest(bytes)))
+}
+
+/// Of both files of an adapter's folder.
+fn hash_adapter(folder: &Path) -> Result<[u8; 32]> {
+    let mut hash = Sha256::new();
+    for name in [adapter_files::CONFIG, adapter_files::WEIGHTS] {
+        hash.update(hash_file(&folder.join(name))?);
+    }
+    Ok(hash.finalize().into())
 }
 
 fn remove_if_there(folder: &Path) -> std::io::Result<()> {

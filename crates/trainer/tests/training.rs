@@ -365,6 +365,31 @@ fn a_torn_or_edited_checkpoint_is_passed_over_for_the_one_before_it() -> Result<
 }
 
 #[test]
+fn the_best_adapters_that_checkpoints_name_stay_and_are_held_to_their_hashes() -> Result<()> {
+    let (model, plan, rows) = (model()?, plan(Requested::default())?, examples(8));
+    let adapter = Adapter::init(&model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
+    let run = Run { model: &model, adapter: &adapter, examples: &rows, reference: None, probe: None, plan: &plan };
+    let folder = tempfile::tempdir()?;
+    let (checkpoints, mut state) = (checkpoints(folder.path()), run.start());
+    for step in 1..=4 {
+        state.cursor.step = step;
+        state.cursor.best = Some(checkpoints.save_best(&adapter, step, 1.0 / step as f64)?);
+        if step <= 2 {
+            checkpoints.save(&adapter, &state)?;
+        }
+    }
+    let best = |step: u64| folder.path().join(format!("best-{step}"));
+    assert_eq!([1, 2, 3, 4].map(|step| best(step).exists()), [true, true, false, true]);
+
+    std::fs::write(best(2).join("adapter_config.json"), "{}")?;
+    let mut said = Vec::new();
+    assert!(checkpoints.restore(&model, &adapter, &mut state, |reason| said.push(reason))?);
+    assert_eq!(state.cursor.step, 1, "{said:?}");
+    assert!(said.iter().any(|reason| reason.contains("best-2, is torn or was edited")), "{said:?}");
+    Ok(())
+}
+
+#[test]
 fn a_run_whose_loss_is_no_number_says_at_which_step() -> Result<()> {
     let (model, plan) = (model()?, hard_to_resume()?);
     let (rows, (reference, _)) = (examples(8), references(&model, &plan)?);

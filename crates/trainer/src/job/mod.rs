@@ -112,7 +112,7 @@ fn train(folder: &Path) -> Result<Ended> {
     }
     log.phase(Phase::Exporting)?;
     let best = match state.cursor.best.filter(|_| ended == RunEnd::StoppedEarly) {
-        Some(best) => Some(checkpoints.read_best(&model, best.step)?),
+        Some(best) => Some(checkpoints.read_best(&model, &best)?),
         None => None,
     };
     adapter_files::write(&folder.join(paths::ADAPTER), best.as_ref().unwrap_or(&adapter), &plan.base_model)?;

@@ -9,7 +9,7 @@ use holdfast_domain::progress::{Phase, Progress};
 
 use super::failure::BadInput;
 use crate::adapter::{Adapter, AdapterConfig};
-use crate::checkpoint::{Best, Checkpoints, State};
+use crate::checkpoint::{Checkpoints, State};
 use crate::divergence::Diverged;
 use crate::evaluate::evaluate;
 use crate::progress::ProgressLog;
@@ -145,10 +145,7 @@ impl Session<'_> {
         }
         match &mut state.cursor.best {
             Some(best) if found.loss >= best.loss() => best.since += 1,
-            best => {
-                *best = Some(Best::new(step, found.loss));
-                self.checkpoints.save_best(self.run.adapter, step)?;
-            }
+            best => *best = Some(self.checkpoints.save_best(self.run.adapter, step, found.loss)?),
         }
         Ok(())
     }
