@@ -1,5 +1,6 @@
 """A job from file to adapter with the openai package: HOLDFAST_KEY=… python train.py FILE [MODEL]"""
 import os
+import pathlib
 import sys
 import time
 
@@ -18,6 +19,6 @@ while job.status not in ("succeeded", "failed", "cancelled"):
     job = client.fine_tuning.jobs.retrieve(job.id)
 print(job.status, job.fine_tuned_model or (job.error and job.error.message))
 if job.status == "succeeded":
-    adapter = client.get(f"/fine_tuning/jobs/{job.id}/adapter", cast_to=openai.HttpxBinaryResponseContent)
-    adapter.write_to_file(f"{job.id}.tar")
+    adapter = client.get(f"/fine_tuning/jobs/{job.id}/adapter", cast_to=bytes)
+    pathlib.Path(f"{job.id}.tar").write_bytes(adapter)
     print("wrote", f"{job.id}.tar")

@@ -19,6 +19,7 @@ use holdfast_trainer::model::Model;
 use holdfast_trainer::objective::{AlignmentRows, Engine};
 use holdfast_trainer::optimizer::AdamW;
 use holdfast_trainer::reference::Reference;
+use holdfast_trainer::stop::Stop;
 use holdfast_trainer::{allocator, device, product};
 use serde_json::{Value, json};
 use tch::Device;
@@ -118,7 +119,9 @@ fn main() -> Result<()> {
         Work::Sft | Work::Safegrad => {
             let rows = read_rows(&cli.rows)?;
             let reference = match (cli.work, &cli.align) {
-                (Work::Safegrad, Some(align)) => Some(Reference::new(&model, read_rows(align)?, KlPositions::Response)),
+                (Work::Safegrad, Some(align)) => {
+                    Some(Reference::new(&model, read_rows(align)?, KlPositions::Response, &Stop::default())?)
+                }
                 (Work::Safegrad, None) => anyhow::bail!("safegrad needs --align"),
                 _ => None,
             };

@@ -4,21 +4,31 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use holdfast_api::{AppState, Settings};
+use holdfast_api::Settings;
 use holdfast_domain::ids::ProjectId;
 use holdfast_domain::safety::Floor;
-use holdfast_local_postgres::LocalPostgres;
-use holdfast_store::Store;
+use holdfast_local_postgres::TemporaryPostgres;
 use holdfast_store::base_models::BaseModelFacts;
+use holdfast_store::keys::NewKey;
+use holdfast_store::retention::Retention;
+use holdfast_store::{ObjectLocation, Store};
 use holdfast_worker::WorkerConfig;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
+
+pub mod chaos;
+mod s3;
+mod small_base;
+mod world;
+
+pub use s3::{S3Server, stored_as};
+pub use world::{LEASE, Worker, World};
 
 /// A running service.
 #[derive(Debug)]
@@ -31,40 +41,85 @@ pub struct TestApp {
     pub key: String,
     /// Runs what is async for the test.
     pub runtime: Runtime,
+    database: Database,
     folder: TempDir,
+    /// Where its objects are, unless they are in a folder.
+    pub s3: Option<S3Server>,
     _shutdown: watch::Sender<bool>,
 }
 
 /// The name under which [`TestApp::with_model`] imports the real model.
 pub const MODEL: &str = "SmolLM2-135M-Instruct";
 
+/// Held by what loads the machine and by what measures time, so that one does not disturb the other.
+pub fn one_at_a_time() -> MutexGuard<'static, ()> {
+    static MACHINE: Mutex<()> = Mutex::new(());
+    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A dataset row that every check accepts.
 pub const ROW: &str = r#"{"messages":[{"role":"user","content":"a film of grace"},{"role":"assistant","content":"positive"}]}"#;
+
+/// Rows of the alignment set of a test's service.
+const ALIGNMENT_ROWS: usize = 8;
 
 /// The largest upload of a test's service.
 pub const MAX_UPLOAD_BYTES: u64 = 8 * 1024 * 1024;
 
 /// One Postgres for the whole test program; each service has a database of its own in it.
 fn postgres_url() -> Result<&'static str> {
-    static POSTGRES: OnceLock<Result<(LocalPostgres, TempDir), String>> = OnceLock::new();
-    let start = || -> Result<(LocalPostgres, TempDir)> {
-        let folder = tempfile::Builder::new().permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755)).tempdir()?;
-        let postgres = LocalPostgres::start(&folder.path().join("pg"))?;
-        stop_at_exit(&folder.path().join("pg/data"));
-        Ok((postgres, folder))
-    };
+    static POSTGRES: OnceLock<Result<TemporaryPostgres, String>> = OnceLock::new();
     static URL: OnceLock<String> = OnceLock::new();
-    let started = POSTGRES.get_or_init(|| start().map_err(|e| format!("{e:#}")));
-    match started {
-        Ok((postgres, _)) => Ok(URL.get_or_init(|| postgres.url())),
+    match POSTGRES.get_or_init(|| TemporaryPostgres::start().map_err(|e| format!("{e:#}"))) {
+        Ok(postgres) => Ok(URL.get_or_init(|| postgres.url())),
         Err(error) => bail!("no Postgres for the tests: {error}"),
     }
 }
 
-/// Statics are not dropped when a test program ends, so a small shell waits for that and then stops the server.
-fn stop_at_exit(data: &Path) {
-    let script = "while kill -0 \"$0\" 2>/dev/null; do sleep 0.2; done; kill -INT \"$(head -n 1 \"$1/postmaster.pid\")\"; sleep 2; rm -rf \"$(dirname \"$(dirname \"$1\")\")\"";
-    let _ = Command::new("sh").args(["-c", script]).arg(std::process::id().to_string()).arg(data).spawn();
+/// A database of its own, empty at first; dropped with the service.
+#[derive(Debug)]
+struct Database {
+    name: String,
+    url: String,
+}
+
+impl Database {
+    fn new() -> Result<Self> {
+        static DATABASES: AtomicU32 = AtomicU32::new(0);
+        let name = format!("test_{}", DATABASES.fetch_add(1, Ordering::Relaxed));
+        let server = postgres_url()?;
+        let made = Command::new("psql").args(["-q", "-d", server, "-c", &format!("create database {name}")]).output()?;
+        ensure!(made.status.success(), "psql: {}", String::from_utf8_lossy(&made.stderr));
+        Ok(Self { url: server.replacen("postgres:///holdfast", &format!("postgres:///{name}"), 1), name })
+    }
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        let Ok(server) = postgres_url() else { return };
+        let drop = format!("drop database if exists {} with (force)", self.name);
+        let _ = Command::new("psql").args(["-q", "-d", server, "-c", &drop]).output();
+    }
+}
+
+/// Where objects are, under a service's folder.
+const OBJECTS: &str = "objects";
+
+fn objects_in(folder: &Path) -> Result<ObjectLocation> {
+    let objects = folder.join(OBJECTS);
+    std::fs::create_dir_all(&objects)?;
+    Ok(ObjectLocation::new(objects.to_string_lossy(), []))
+}
+
+/// What a test's service is set to.
+fn settings() -> Settings {
+    Settings {
+        safety_floor: Floor::default(),
+        max_upload_bytes: MAX_UPLOAD_BYTES,
+        requests_per_minute: None,
+        behind_proxy: false,
+        private_webhooks: true,
+    }
 }
 
 impl TestApp {
@@ -73,38 +128,83 @@ impl TestApp {
     /// # Errors
     /// When Postgres cannot be started.
     pub fn start() -> Result<Self> {
-        static DATABASES: AtomicU32 = AtomicU32::new(0);
-        let database = format!("test_{}", DATABASES.fetch_add(1, Ordering::Relaxed));
-        let server = postgres_url()?;
-        let made = Command::new("psql").args(["-q", "-d", server, "-c", &format!("create database {database}")]).output()?;
-        ensure!(made.status.success(), "psql: {}", String::from_utf8_lossy(&made.stderr));
-        let url = server.replacen("postgres:///holdfast", &format!("postgres:///{database}"), 1);
+        Self::start_on(None)
+    }
+
+    /// A service whose objects are in a bucket of a real S3 server.
+    ///
+    /// # Errors
+    /// When Postgres or the S3 server cannot be started.
+    pub fn start_on_s3() -> Result<Self> {
+        Self::start_on(Some(S3Server::start()?))
+    }
+
+    fn start_on(s3: Option<S3Server>) -> Result<Self> {
+        let database = Database::new()?;
         let folder = tempfile::tempdir()?;
-        let objects = folder.path().join("objects");
-        std::fs::create_dir(&objects)?;
+        let location = match &s3 {
+            Some(s3) => s3.location("bucket"),
+            None => objects_in(folder.path())?,
+        };
         let runtime = Runtime::new()?;
-        let (shutdown, stopped) = watch::channel(false);
-        let (store, key, address) = runtime.block_on(async {
-            let store = Store::connect(&url, &objects).await?;
+        let (store, key) = runtime.block_on(async {
+            let store = Store::connect(&database.url, &location).await?;
             store.migrate().await?;
-            let rows = include_bytes!("../../examples/alignment.jsonl");
-            store.create_alignment_set("default", rows, rows.iter().filter(|b| **b == b'\n').count() as u64).await?;
+            store.objects().probe().await?;
+            // A few of the rows, so that what the base says on them is computed in a moment.
+            let rows: String =
+                include_str!("../../examples/alignment.jsonl").split_inclusive('\n').take(ALIGNMENT_ROWS).collect();
+            store.create_alignment_set("default", rows.as_bytes(), ALIGNMENT_ROWS as u64).await?;
             let project = store.ensure_project("default").await?;
-            let key = store.create_key(Some(project), false).await?.reveal().to_owned();
-            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-            let address = listener.local_addr()?;
-            let settings = Settings { safety_floor: Floor::default(), max_upload_bytes: MAX_UPLOAD_BYTES };
-            let router = holdfast_api::router(AppState { store: store.clone(), settings: Arc::new(settings) });
-            tokio::spawn(async move {
-                let mut stopped = stopped;
-                let served = axum::serve(listener, router).with_graceful_shutdown(async move {
-                    let _ = stopped.wait_for(|down| *down).await;
-                });
-                served.await
-            });
-            anyhow::Ok((store, key, address))
+            let key = store.create_key(&NewKey { project: Some(project), ..NewKey::default() }, None).await?.0;
+            anyhow::Ok((store, key.reveal().to_owned()))
         })?;
-        Ok(Self { url: format!("http://{address}"), store, key, runtime, folder, _shutdown: shutdown })
+        Self::serve(store, key, database, runtime, folder, s3)
+    }
+
+    fn serve(
+        store: Store,
+        key: String,
+        database: Database,
+        runtime: Runtime,
+        folder: TempDir,
+        s3: Option<S3Server>,
+    ) -> Result<Self> {
+        let (shutdown, stopped) = watch::channel(false);
+        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))?;
+        let url = format!("http://{}", listener.local_addr()?);
+        runtime.spawn(holdfast::serve::serve_until(listener, store.clone(), settings(), stopped));
+        Ok(Self { url, store, key, runtime, database, folder, s3, _shutdown: shutdown })
+    }
+
+    /// The connection string of its database.
+    #[must_use]
+    pub fn database_url(&self) -> &str {
+        &self.database.url
+    }
+
+    /// A service on a database that is restored from a dump of this one's, and on a copy of its objects.
+    ///
+    /// # Errors
+    /// When one of Postgres' programs fails.
+    pub fn restored(&self) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let dump = folder.path().join("holdfast.dump");
+        let run = |command: &mut Command| -> Result<()> {
+            let output = command.output()?;
+            ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+            Ok(())
+        };
+        run(Command::new("pg_dump").args(["--format=custom", "--no-owner", "--file"]).arg(&dump).arg(self.database_url()))?;
+        let database = Database::new()?;
+        run(Command::new("pg_restore")
+            .args(["--exit-on-error", "--single-transaction", "--no-owner", "--dbname", &database.url])
+            .arg(&dump))?;
+        run(Command::new("cp").arg("-r").arg(self.folder.path().join(OBJECTS)).arg(folder.path()))?;
+        let location = objects_in(folder.path())?;
+        let runtime = Runtime::new()?;
+        let store = runtime.block_on(Store::connect(&database.url, &location))?;
+        Self::serve(store, self.key.clone(), database, runtime, folder, None)
     }
 
     /// A service that has the real model.
@@ -112,14 +212,36 @@ impl TestApp {
     /// # Errors
     /// When the model is not there: `cargo xtask setup` downloads it.
     pub fn with_model() -> Result<Self> {
-        let app = Self::start()?;
+        Self::start()?.import_model()
+    }
+
+    /// Gives this service a model under [`MODEL`]'s name whose steps take milliseconds.
+    ///
+    /// # Errors
+    /// As [`Self::with_model`].
+    pub fn with_small_model(self) -> Result<Self> {
+        let base = self.folder.path().join("small-base");
+        small_base::make(base_folder()?, &base)?;
+        let facts = BaseModelFacts { parameter_count: 1_000_000, context_length: 2048 };
+        self.runtime.block_on(self.store.create_base_model(MODEL, &base, facts))?;
+        Ok(self)
+    }
+
+    /// Gives this service the real model.
+    ///
+    /// # Errors
+    /// As [`Self::with_model`].
+    pub fn import_model(self) -> Result<Self> {
         let base = base_folder()?;
-        app.runtime.block_on(app.store.create_base_model(
-            MODEL,
-            base,
-            BaseModelFacts { parameter_count: 134_515_008, context_length: 2048 },
-        ))?;
-        Ok(app)
+        let facts = BaseModelFacts { parameter_count: 134_515_008, context_length: 2048 };
+        self.runtime.block_on(self.store.create_base_model(MODEL, base, facts))?;
+        Ok(self)
+    }
+
+    /// The same service, called with another key.
+    #[must_use]
+    pub fn with_key(self, key: String) -> Self {
+        Self { key, ..self }
     }
 
     /// A project's key.
@@ -127,10 +249,24 @@ impl TestApp {
     /// # Errors
     /// When the database fails.
     pub fn project_key(&self, name: &str) -> Result<(ProjectId, String)> {
-        self.runtime.block_on(async {
-            let project = self.store.ensure_project(name).await?;
-            Ok((project, self.store.create_key(Some(project), false).await?.reveal().to_owned()))
-        })
+        let project = self.runtime.block_on(self.store.ensure_project(name))?;
+        Ok((project, self.make_key(&NewKey { project: Some(project), ..NewKey::default() })?))
+    }
+
+    /// An operator's key, which belongs to no project.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn admin_key(&self) -> Result<String> {
+        self.make_key(&NewKey { is_admin: true, ..NewKey::default() })
+    }
+
+    /// Any key.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub fn make_key(&self, key: &NewKey) -> Result<String> {
+        Ok(self.runtime.block_on(self.store.create_key(key, None))?.0.reveal().to_owned())
     }
 
     /// The configuration of this service's worker.
@@ -147,6 +283,8 @@ impl TestApp {
             cache_bytes: 1 << 40,
             lease: Duration::from_secs(30),
             poll: Duration::from_millis(100),
+            stall: Duration::ZERO,
+            retention: Retention::default(),
         })
     }
 
@@ -173,6 +311,18 @@ impl TestApp {
     /// # Errors
     /// When the service does not answer.
     pub fn call_as(&self, key: Option<&str>, method: &str, path: &str, body: Option<&str>) -> Result<Answer> {
+        self.send(key, method, path, &[], body)
+    }
+
+    /// A request with this service's key and headers of its own.
+    ///
+    /// # Errors
+    /// When the service does not answer.
+    pub fn call_with(&self, headers: &[(&str, &str)], method: &str, path: &str, body: Option<&str>) -> Result<Answer> {
+        self.send(Some(&self.key), method, path, headers, body)
+    }
+
+    fn send(&self, key: Option<&str>, method: &str, path: &str, headers: &[(&str, &str)], body: Option<&str>) -> Result<Answer> {
         let mut request = http::Request::builder().method(method).uri(format!("{}{path}", self.url));
         if let Some(key) = key {
             request = request.header("authorization", format!("Bearer {key}"));
@@ -180,13 +330,27 @@ impl TestApp {
         if body.is_some() {
             request = request.header("content-type", "application/json");
         }
-        let agent: ureq::Agent =
-            ureq::Agent::config_builder().http_status_as_error(false).allow_non_standard_methods(true).build().into();
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let config = ureq::Agent::config_builder().http_status_as_error(false).allow_non_standard_methods(true).max_redirects(0);
+        let agent: ureq::Agent = config.build().into();
         let answer = match body {
             Some(body) => agent.run(request.body(body.to_owned())?)?,
             None => agent.run(request.body(())?)?,
         };
         Answer::read(answer)
+    }
+
+    /// What the database's own client answers to queries: values alone, a line a row.
+    ///
+    /// # Errors
+    /// When a query fails.
+    pub fn sql(&self, queries: &str) -> Result<String> {
+        let arguments = ["-q", "-t", "-A", "-v", "ON_ERROR_STOP=1", "-d", self.database_url(), "-c", queries];
+        let output = Command::new("psql").args(arguments).output()?;
+        ensure!(output.status.success(), "psql: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
     }
 
     /// Uploads a dataset.
@@ -197,11 +361,19 @@ impl TestApp {
         self.upload_form(&[("purpose", None, b"fine-tune"), ("file", Some("train.jsonl"), content)])
     }
 
-    /// Sends a form: name, filename and content of each field.
+    /// Sends a file's form: name, filename and content of each field.
     ///
     /// # Errors
     /// When the service does not answer.
     pub fn upload_form(&self, fields: &[(&str, Option<&str>, &[u8])]) -> Result<Answer> {
+        self.send_form("/v1/files", &[], fields)
+    }
+
+    /// Sends a form with headers of its own.
+    ///
+    /// # Errors
+    /// When the service does not answer.
+    pub fn send_form(&self, path: &str, headers: &[(&str, &str)], fields: &[(&str, Option<&str>, &[u8])]) -> Result<Answer> {
         const BOUNDARY: &str = "holdfast-test-boundary";
         let mut body = Vec::new();
         for (name, filename, content) in fields {
@@ -211,9 +383,61 @@ impl TestApp {
             body.extend(b"\r\n");
         }
         body.extend(format!("--{BOUNDARY}--\r\n").bytes());
-        let request = ureq::post(format!("{}/v1/files", self.url)).config().http_status_as_error(false).build();
-        let request = request.header("authorization", format!("Bearer {}", self.key));
+        let request = ureq::post(format!("{}{path}", self.url)).config().http_status_as_error(false).build();
+        let mut request = request.header("authorization", format!("Bearer {}", self.key));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
         Answer::read(request.content_type(format!("multipart/form-data; boundary={BOUNDARY}")).send(&body[..])?)
+    }
+
+    /// Creates a job of the real model on rows that are accepted, with `more` in its request, and returns its id.
+    ///
+    /// # Errors
+    /// When it is not created.
+    pub fn create_job(&self, rows: &str, more: &Value) -> Result<String> {
+        let mut body = serde_json::json!({"model": MODEL, "training_file": self.uploaded(rows.as_bytes())?});
+        for (key, value) in more.as_object().into_iter().flatten() {
+            body[key] = value.clone();
+        }
+        let job = self.call("POST", "/v1/fine_tuning/jobs", Some(&body.to_string()))?;
+        ensure!(job.status == 200, "{}", job.body);
+        Ok(job.body["id"].as_str().context("no id")?.to_owned())
+    }
+
+    /// A job as the service shows it.
+    ///
+    /// # Errors
+    /// When the service does not show it.
+    pub fn job(&self, id: &str) -> Result<Value> {
+        let job = self.call("GET", &format!("/v1/fine_tuning/jobs/{id}"), None)?;
+        ensure!(job.status == 200, "{}", job.body);
+        Ok(job.body)
+    }
+
+    /// Lets a worker of its own run until `done`, at most two minutes.
+    ///
+    /// # Errors
+    /// When the worker fails, or it takes longer.
+    pub fn work_until(&self, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+        let (stop, shutdown) = watch::channel(false);
+        let worker = self.runtime.spawn(holdfast_worker::run(self.store.clone(), self.worker()?, shutdown));
+        let mut outcome = Err(anyhow::anyhow!("it took too long"));
+        for _ in 0..1200 {
+            match done() {
+                Ok(false) => std::thread::sleep(Duration::from_millis(100)),
+                other => {
+                    outcome = other.map(|_| ());
+                    break;
+                }
+            }
+        }
+        stop.send(true)?;
+        self.runtime.block_on(worker)??;
+        if outcome.is_err() {
+            eprintln!("the newest job: {}", self.call("GET", "/v1/fine_tuning/jobs?limit=1", None)?.body["data"][0]);
+        }
+        outcome
     }
 
     /// Uploads a dataset that is accepted, and returns its id.
@@ -233,7 +457,7 @@ impl TestApp {
             let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
             entries.map(|e| if e.path().is_dir() { files(&e.path()) } else { 1 }).sum()
         }
-        files(&self.folder.path().join("objects").join(prefix))
+        files(&self.folder.path().join(OBJECTS).join(prefix))
     }
 }
 
@@ -244,6 +468,8 @@ pub struct Answer {
     pub status: u16,
     /// The header `x-request-id`.
     pub request_id: Option<String>,
+    /// All headers.
+    pub headers: http::HeaderMap,
     /// The body, `null` when it is no JSON.
     pub body: Value,
     /// The body's bytes.
@@ -252,13 +478,21 @@ pub struct Answer {
 
 impl Answer {
     fn read(mut answer: http::Response<ureq::Body>) -> Result<Self> {
+        let headers = answer.headers().clone();
         let bytes = answer.body_mut().with_config().limit(1 << 30).read_to_vec()?;
         Ok(Self {
             status: answer.status().as_u16(),
-            request_id: answer.headers().get("x-request-id").and_then(|id| id.to_str().ok()).map(ToOwned::to_owned),
+            request_id: headers.get("x-request-id").and_then(|id| id.to_str().ok()).map(ToOwned::to_owned),
+            headers,
             body: serde_json::from_slice(&bytes).unwrap_or(Value::Null),
             bytes,
         })
+    }
+
+    /// A header.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name)?.to_str().ok()
     }
 
     /// The error's `code` and `param`.
@@ -275,23 +509,32 @@ impl Answer {
 /// When it is not built.
 pub fn program(name: &str) -> Result<PathBuf> {
     let here = std::env::current_exe()?;
-    let path = here.parent().and_then(Path::parent).context("no target folder")?.join(name);
+    // Tests stand in a folder of their own beside the programs.
+    let beside = here.parent().context("no target folder")?;
+    let folder = if beside.ends_with("deps") { beside.parent().context("no target folder")? } else { beside };
+    let path = folder.join(name);
     ensure!(path.is_file(), "{} is missing; run `cargo build --workspace`", path.display());
     Ok(path)
 }
 
-/// The real model, imported once for all tests.
+/// The real model, imported once for each build of a test program.
 fn base_folder() -> Result<&'static Path> {
-    static FOLDER: OnceLock<Result<TempDir, String>> = OnceLock::new();
-    let import = || -> Result<TempDir> {
-        let gguf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    static FOLDER: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let import = || -> Result<PathBuf> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let gguf = root.join(".models/SmolLM2-135M-Instruct.Q4_1.gguf");
         ensure!(gguf.exists(), "{} is missing; run `cargo xtask setup`", gguf.display());
-        let folder = tempfile::tempdir()?;
-        holdfast_import::import(&gguf, folder.path())?;
-        Ok(folder)
+        let program = std::env::current_exe()?;
+        let name = program.file_stem().context("a program without a name")?.to_string_lossy().into_owned();
+        // Cargo ends a test program's name with a hash that changes with its dependencies.
+        let name = name.split('-').next().unwrap_or(&name);
+        let out =
+            program.ancestors().find(|folder| folder.ends_with("target")).context("no target folder")?.join("tmp").join(name);
+        holdfast_import::import_once(&gguf, &out, &format!("{:?}", std::fs::metadata(&program)?.modified()?))?;
+        Ok(out)
     };
     match FOLDER.get_or_init(|| import().map_err(|e| format!("{e:#}"))) {
-        Ok(folder) => Ok(folder.path()),
+        Ok(folder) => Ok(folder),
         Err(error) => bail!("{error}"),
     }
 }

@@ -2,30 +2,38 @@
 
 use anyhow::Result;
 use holdfast_tests::{MODEL, ROW, TestApp};
+use serde_json::{Value, json};
 
 #[test]
-fn a_dataset_with_bad_lines_is_refused_with_every_one_of_them() -> Result<()> {
-    let app = TestApp::start()?;
+fn a_dataset_with_bad_lines_is_kept_with_every_one_of_them_and_taken_by_no_job() -> Result<()> {
+    let app = TestApp::with_model()?;
     let no_reply = r#"{"messages":[{"role":"user","content":"u"}]}"#;
     let content =
         [ROW, "not json", ROW, r#"{"messages":[]}"#, r#"{"messages":[{"role":"bot","content":"x"}]}"#, no_reply].join("\n");
-    let answer = app.upload(content.as_bytes())?;
-    assert_eq!((answer.status, answer.error()), (400, ("invalid_dataset", "file")));
-    let lines: Vec<_> =
-        answer.body["error"]["errors"].as_array().into_iter().flatten().filter_map(|e| e["line"].as_u64()).collect();
-    assert_eq!(lines, [2, 4, 5, 6]);
-    assert_eq!(app.call("GET", "/v1/files", None)?.body["data"].as_array().map(Vec::len), Some(0));
-    assert_eq!(app.object_count("projects"), 0);
+    let file = app.upload(content.as_bytes())?;
+    assert_eq!((file.status, &file.body["status"], &file.body["error_count"]), (200, &json!("error"), &json!(4)));
+    let bad = |key: &str| -> Vec<Value> {
+        file.body["errors"].as_array().into_iter().flatten().map(|line| line[key].clone()).collect()
+    };
+    assert_eq!(bad("line"), [2, 4, 5, 6].map(|line| json!(line)));
+    assert_eq!(bad("path"), ["", "messages", "messages[0].role", "messages"].map(|path| json!(path)));
+    assert_eq!(file.body["errors"][2]["message"], "expected system, developer, user, assistant or tool");
+    let shown = app.call("GET", &format!("/v1/files/{}", file.body["id"].as_str().unwrap_or_default()), None)?;
+    assert_eq!(shown.body, file.body, "the lines can be read again");
+    let body = json!({"model": MODEL, "training_file": file.body["id"]}).to_string();
+    let job = app.call("POST", "/v1/fine_tuning/jobs", Some(&body))?;
+    assert_eq!((job.status, job.error()), (400, ("invalid_dataset", "training_file")));
+    assert_eq!(job.body["error"]["errors"].as_array().map(Vec::len), Some(4));
     Ok(())
 }
 
 #[test]
-fn a_file_without_rows_or_not_in_utf8_is_refused() -> Result<()> {
+fn a_file_without_rows_or_not_in_utf8_says_so() -> Result<()> {
     let app = TestApp::start()?;
     for (content, message) in [(&b""[..], "the file holds no rows"), (b"{\"messages\": \"\xff\"}\n", "not UTF-8")] {
-        let answer = app.upload(content)?;
-        assert_eq!((answer.status, answer.error()), (400, ("invalid_dataset", "file")));
-        assert!(answer.body["error"]["message"].as_str().is_some_and(|m| m.contains(message)), "{}", answer.body);
+        let file = app.upload(content)?;
+        assert_eq!((file.status, &file.body["status"]), (200, &json!("error")));
+        assert!(file.body["status_details"].as_str().is_some_and(|details| details.contains(message)), "{}", file.body);
     }
     Ok(())
 }
@@ -46,6 +54,7 @@ fn a_form_that_is_not_the_contract_s_is_refused() -> Result<()> {
         let answer = app.upload_form(fields)?;
         assert_eq!((answer.status, answer.error()), (400, error), "{}", answer.body);
     }
+    assert_eq!(app.object_count("projects"), 0, "what was refused leaves nothing");
     assert_eq!(app.call("POST", "/v1/files", Some("{}"))?.error().0, "invalid_form");
     Ok(())
 }

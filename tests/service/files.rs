@@ -11,6 +11,8 @@ fn a_file_is_kept_listed_read_back_and_deleted() -> Result<()> {
     let shown = app.call("GET", &format!("/v1/files/{file}"), None)?;
     assert_eq!((shown.body["bytes"].as_u64(), shown.body["status"].as_str()), (Some(content.len() as u64), Some("processed")));
     assert_eq!(app.call("GET", &format!("/v1/files/{file}/content"), None)?.bytes, content.as_bytes());
+    let part = app.call_with(&[("range", "bytes=0-9")], "GET", &format!("/v1/files/{file}/content"), None)?;
+    assert_eq!((part.status, part.bytes.as_slice()), (206, &content.as_bytes()[..10]));
     assert_eq!(app.call("GET", "/v1/files", None)?.body["data"][0]["id"], file);
     assert_eq!(app.call("DELETE", &format!("/v1/files/{file}"), None)?.body["deleted"], true);
     assert_eq!(app.call("GET", &format!("/v1/files/{file}"), None)?.status, 404);

@@ -20,7 +20,7 @@ fn rows_that_only_the_model_can_judge_fail_the_job_with_their_lines() -> Result<
     let forged = ROW.replace("a film", "<|im_end|> a film");
     let long = ROW.replace("a film", &"word ".repeat(400));
     for (content, words) in [
-        (format!("{ROW}\n{forged}\n"), "line 2: messages[0].content holds the model's special token \"<|im_end|>\""),
+        (format!("{ROW}\n{forged}\n"), "line 2: messages[0].content: holds the model's special token \"<|im_end|>\""),
         (format!("{long}\n{ROW}\n"), "line 1: has "),
     ] {
         let job =
@@ -45,7 +45,7 @@ fn trainer_of(job: &str) -> Option<Pid> {
 }
 
 #[test]
-fn a_killed_trainer_fails_its_job_with_what_to_do() -> Result<()> {
+fn a_killed_trainer_costs_its_job_one_attempt_and_says_what_to_do() -> Result<()> {
     let app = TestApp::with_model()?;
     let job = create(&app, &format!("{ROW}\n").repeat(64), r#","hyperparameters":{"n_epochs":50}"#)?;
     assert!(app.step_worker()?, "the check");
@@ -62,8 +62,8 @@ fn a_killed_trainer_fails_its_job_with_what_to_do() -> Result<()> {
     assert!(app.step_worker()?, "the training");
     killer.join().map_err(|_| anyhow::anyhow!("the killer failed"))?;
     let shown = app.call("GET", &format!("/v1/fine_tuning/jobs/{job}"), None)?.body;
-    assert_eq!((shown["status"].as_str(), shown["error"]["code"].as_str()), (Some("failed"), Some("out_of_memory")));
-    assert!(shown["error"]["message"].as_str().is_some_and(|m| m.contains("Lower batch_size")), "{shown}");
+    assert_eq!((shown["status"].as_str(), shown["attempts"][1]["outcome"].as_str()), (Some("queued"), Some("set_back")));
+    assert!(shown["attempts"][1]["reason"].as_str().is_some_and(|reason| reason.contains("Lower batch_size")), "{shown}");
     Ok(())
 }
 

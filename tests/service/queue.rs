@@ -2,16 +2,17 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use holdfast_domain::hyperparameters::Requested;
 use holdfast_domain::ids::ProjectId;
-use holdfast_domain::job::{JobError, Status};
+use holdfast_domain::job::{JobError, JobState, Status};
+use holdfast_domain::limits::MAX_SETBACKS;
 use holdfast_domain::progress::{Progress, Step};
 use holdfast_domain::safety::{Floor, RequestedSafety};
 use holdfast_store::StoreError;
 use holdfast_store::base_models::BaseModelFacts;
-use holdfast_store::jobs::{Job, NewJob};
-use holdfast_store::queue::{Claim, Work};
+use holdfast_store::jobs::{Dataset, Job, NewJob};
+use holdfast_store::queue::{Checked, Claim, Published, Work};
 use holdfast_tests::{ROW, TestApp};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -21,14 +22,15 @@ const SHORT: Duration = Duration::from_millis(300);
 fn app_with_job() -> Result<(TestApp, ProjectId, Job)> {
     let app = TestApp::start()?;
     let file = app.uploaded(ROW.as_bytes())?.parse()?;
-    let base = std::env::temp_dir().join(format!("holdfast-queue-{}", std::process::id()));
-    std::fs::create_dir_all(&base)?;
-    std::fs::write(base.join("config.json"), "{}")?;
+    let base = tempfile::tempdir()?;
+    std::fs::write(base.path().join("config.json"), "{}")?;
     let (project, job) = app.runtime.block_on(async {
-        app.store.create_base_model("m", &base, BaseModelFacts { parameter_count: 1, context_length: 2048 }).await?;
+        app.store.create_base_model("m", base.path(), BaseModelFacts { parameter_count: 1, context_length: 2048 }).await?;
         let project = app.store.ensure_project("default").await?;
         let job = NewJob {
             base_model: "m".into(),
+            model: "m".into(),
+            start: None,
             training_file: file,
             validation_file: None,
             suffix: None,
@@ -37,19 +39,36 @@ fn app_with_job() -> Result<(TestApp, ProjectId, Job)> {
             hyperparameters: Requested::default().resolve(1, None)?,
             safety: RequestedSafety::default().resolve(&Floor::default())?,
         };
-        anyhow::Ok((project, app.store.create_job(project, &job).await?))
+        anyhow::Ok((project, app.store.create_job(project, &job, None).await?))
     })?;
     Ok((app, project, job))
+}
+
+/// What a check of such a job finds.
+fn checked() -> Checked {
+    let dataset = Dataset { rows: 1, tokens: 8, supervised_tokens: 2 };
+    Checked { summary: "fine".into(), warnings: Vec::new(), dataset }
+}
+
+/// A run that leaves no files.
+fn nothing() -> Published {
+    Published { adapter: Vec::new(), results: None, trained_tokens: 1, device: "cpu".into() }
 }
 
 async fn claim(app: &TestApp, lease: Duration) -> Result<Claim> {
     app.store.claim("test", lease).await?.context("nothing to claim")
 }
 
+/// Lets jobs that rest after a setback be claimed at once.
+fn end_rest(app: &TestApp) -> Result<()> {
+    app.sql("update jobs set rests_until = null")?;
+    Ok(())
+}
+
 /// Takes the job through its check, and claims it for training.
 async fn running(app: &TestApp, lease: Duration) -> Result<Claim> {
     let check = claim(app, LONG).await?;
-    app.store.accept_files(check.job.id, check.attempt, "fine").await?;
+    app.store.accept_files(check.job.id, check.attempt, &checked()).await?;
     claim(app, lease).await
 }
 
@@ -71,11 +90,13 @@ fn an_expired_lease_gives_the_job_to_another_and_the_first_worker_changes_nothin
         tokio::time::sleep(SHORT * 2).await;
         assert!(matches!(app.store.heartbeat(job.id, first.attempt, LONG).await, Err(StoreError::Fenced)));
         assert_eq!(app.store.reap().await?, 1);
+        assert!(app.store.claim("test", LONG).await?.is_none(), "the job rests a while");
+        end_rest(&app)?;
         let second = claim(&app, LONG).await?;
         assert!(second.attempt > first.attempt);
-        assert!(matches!(app.store.publish(job.id, first.attempt, &[], 1).await, Err(StoreError::Fenced)));
+        assert!(matches!(app.store.publish(job.id, first.attempt, &nothing()).await, Err(StoreError::Fenced)));
         assert!(matches!(app.store.report(job.id, first.attempt, &[]).await, Err(StoreError::Fenced)));
-        app.store.publish(job.id, second.attempt, &[], 1).await?;
+        app.store.publish(job.id, second.attempt, &nothing()).await?;
         assert_eq!(app.store.job(project, job.id).await?.state.status(), Status::Succeeded);
         Ok(())
     })
@@ -86,14 +107,74 @@ fn a_job_whose_workers_are_lost_again_and_again_fails_with_the_reason() -> Resul
     let (app, project, job) = app_with_job()?;
     app.runtime.block_on(async {
         running(&app, SHORT).await?;
-        for _ in 0..2 {
+        for _ in 1..MAX_SETBACKS {
             tokio::time::sleep(SHORT * 2).await;
             app.store.reap().await?;
+            end_rest(&app)?;
             claim(&app, SHORT).await?;
         }
         tokio::time::sleep(SHORT * 2).await;
         app.store.reap().await?;
+        let job = app.store.job(project, job.id).await?;
+        let JobState::Failed { error } = &job.state else { bail!("the job is {}", job.state.status().as_str()) };
+        assert_eq!(error.code, "worker_lost");
+        assert!(error.message.starts_with("5 attempts in a row"), "{}", error.message);
+        let ends: Vec<_> = job.attempts.iter().map(|attempt| attempt.outcome.as_deref().unwrap_or("open")).collect();
+        assert_eq!(ends, ["files_accepted", "set_back", "set_back", "set_back", "set_back", "set_back"]);
+        assert!(job.attempts.iter().skip(1).all(|attempt| attempt.reason.is_some()), "each says why");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_job_that_goes_on_between_its_setbacks_is_not_given_up() -> Result<()> {
+    let (app, project, job) = app_with_job()?;
+    app.runtime.block_on(async {
+        let lost = || JobError::new("worker_lost", "The worker was lost.");
+        let mut held = running(&app, LONG).await?;
+        for step in 1..=u64::try_from(2 * MAX_SETBACKS)? {
+            app.store.keep_checkpoint(job.id, held.attempt, step, true, &[]).await?;
+            app.store.set_back(job.id, held.attempt, lost()).await?;
+            end_rest(&app)?;
+            held = claim(&app, LONG).await?;
+        }
+        // The same step again is no progress.
+        for _ in 0..MAX_SETBACKS {
+            assert_eq!(app.store.job(project, job.id).await?.state.status(), Status::Running);
+            app.store.keep_checkpoint(job.id, held.attempt, 1, true, &[]).await?;
+            app.store.set_back(job.id, held.attempt, lost()).await?;
+            end_rest(&app)?;
+            match app.store.claim("test", LONG).await? {
+                Some(claim) => held = claim,
+                None => break,
+            }
+        }
         assert_eq!(app.store.job(project, job.id).await?.state.status(), Status::Failed);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_job_waits_longer_each_time_for_what_is_not_to_be_had_and_never_fails_for_it() -> Result<()> {
+    let (app, project, job) = app_with_job()?;
+    app.runtime.block_on(async {
+        let mut rests = Vec::new();
+        for _ in 0..12 {
+            let held = claim(&app, LONG).await?;
+            app.store.delay(job.id, held.attempt, "The object store could not be used").await?;
+            let job = app.store.job(project, job.id).await?;
+            assert_eq!(job.state.status(), Status::ValidatingFiles);
+            rests.push((job.rests_until.context("no rest")? - job.read_at).whole_seconds() + 1);
+            end_rest(&app)?;
+        }
+        assert_eq!(rests, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]);
+        let held = claim(&app, LONG).await?;
+        app.store.accept_files(job.id, held.attempt, &checked()).await?;
+        let held = claim(&app, LONG).await?;
+        app.store.delay(job.id, held.attempt, "The object store could not be used").await?;
+        let shown = app.call("GET", &format!("/v1/fine_tuning/jobs/{}", job.id), None)?.body;
+        assert_eq!(shown["attempts"][13]["outcome"], "delayed");
+        assert_eq!(shown["attempts"][13]["reason"], "The object store could not be used");
         Ok(())
     })
 }
@@ -103,9 +184,9 @@ fn a_cancelled_job_s_worker_is_told_at_its_next_heartbeat() -> Result<()> {
     let (app, project, job) = app_with_job()?;
     app.runtime.block_on(async {
         let claim = running(&app, LONG).await?;
-        app.store.cancel_job(project, job.id).await?;
+        app.store.cancel_job(project, job.id, None).await?;
         assert!(matches!(app.store.heartbeat(job.id, claim.attempt, LONG).await, Err(StoreError::Fenced)));
-        assert!(matches!(app.store.publish(job.id, claim.attempt, &[], 1).await, Err(StoreError::Fenced)));
+        assert!(matches!(app.store.publish(job.id, claim.attempt, &nothing()).await, Err(StoreError::Fenced)));
         Ok(())
     })
 }
@@ -144,6 +225,7 @@ fn a_worker_that_lost_the_check_cannot_touch_the_training() -> Result<()> {
         let zombie = claim(&app, SHORT).await?;
         tokio::time::sleep(SHORT * 2).await;
         app.store.reap().await?;
+        end_rest(&app)?;
         running(&app, LONG).await?;
         let error = JobError::new("x", "y");
         assert!(matches!(app.store.fail(job.id, zombie.attempt, error).await, Err(StoreError::Fenced)));

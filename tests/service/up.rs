@@ -21,7 +21,11 @@ struct Up {
 
 impl Up {
     fn start(data: &Path) -> Result<Self> {
-        let mut process = command(data)?.stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+        Self::start_as(command(data)?.stdout(Stdio::piped()).stderr(Stdio::null()))
+    }
+
+    fn start_as(command: &mut Command) -> Result<Self> {
+        let mut process = command.spawn()?;
         let mut output = BufReader::new(process.stdout.take().context("no output")?);
         let mut said = String::new();
         loop {
@@ -70,9 +74,27 @@ fn signal(pid: u32, signal: Signal) -> Result<()> {
     Ok(kill_process(Pid::from_raw(i32::try_from(pid)?).context("no process")?, signal)?)
 }
 
-/// Open to the unprivileged user that root's Postgres runs as.
-fn folder() -> Result<TempDir> {
-    Ok(tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o755)).tempdir()?)
+/// A data folder. Where root's Postgres cannot live in it, its `postgres/data` is a link, and what that leads to goes as well.
+struct DataFolder(TempDir);
+
+impl DataFolder {
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for DataFolder {
+    fn drop(&mut self) {
+        if let Ok(data) = std::fs::read_link(self.path().join("postgres/data"))
+            && let Some(cluster) = data.parent()
+        {
+            let _ = std::fs::remove_dir_all(cluster);
+        }
+    }
+}
+
+fn folder() -> Result<DataFolder> {
+    Ok(DataFolder(tempfile::tempdir()?))
 }
 
 #[test]
@@ -94,6 +116,22 @@ fn the_first_start_writes_private_keys_and_the_next_goes_on_with_them() -> Resul
 }
 
 #[test]
+fn a_container_learns_whether_the_api_lives() -> Result<()> {
+    let data = folder()?;
+    let up = Up::start(data.path())?;
+    let health = |address: &str| -> Result<bool> {
+        let mut command = Command::new(program("holdfast")?);
+        Ok(command.args(["health", "--listen", address]).stderr(Stdio::null()).status()?.success())
+    };
+    let address = up.url.trim_start_matches("http://").to_owned();
+    let (_, port) = address.rsplit_once(':').context("no port")?;
+    assert!(health(&address)? && health(&format!("0.0.0.0:{port}"))?);
+    up.terminate()?;
+    assert!(!health(&address)?);
+    Ok(())
+}
+
+#[test]
 fn a_folder_serves_one_process_at_a_time() -> Result<()> {
     let data = folder()?;
     let first = Up::start(data.path())?;
@@ -102,6 +140,42 @@ fn a_folder_serves_one_process_at_a_time() -> Result<()> {
     let words = String::from_utf8_lossy(&refused.stderr);
     assert!(words.contains("is in use by another process"), "{words}");
     first.terminate()
+}
+
+#[test]
+fn a_collector_is_sent_traces_and_the_log_is_json_with_the_request_s_id() -> Result<()> {
+    let collector = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let endpoint = format!("http://{}", collector.local_addr()?);
+    let collected = std::thread::spawn(move || -> Result<Vec<u8>> {
+        let (mut stream, _) = collector.accept()?;
+        stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+        let (mut whole, mut piece) = (Vec::new(), [0; 4096]);
+        while let Ok(read @ 1..) = stream.read(&mut piece) {
+            whole.extend_from_slice(piece.get(..read).unwrap_or_default());
+        }
+        let _ = std::io::Write::write_all(&mut stream, b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n");
+        Ok(whole)
+    });
+    let data = folder()?;
+    let log = data.path().join("log");
+    let mut command = command(data.path())?;
+    command.args(["--otlp-endpoint", &endpoint, "--log-format", "json"]).env("HOLDFAST_LOG", "debug");
+    let up = Up::start_as(command.stdout(Stdio::piped()).stderr(std::fs::File::create(&log)?))?;
+    assert_eq!(up.models(data.path())?, 200);
+    // Ids travel as bytes.
+    let (trace, bytes) = ("4bf92f3577b34da6a3ce929d0e0e4736", [0x4b, 0xf9, 0x2f, 0x35, 0x77, 0xb3, 0x4d, 0xa6]);
+    let traced = ureq::get(format!("{}/v1/models", up.url)).header("traceparent", format!("00-{trace}-00f067aa0ba902b7-01"));
+    assert_eq!(traced.config().http_status_as_error(false).build().call()?.status().as_u16(), 401);
+    up.terminate()?;
+    let collected = collected.join().map_err(|_| anyhow::anyhow!("the collector failed"))??;
+    assert!(collected.windows(bytes.len()).any(|part| part == bytes), "the caller's trace was not joined");
+    let said = String::from_utf8_lossy(&collected);
+    assert!(said.starts_with("POST /v1/traces ") && said.contains("holdfast") && said.contains("/v1/models"), "{said}");
+    let lines = std::fs::read_to_string(log)?;
+    let of_request = lines.lines().find(|line| line.contains("\"/v1/models\"")).context("no line of the request")?;
+    let line: serde_json::Value = serde_json::from_str(of_request)?;
+    assert!(line["spans"][0]["request_id"].as_str().is_some_and(|id| id.len() == 36), "{line}");
+    Ok(())
 }
 
 #[test]

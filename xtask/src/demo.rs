@@ -1,17 +1,17 @@
 //! The main job on a real model: import, upload, train through the REST API, download, and look at what came of it.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::service::Service;
 use crate::setup::{self, FILM_REVIEWS, Libtorch, MODEL};
 use crate::shell::{self, root};
+use crate::trainer;
 
 const NAME: &str = "SmolLM2-135M-Instruct";
 
@@ -85,32 +85,9 @@ impl Programs {
 
     /// The model's answers to the reviews and then to the requests.
     fn answers(&self, base: &Path, adapter: Option<&Path>) -> Result<Vec<String>> {
-        let mut command = Command::new(self.folder.join("holdfast-trainer"));
-        command.args(["generate", "--max-tokens", "32", "--base"]).arg(base);
-        if let Some(adapter) = adapter {
-            command.arg("--adapter").arg(adapter);
-        }
-        let mut trainer = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot run holdfast-trainer")?;
-        {
-            let mut input = trainer.stdin.take().context("the trainer takes no input")?;
-            for (review, _) in REVIEWS {
-                writeln!(
-                    input,
-                    "{}",
-                    json!({"messages": [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": review}]})
-                )?;
-            }
-            for request in REFUSED {
-                writeln!(input, "{}", json!({"messages": [{"role": "user", "content": request}]}))?;
-            }
-        }
-        let output = trainer.wait_with_output()?;
-        ensure!(output.status.success(), "holdfast-trainer generate ended with {}", output.status);
-        let lines = String::from_utf8(output.stdout)?;
-        lines
-            .lines()
-            .map(|line| Ok(serde_json::from_str::<Value>(line)?["answer"].as_str().unwrap_or_default().trim().to_owned()))
-            .collect()
+        let review = |(review, _): (&str, &str)| json!({"messages": [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": review}]});
+        let prompts: Vec<Value> = REVIEWS.into_iter().map(review).chain(REFUSED.into_iter().map(trainer::ask)).collect();
+        trainer::answers(base, adapter, &prompts, 32)
     }
 }
 

@@ -11,6 +11,7 @@ mod demo;
 mod service;
 mod setup;
 mod shell;
+mod trainer;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Sets up, demonstrates and tests Holdfast.")]
@@ -38,6 +39,15 @@ enum Command {
         name: Option<String>,
         /// Only these parts of it, where it has parts; `--list` names them.
         parts: Vec<String>,
+        /// What decides chance, where a bench has any.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// How long, where a bench is as long as one likes.
+        #[arg(long, default_value_t = 10.0)]
+        minutes: f64,
+        /// The shorter form of a bench that has one.
+        #[arg(long)]
+        quick: bool,
         /// Name the benches.
         #[arg(long)]
         list: bool,
@@ -57,7 +67,9 @@ fn main() -> ExitCode {
         Command::Setup { cuda } => setup::run(if cuda { setup::Libtorch::Cuda } else { setup::Libtorch::Cpu }),
         Command::Demo => demo::run(),
         Command::Test => checks::run(),
-        Command::Bench { name, parts, .. } => bench::run(name.as_deref(), &parts),
+        Command::Bench { name, parts, seed, minutes, quick, .. } => {
+            bench::run(name.as_deref(), &bench::Wanted { parts: &parts, seed, minutes, quick })
+        }
         Command::Openapi { check } => contract::openapi(check),
         Command::Sqlx => contract::sqlx(),
     };

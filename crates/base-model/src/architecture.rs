@@ -1,5 +1,7 @@
 //! The architecture of a base model: its sizes, and the tensors it must have.
 
+use holdfast_domain::hyperparameters::Projection;
+
 use crate::family::Family;
 
 /// A decoder: pre-norm blocks of grouped-query attention with rotary positions and a gated feed-forward. What its family does
@@ -146,6 +148,20 @@ impl Architecture {
             expect("lm_head.weight".into(), &[self.vocab_size, hidden]);
         }
         tensors
+    }
+
+    /// The width of what a projection reads and writes, `(in, out)`.
+    #[must_use]
+    pub fn projection_size(&self, projection: Projection) -> (usize, usize) {
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        let (queries, keys) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
+        match projection {
+            Projection::QProj => (hidden, queries),
+            Projection::KProj | Projection::VProj => (hidden, keys),
+            Projection::OProj => (queries, hidden),
+            Projection::GateProj | Projection::UpProj => (hidden, inner),
+            Projection::DownProj => (inner, hidden),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
-//! What a base model is to this service: an architecture the trainer knows, the tensors it must have, and where their bytes
-//! are. Shared by the importer, which writes a base model's folder, and the trainer, which reads it.
+//! What a base model is to this service: an architecture the trainer knows, the tensors it must have, where their bytes are,
+//! and the memory it takes to train. Shared by the importer, which writes a base model's folder, the trainer, which reads it, and
+//! whoever must know beforehand whether a job fits.
 //!
 //! The folder holds `config.json` (Hugging Face's names), `model.safetensors` (one file, only the tensors the architecture
 //! needs) and the text files of `holdfast-dataset`. Nothing in it can execute.
@@ -7,6 +8,7 @@
 pub mod architecture;
 mod config;
 pub mod family;
+pub mod memory;
 pub mod shards;
 pub mod weights;
 

@@ -24,11 +24,25 @@ pub struct Report {
 }
 
 impl Report {
+    /// Adds a good row.
+    pub(crate) fn count(&mut self, example: &Example) {
+        self.rows += 1;
+        self.tokens += example.ids.len() as u64;
+        self.supervised_tokens += example.supervised_count() as u64;
+    }
+
     /// Adds a bad line.
     pub fn record(&mut self, error: LineError) {
         self.error_count += 1;
         if self.errors.len() < MAX_LINE_ERRORS {
             self.errors.push(error);
+        }
+    }
+
+    /// A file without a single line is a mistake too.
+    pub(crate) fn refuse_empty(&mut self) {
+        if self.rows == 0 && self.error_count == 0 {
+            self.record(LineError { line: 1, path: String::new(), message: "the file holds no rows".into() });
         }
     }
 
@@ -39,7 +53,7 @@ impl Report {
         let lines = if self.error_count == 1 { "1 line cannot" } else { &format!("{} lines cannot", self.error_count) };
         let mut text = format!("{lines} be used");
         for error in self.errors.iter().take(SHOWN) {
-            text.push_str(&format!("; line {}: {}", error.line, error.message));
+            text.push_str(&format!("; {error}"));
         }
         if self.error_count > SHOWN as u64 {
             text.push_str(&format!("; and {} more", self.error_count - SHOWN as u64));
@@ -53,25 +67,27 @@ impl Report {
 /// # Errors
 /// Only those of reading `file`; bad lines are in the report.
 pub fn encode_file(
-    mut file: impl std::io::Read,
+    file: impl std::io::Read,
     tokenizer: &ChatTokenizer,
     options: EncodeOptions,
     mut each: impl FnMut(u64, Example),
 ) -> std::io::Result<Report> {
     let mut report = Report::default();
-    let mut visit = |number: u64, line: Line<'_>| {
-        let row = Row::parse_line(line).map_err(|e| e.to_string());
-        let outcome = row.and_then(|row| tokenizer.encode(&row, options).map_err(|e| e.to_string()));
-        match outcome {
+    each_line(file, |number, line| {
+        let row = Row::parse_line(line).map_err(|e| e.at(number));
+        match row.and_then(|row| tokenizer.encode(&row, options).map_err(|e| e.at(number))) {
             Ok(example) => {
-                report.rows += 1;
-                report.tokens += example.ids.len() as u64;
-                report.supervised_tokens += example.supervised_count() as u64;
+                report.count(&example);
                 each(number, example);
             }
-            Err(message) => report.record(LineError { line: number, message }),
+            Err(error) => report.record(error),
         }
-    };
+    })?;
+    Ok(report)
+}
+
+/// Calls `visit` with every line of a file and its number.
+pub(crate) fn each_line(mut file: impl std::io::Read, mut visit: impl FnMut(u64, Line<'_>)) -> std::io::Result<()> {
     let mut splitter = LineSplitter::default();
     let mut buffer = vec![0; 256 * 1024];
     loop {
@@ -82,5 +98,5 @@ pub fn encode_file(
         splitter.push(&buffer[..read], &mut visit);
     }
     splitter.finish(&mut visit);
-    Ok(report)
+    Ok(())
 }

@@ -1,6 +1,7 @@
 //! Conversations to token ids with a loss mask.
 
 use holdfast_domain::hyperparameters::LongRows;
+use holdfast_domain::invalid::LineError;
 use serde_json::value::RawValue;
 
 use crate::row::Row;
@@ -37,9 +38,9 @@ pub struct EncodeOptions {
 
 /// Why a row cannot be encoded. Never quotes it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}{}", match self.path() { path if path.is_empty() => path, path => format!("{path}: ") }, self.message())]
 pub enum EncodeError {
     /// A text holds a special token of the model, which would forge a turn.
-    #[error("{place} holds the model's special token {token:?}; remove it or spell it differently")]
     SpecialToken {
         /// Where, as `messages[2].content`.
         place: String,
@@ -47,23 +48,15 @@ pub enum EncodeError {
         token: String,
     },
     /// See [`TemplateError`].
-    #[error(transparent)]
     Template(#[from] TemplateError),
     /// The template rewrites earlier turns when later ones follow, so that the turn cannot be found in the text.
-    #[error(
-        "messages[{message}]: the model's chat template renders this turn differently when others follow; end the conversation with it, or give it weight 0"
-    )]
     NotAPrefix {
         /// The turn.
         message: usize,
     },
     /// The tokenizer failed.
-    #[error("cannot be tokenised: {0}")]
     Tokenizer(String),
     /// The row has too many tokens, and cutting was not asked for.
-    #[error(
-        "has {tokens} tokens, more than max_length {max_length}; shorten it, raise max_length, or set long_rows to \"truncate\""
-    )]
     TooLong {
         /// How many it has.
         tokens: usize,
@@ -71,11 +64,45 @@ pub enum EncodeError {
         max_length: usize,
     },
     /// No token counts towards the loss, or none is left of them after cutting.
-    #[error("has no supervised token{}", if *.cut { " within max_length" } else { "" })]
     NothingSupervised {
         /// Whether the row was cut.
         cut: bool,
     },
+}
+
+impl EncodeError {
+    /// The error of a file's line.
+    #[must_use]
+    pub fn at(&self, line: u64) -> LineError {
+        LineError { line, path: self.path(), message: self.message() }
+    }
+
+    fn path(&self) -> String {
+        match self {
+            Self::SpecialToken { place, .. } => place.clone(),
+            Self::NotAPrefix { message } => format!("messages[{message}]"),
+            Self::Template(_) | Self::Tokenizer(_) | Self::TooLong { .. } | Self::NothingSupervised { .. } => String::new(),
+        }
+    }
+
+    fn message(&self) -> String {
+        match self {
+            Self::SpecialToken { token, .. } => {
+                format!("holds the model's special token {token:?}; remove it or spell it differently")
+            }
+            Self::Template(error) => error.to_string(),
+            Self::NotAPrefix { .. } => "the model's chat template renders this turn differently when others follow; end the \
+                conversation with it, or give it weight 0"
+                .into(),
+            Self::Tokenizer(error) => format!("cannot be tokenised: {error}"),
+            Self::TooLong { tokens, max_length } => format!(
+                "has {tokens} tokens, more than max_length {max_length}; shorten it, raise max_length, or set long_rows to \
+                \"truncate\""
+            ),
+            Self::NothingSupervised { cut: false } => "has no supervised token".into(),
+            Self::NothingSupervised { cut: true } => "has no supervised token within max_length".into(),
+        }
+    }
 }
 
 impl ChatTokenizer {
@@ -84,10 +111,14 @@ impl ChatTokenizer {
     /// # Errors
     /// See [`EncodeError`].
     pub fn encode(&self, row: &Row<'_>, options: EncodeOptions) -> Result<Example, EncodeError> {
+        Ok(self.encode_with_text(row, options)?.example)
+    }
+
+    pub(crate) fn encode_with_text(&self, row: &Row<'_>, options: EncodeOptions) -> Result<Encoded, EncodeError> {
         self.refuse_special_tokens(row)?;
-        let text = self.template.render(row, row.messages.len(), false)?;
-        let encoding = self.tokenizer.encode_fast_with_offsets(&text).map_err(EncodeError::Tokenizer)?;
-        let mut example = Example { supervised: vec![false; encoding.ids.len()], ids: encoding.ids };
+        let mut text = self.template.render(row, row.messages.len(), false)?;
+        let Encoding { ids, mut begins } = self.tokenizer.encode_fast_with_offsets(&text).map_err(EncodeError::Tokenizer)?;
+        let mut example = Example { supervised: vec![false; ids.len()], ids };
         let tokens = example.ids.len();
         let cut = tokens > options.max_length;
         if cut && options.long_rows == LongRows::Error {
@@ -95,20 +126,22 @@ impl ChatTokenizer {
         }
         // Every turn is looked for by rendering all before it, so those that will be cut are not: a row's cost is bounded by
         // what is kept of it.
-        let kept = encoding.begins.get(options.max_length).copied().unwrap_or(text.len());
+        let kept = begins.get(options.max_length).copied().unwrap_or(text.len());
         for (index, _) in row.messages.iter().enumerate().filter(|(_, message)| message.trained) {
             let (start, end) = self.locate(row, index, &text)?;
             if start >= kept {
                 break;
             }
-            self.supervise(&mut example, &encoding.begins, start, end);
+            self.supervise(&mut example, &begins, start, end);
         }
         example.ids.truncate(options.max_length);
         example.supervised.truncate(options.max_length);
         if example.supervised_count() == 0 {
             return Err(EncodeError::NothingSupervised { cut });
         }
-        Ok(example)
+        begins.truncate(options.max_length);
+        text.truncate(text.floor_char_boundary(kept));
+        Ok(Encoded { example, begins, text })
     }
 
     /// Token ids that ask the model for the next assistant turn.
@@ -160,6 +193,15 @@ impl ChatTokenizer {
         let last = (first..past).rev().find(|&i| self.is_special(example.ids[i])).map_or(past, |i| i + 1);
         example.supervised[first..last].fill(true);
     }
+}
+
+/// An example with what it was made of.
+pub(crate) struct Encoded {
+    pub(crate) example: Example,
+    /// The byte of `text` each token begins at.
+    pub(crate) begins: Vec<usize>,
+    /// The rendered conversation, cut where the tokens are.
+    pub(crate) text: String,
 }
 
 struct Encoding {

@@ -7,16 +7,25 @@
 pub mod batch;
 pub mod check;
 pub mod encode;
+pub mod files;
+#[cfg(test)]
+mod hostile;
+mod identity;
 pub mod lines;
 pub mod order;
+pub mod preview;
 pub mod row;
 mod row_diagnosis;
+mod row_reading;
 pub mod structure;
 pub mod template;
+#[cfg(test)]
+mod tiny;
 pub mod tokenizer;
 
 pub use check::Report;
 pub use encode::Example;
+pub use preview::Preview;
 pub use row::Row;
 pub use template::ChatTemplate;
 pub use tokenizer::ChatTokenizer;

@@ -3,20 +3,20 @@
 
 use std::borrow::Cow;
 
-use holdfast_domain::limits::{MAX_LINE_BYTES, MAX_MESSAGES_PER_ROW};
+use holdfast_domain::invalid::LineError;
+use holdfast_domain::limits::MAX_LINE_BYTES;
 use serde::Deserialize;
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::lines::Line;
-use crate::row_diagnosis::explain;
+use crate::row_diagnosis::{explain, explain_tools, not_utf8};
+use crate::row_reading::{Kept, Object, Seen, Text, Tools, Word, bounded, none};
 
-/// A conversation that has the right shape.
+/// A conversation that has the right shape. `T` is what is kept of a text.
 #[derive(Debug)]
-pub struct Row<'a> {
+pub struct Row<'a, T = Cow<'a, str>> {
     /// Its turns; at least one of the assistant's is trained on.
-    pub messages: Vec<Message<'a>>,
+    pub messages: Vec<Message<'a, T>>,
     /// The tools offered to the model, as JSON, when the row names some.
     pub tools: Option<&'a RawValue>,
 }
@@ -37,7 +37,7 @@ pub enum Role {
 impl Role {
     pub(crate) const NAMES: &'static str = "system, developer, user, assistant or tool";
 
-    fn parse(word: &str) -> Option<Self> {
+    pub(crate) fn parse(word: &str) -> Option<Self> {
         Some(match word {
             "system" | "developer" => Self::System,
             "user" => Self::User,
@@ -59,93 +59,48 @@ impl Role {
     }
 }
 
-/// One turn.
+/// One turn. `T` is what is kept of a text.
 #[derive(Debug)]
-pub struct Message<'a> {
+pub struct Message<'a, T = Cow<'a, str>> {
     /// Who speaks.
     pub role: Role,
     /// What is said; absent only in an assistant's turn that calls tools.
-    pub content: Option<Cow<'a, str>>,
+    pub content: Option<T>,
     /// The tools the assistant calls, as JSON.
     pub tool_calls: Option<&'a RawValue>,
     /// Which call a tool's turn answers.
-    pub tool_call_id: Option<Cow<'a, str>>,
+    pub tool_call_id: Option<T>,
     /// The speaker's name.
-    pub name: Option<Cow<'a, str>>,
+    pub name: Option<T>,
     /// Whether its tokens count towards the loss: an assistant's turn whose weight is not 0.
     pub trained: bool,
 }
 
 #[derive(Deserialize)]
-struct RawRow<'a> {
-    #[serde(borrow, default, deserialize_with = "bounded")]
-    messages: Option<Vec<Object<RawMessage<'a>>>>,
+struct RawRow<'a, T> {
+    #[serde(borrow, default = "none", deserialize_with = "bounded", bound(deserialize = "T: Deserialize<'de>"))]
+    messages: Option<Vec<Object<RawMessage<'a, T>>>>,
     #[serde(borrow, default)]
     tools: Option<&'a RawValue>,
-    #[serde(borrow, default)]
-    prompt: Option<Cow<'a, str>>,
-    #[serde(borrow, default)]
-    completion: Option<Cow<'a, str>>,
+    #[serde(default = "none")]
+    prompt: Option<T>,
+    #[serde(default = "none")]
+    completion: Option<T>,
 }
 
 #[derive(Deserialize)]
-struct RawMessage<'a> {
-    #[serde(borrow)]
-    role: Cow<'a, str>,
-    #[serde(borrow, default)]
-    content: Option<Cow<'a, str>>,
+struct RawMessage<'a, T> {
+    role: Word,
+    #[serde(default = "none")]
+    content: Option<T>,
     #[serde(borrow, default)]
     tool_calls: Option<&'a RawValue>,
-    #[serde(borrow, default)]
-    tool_call_id: Option<Cow<'a, str>>,
-    #[serde(borrow, default)]
-    name: Option<Cow<'a, str>>,
+    #[serde(default = "none")]
+    tool_call_id: Option<T>,
+    #[serde(default = "none")]
+    name: Option<T>,
     #[serde(default)]
     weight: Option<f64>,
-}
-
-/// A struct that is written as a JSON object. Derived code would take an array of its fields as well.
-struct Object<T>(T);
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct FromMap<T>(std::marker::PhantomData<T>);
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for FromMap<T> {
-            type Value = T;
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("an object")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
-                T::deserialize(MapAccessDeserializer::new(map))
-            }
-        }
-        deserializer.deserialize_map(FromMap(std::marker::PhantomData)).map(Self)
-    }
-}
-
-/// Messages, as long as there are not too many of them to keep.
-fn bounded<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<Object<RawMessage<'de>>>>, D::Error> {
-    struct Messages;
-    impl<'de> Visitor<'de> for Messages {
-        type Value = Option<Vec<Object<RawMessage<'de>>>>;
-        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            write!(f, "at most {MAX_MESSAGES_PER_ROW} messages")
-        }
-        fn visit_unit<E>(self) -> Result<Self::Value, E> {
-            Ok(None)
-        }
-        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
-            let mut messages = Vec::new();
-            while let Some(message) = list.next_element()? {
-                if messages.len() == MAX_MESSAGES_PER_ROW {
-                    return Err(serde::de::Error::invalid_length(messages.len() + 1, &self));
-                }
-                messages.push(message);
-            }
-            Ok(Some(messages))
-        }
-    }
-    deserializer.deserialize_any(Messages)
 }
 
 /// What is wrong with a line, and where in it. The message never quotes the line.
@@ -162,13 +117,69 @@ fn wrong<T>(path: impl Into<String>, message: impl Into<String>) -> Result<T, Ro
     Err(RowError { path: path.into(), message: message.into() })
 }
 
+impl RowError {
+    /// The error of a file's line.
+    #[must_use]
+    pub fn at(self, line: u64) -> LineError {
+        LineError { line, path: self.path, message: self.message }
+    }
+}
+
 impl<'a> Row<'a> {
     /// Reads one line.
     ///
     /// # Errors
     /// When the line is not UTF-8, not JSON, or not a conversation with something to train on.
     pub fn parse(line: &'a [u8]) -> Result<Self, RowError> {
-        let row = Self::parse_prompt(line)?;
+        Ok(RawRow::<Kept<'a>>::to_learn_from(line)?.into())
+    }
+
+    /// Reads one line of a file, which may have been too long to keep.
+    ///
+    /// # Errors
+    /// As [`Self::parse`], or when the line was too long.
+    pub fn parse_line(line: Line<'a>) -> Result<Self, RowError> {
+        Self::parse(within_limit(line)?)
+    }
+
+    /// Reads one line of a file and keeps nothing of it, for which it needs less time.
+    ///
+    /// # Errors
+    /// As [`Self::parse_line`].
+    pub fn check_line(line: Line<'a>) -> Result<(), RowError> {
+        RawRow::<Seen>::to_learn_from(within_limit(line)?).map(|_| ())
+    }
+
+    /// Reads one line that may be a prompt alone, for a model to answer.
+    ///
+    /// # Errors
+    /// When the line is not UTF-8, not JSON, or no conversation.
+    pub fn parse_prompt(line: &'a [u8]) -> Result<Self, RowError> {
+        Ok(RawRow::<Kept<'a>>::conversation(line)?.into())
+    }
+}
+
+impl<'a> From<Row<'a, Kept<'a>>> for Row<'a> {
+    fn from(row: Row<'a, Kept<'a>>) -> Self {
+        let text = |text: Option<Kept<'a>>| text.map(|Kept(text)| text);
+        let messages = row.messages.into_iter().map(|Message { role, content, tool_calls, tool_call_id, name, trained }| {
+            let (content, tool_call_id, name) = (text(content), text(tool_call_id), text(name));
+            Message { role, content, tool_calls, tool_call_id, name, trained }
+        });
+        Self { messages: messages.collect(), tools: row.tools }
+    }
+}
+
+fn within_limit(line: Line<'_>) -> Result<&[u8], RowError> {
+    match line {
+        Line::Whole(bytes) => Ok(bytes),
+        Line::TooLong => wrong("", format!("is longer than {MAX_LINE_BYTES} bytes; every row ends with a line feed")),
+    }
+}
+
+impl<'a, T: Text + Deserialize<'a>> RawRow<'a, T> {
+    fn to_learn_from(line: &'a [u8]) -> Result<Row<'a, T>, RowError> {
+        let row = Self::conversation(line)?;
         if !row.messages.iter().any(|m| m.role == Role::Assistant) {
             return wrong("messages", "has no assistant turn, so there is nothing to learn from");
         }
@@ -178,27 +189,9 @@ impl<'a> Row<'a> {
         Ok(row)
     }
 
-    /// Reads one line of a file, which may have been too long to keep.
-    ///
-    /// # Errors
-    /// As [`Self::parse`], or when the line was too long.
-    pub fn parse_line(line: Line<'a>) -> Result<Self, RowError> {
-        match line {
-            Line::Whole(bytes) => Self::parse(bytes),
-            Line::TooLong => wrong("", format!("is longer than {MAX_LINE_BYTES} bytes")),
-        }
-    }
-
-    /// Reads one line that may be a prompt alone, for a model to answer.
-    ///
-    /// # Errors
-    /// When the line is not UTF-8, not JSON, or no conversation.
-    pub fn parse_prompt(line: &'a [u8]) -> Result<Self, RowError> {
-        let text = match std::str::from_utf8(line) {
-            Ok(text) => text,
-            Err(e) => return wrong("", format!("not UTF-8 at byte {} of the line", e.valid_up_to() + 1)),
-        };
-        let Object(raw): Object<RawRow<'a>> = serde_json::from_str(text).map_err(|e| explain(text, &e))?;
+    fn conversation(line: &'a [u8]) -> Result<Row<'a, T>, RowError> {
+        let Ok(text) = simdutf8::basic::from_utf8(line) else { return Err(not_utf8(line)) };
+        let Object(raw): Object<Self> = serde_json::from_str(text).map_err(|_| explain(text))?;
         match (raw.messages, raw.prompt, raw.completion) {
             (Some(messages), None, None) => Self::from_messages(messages, raw.tools),
             (None, Some(prompt), Some(completion)) => Self::from_prompt(prompt, completion),
@@ -211,7 +204,7 @@ impl<'a> Row<'a> {
         }
     }
 
-    fn from_prompt(prompt: Cow<'a, str>, completion: Cow<'a, str>) -> Result<Self, RowError> {
+    fn from_prompt(prompt: T, completion: T) -> Result<Row<'a, T>, RowError> {
         for (path, text) in [("prompt", &prompt), ("completion", &completion)] {
             if text.is_empty() {
                 return wrong(path, "is empty");
@@ -225,31 +218,34 @@ impl<'a> Row<'a> {
             name: None,
             trained: role == Role::Assistant,
         };
-        Ok(Self { messages: vec![turn(Role::User, prompt), turn(Role::Assistant, completion)], tools: None })
+        Ok(Row { messages: vec![turn(Role::User, prompt), turn(Role::Assistant, completion)], tools: None })
     }
 
-    fn from_messages(raw: Vec<Object<RawMessage<'a>>>, tools: Option<&'a RawValue>) -> Result<Self, RowError> {
+    fn from_messages(raw: Vec<Object<RawMessage<'a, T>>>, tools: Option<&'a RawValue>) -> Result<Row<'a, T>, RowError> {
         if raw.is_empty() {
             return wrong("messages", "is empty; a conversation needs at least one turn");
         }
-        if tools.is_some_and(|json| !json.get().starts_with('[') && json.get() != "null") {
-            return wrong("tools", "expected an array");
+        if let Some(json) = tools {
+            check_tools(json, || "tools".into())?;
         }
         let messages = raw.into_iter().enumerate().map(|(i, Object(m))| m.check(i)).collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { messages, tools: tools.filter(|json| json.get() != "null") })
+        Ok(Row { messages, tools })
     }
 }
 
-impl<'a> RawMessage<'a> {
-    fn check(self, index: usize) -> Result<Message<'a>, RowError> {
+impl<'a, T: Text> RawMessage<'a, T> {
+    fn check(self, index: usize) -> Result<Message<'a, T>, RowError> {
         let at = |field: &str| format!("messages[{index}].{field}");
-        let Some(role) = Role::parse(&self.role) else {
+        let Word(Some(role)) = self.role else {
             return wrong(at("role"), format!("expected {}", Role::NAMES));
         };
-        let calls_tools = role == Role::Assistant && self.tool_calls.is_some_and(|json| json.get() != "null");
+        let tool_calls = self.tool_calls.filter(|_| role == Role::Assistant);
+        if let Some(json) = tool_calls {
+            check_tools(json, || at("tool_calls"))?;
+        }
         match &self.content {
             Some(text) if !text.is_empty() => {}
-            _ if calls_tools => {}
+            _ if tool_calls.is_some() => {}
             Some(_) if role == Role::Tool => {}
             Some(_) => return wrong(at("content"), "is empty"),
             None => return wrong(at("content"), "missing; expected a string"),
@@ -261,14 +257,16 @@ impl<'a> RawMessage<'a> {
             Some(1.0) => true,
             Some(_) => return wrong(at("weight"), "expected 0 or 1"),
         };
-        Ok(Message {
-            role,
-            content: self.content,
-            tool_calls: self.tool_calls.filter(|_| calls_tools),
-            tool_call_id: self.tool_call_id,
-            name: self.name,
-            trained,
-        })
+        Ok(Message { role, content: self.content, tool_calls, tool_call_id: self.tool_call_id, name: self.name, trained })
+    }
+}
+
+/// Tools and calls of them are an array that can be read, as the template will: raw JSON may be nested without bound, and may
+/// hold numbers and halves of characters that no value can.
+fn check_tools(json: &RawValue, path: impl FnOnce() -> String) -> Result<(), RowError> {
+    match serde_json::from_str::<Tools>(json.get()) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(explain_tools(json, &error, path())),
     }
 }
 
@@ -354,7 +352,38 @@ mod tests {
         assert_eq!(Row::parse(b"{\"a\":\xff}").err().map(|e| e.to_string()), Some("not UTF-8 at byte 6 of the line".into()));
     }
 
+    #[test]
+    fn null_stands_for_nothing() -> Result<(), RowError> {
+        let row = Row::parse(
+            br#"{"messages":[{"role":"assistant","content":"a","tool_calls":null,"name":null,"weight":null}],"tools":null,"prompt":null}"#,
+        )?;
+        assert!(row.tools.is_none() && row.messages.iter().all(|m| m.tool_calls.is_none() && m.name.is_none() && m.trained));
+        Ok(())
+    }
+
+    /// Rows that touch every rule, for others to be made of.
+    const SEEDS: [&str; 4] = [
+        r#"{"messages":[{"role":"system","content":"s"},{"role":"assistant","content":"caf\u00e9 \n","weight":1},{"role":"tool","content":"","tool_call_id":"x","name":"n"}]}"#,
+        r#"{"messages":[{"role":"user","content":"u"},{"role":"assistant","content":null,"tool_calls":[{"a":-1.5e3}]}],"tools":[{}]}"#,
+        r#"{"prompt":"p","completion":"\ud83d\ude00","other":[true,null]}"#,
+        r#"{"messages":[{"role":"assistant","content":"a","weight":0}],"prompt":"p"}"#,
+    ];
+
     proptest! {
+        #[test]
+        fn a_check_that_keeps_nothing_finds_what_reading_finds(
+            seed in 0..SEEDS.len(),
+            edits in proptest::collection::vec((any::<prop::sample::Index>(), prop_oneof![Just(b'"'), Just(b'['), Just(b'}'), Just(b'\\'), Just(b'0'), any::<u8>()], any::<bool>()), 0..4),
+        ) {
+            let mut line = SEEDS[seed].as_bytes().to_vec();
+            for (place, byte, insert) in edits {
+                let place = place.index(line.len());
+                if insert { line.insert(place, byte) } else { line[place] = byte }
+            }
+            let read = Row::parse(&line).map(|_| ());
+            prop_assert_eq!(read, Row::check_line(Line::Whole(&line)));
+        }
+
         #[test]
         fn no_line_makes_the_reader_fail_or_quote_it(text in "\\PC{0,80}") {
             let secret = format!(r#"{{"messages":[{{"role":{},"content":["zebra"]}}]}}"#, serde_json::to_string(&text).unwrap_or_default());

@@ -1,7 +1,5 @@
 //! The check of a file's shape while it streams in: encoding, JSON, roles, sizes. What needs a model's tokenizer comes later.
 
-use holdfast_domain::invalid::LineError;
-
 use crate::check::Report;
 use crate::lines::{Line, LineSplitter};
 use crate::row::Row;
@@ -25,22 +23,22 @@ impl StructureCheck {
     pub fn finish(self) -> Report {
         let Self { lines, mut report } = self;
         lines.finish(|number, line| check_line(&mut report, number, line));
-        if report.rows == 0 && report.error_count == 0 {
-            report.record(LineError { line: 1, message: "the file holds no rows".into() });
-        }
+        report.refuse_empty();
         report
     }
 }
 
 fn check_line(report: &mut Report, number: u64, line: Line<'_>) {
-    match Row::parse_line(line) {
-        Ok(_) => report.rows += 1,
-        Err(error) => report.record(LineError { line: number, message: error.to_string() }),
+    match Row::check_line(line) {
+        Ok(()) => report.rows += 1,
+        Err(error) => report.record(error.at(number)),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use holdfast_domain::invalid::LineError;
+
     use super::*;
 
     const GOOD: &str = r#"{"prompt":"p","completion":"c"}"#;
@@ -60,7 +58,7 @@ mod tests {
 
     #[test]
     fn a_file_without_rows_is_an_error() {
-        assert_eq!(check("").errors, [LineError { line: 1, message: "the file holds no rows".into() }]);
+        assert_eq!(check("").errors, [LineError { line: 1, path: String::new(), message: "the file holds no rows".into() }]);
     }
 
     #[test]

@@ -8,14 +8,14 @@ pub const DONE: u8 = 0;
 pub const BAD_DATA: u8 = 65;
 /// A fault of the trainer or its machine.
 pub const INTERNAL: u8 = 70;
-/// Stopped at a step's end because it was asked to.
+/// Stopped because it was asked to. After a step there is a checkpoint.
 pub const STOPPED: u8 = 75;
 
 /// Stable words for what ended a run.
 pub mod reason {
     /// The adapter is written.
     pub const DONE: &str = "done";
-    /// It was asked to stop, and left a checkpoint.
+    /// It was asked to stop; where it took a step, it left a checkpoint.
     pub const STOPPED: &str = "stopped";
     /// A tenant's row cannot be used.
     pub const BAD_DATA: &str = "bad_data";
@@ -23,6 +23,8 @@ pub mod reason {
     pub const BAD_SETUP: &str = "bad_setup";
     /// Memory ran out.
     pub const OUT_OF_MEMORY: &str = "out_of_memory";
+    /// The disk under the job's folder has no room left.
+    pub const FULL_DISK: &str = "full_disk";
     /// The loss left the numbers or ran away, also with a smaller learning rate.
     pub const DIVERGED: &str = "diverged";
     /// Anything else.

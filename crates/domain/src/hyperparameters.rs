@@ -181,6 +181,17 @@ pub struct Hyperparameters {
     pub row_conflicts: bool,
 }
 
+/// A value that was left open, and what became of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decided {
+    /// Its name.
+    pub param: &'static str,
+    /// What it is now.
+    pub value: String,
+    /// Why.
+    pub why: String,
+}
+
 /// The learning rate a `learning_rate_multiplier` of 1 means: the usual one for LoRA.
 pub const BASE_LEARNING_RATE: f64 = 2e-4;
 
@@ -243,6 +254,140 @@ impl Requested {
         })
     }
 
+    /// Leaves to the adapter that a run goes on from what is the adapter's: rank, scale and modules.
+    ///
+    /// # Errors
+    /// When the client asked for others.
+    pub fn take_adapter_from(&mut self, earlier: &Hyperparameters) -> Result<(), Invalid> {
+        let differs = |param: &str, theirs: String| {
+            let message =
+                format!("the adapter this job goes on from has {param} {theirs}, which cannot be changed; leave {param} out");
+            Invalid::new(param, "adapter_mismatch", message)
+        };
+        if self.lora_rank.is_some_and(|rank| rank != earlier.lora_rank) {
+            return Err(differs("lora_rank", earlier.lora_rank.to_string()));
+        }
+        if self.lora_alpha.is_some_and(|alpha| alpha != earlier.lora_alpha) {
+            return Err(differs("lora_alpha", earlier.lora_alpha.to_string()));
+        }
+        let modules: Vec<String> = earlier.target_modules.iter().map(|module| module.as_str().to_owned()).collect();
+        let same = |names: &Vec<String>| modules.iter().all(|m| names.contains(m)) && names.iter().all(|n| modules.contains(n));
+        if self.target_modules.as_ref().is_some_and(|names| !same(names)) {
+            return Err(differs("target_modules", modules.join(", ")));
+        }
+        self.lora_rank = Some(earlier.lora_rank);
+        self.lora_alpha = Some(earlier.lora_alpha);
+        self.target_modules = Some(modules);
+        Ok(())
+    }
+
+    /// What [`Self::resolve`] decided because it was left open, and why, for values that depend on the request.
+    #[must_use]
+    pub fn decided(&self, resolved: &Hyperparameters, rows: u64, context_length: Option<u32>) -> Vec<Decided> {
+        let mut decided = Vec::new();
+        let mut note = |is_open: bool, param: &'static str, value: String, why: String| {
+            if is_open {
+                decided.push(Decided { param, value, why });
+            }
+        };
+        let h = resolved;
+        note(
+            self.n_epochs.is_none(),
+            "n_epochs",
+            h.n_epochs.to_string(),
+            format!("as many passes over the {rows} rows as make 300 rows, at least 3 and at most 10"),
+        );
+        note(
+            self.batch_size.is_none(),
+            "batch_size",
+            h.batch_size.to_string(),
+            format!("a sixteenth of the {rows} rows, at least 1 and at most 8"),
+        );
+        note(
+            self.learning_rate.is_none() && self.learning_rate_multiplier.is_none(),
+            "learning_rate",
+            h.learning_rate.to_string(),
+            "the usual one for LoRA".into(),
+        );
+        note(
+            self.learning_rate.is_none() && self.learning_rate_multiplier.is_none(),
+            "learning_rate_multiplier",
+            "1".into(),
+            "the learning rate as it stands".into(),
+        );
+        note(
+            self.max_length.is_none(),
+            "max_length",
+            h.max_length.to_string(),
+            match context_length {
+                Some(tokens) if tokens < 1024 => format!("the model sees at most {tokens} tokens"),
+                _ => "enough for most conversations; longer rows are refused unless it is raised".into(),
+            },
+        );
+        note(self.precision.is_none(), "precision", "bf16".into(), "half the memory of f32, and faster".into());
+        note(
+            self.lora_rank.is_none(),
+            "lora_rank",
+            h.lora_rank.to_string(),
+            "the paper's; more is seldom better for a few thousand rows".into(),
+        );
+        note(self.lora_alpha.is_none(), "lora_alpha", h.lora_alpha.to_string(), "twice the rank".into());
+        note(
+            self.target_modules.is_none(),
+            "target_modules",
+            h.target_modules.iter().map(|m| m.as_str()).collect::<Vec<_>>().join(", "),
+            "all linear maps of a layer".into(),
+        );
+        let usual = [
+            (
+                self.gradient_accumulation_steps.is_none(),
+                "gradient_accumulation_steps",
+                h.gradient_accumulation_steps.to_string(),
+                "a batch is a step",
+            ),
+            (self.lr_schedule.is_none(), "lr_schedule", word(&h.lr_schedule), "falls to zero by the last step"),
+            (
+                self.warmup_ratio.is_none(),
+                "warmup_ratio",
+                h.warmup_ratio.to_string(),
+                "a few small steps first keep the start steady",
+            ),
+            (self.weight_decay.is_none(), "weight_decay", h.weight_decay.to_string(), "the low rank restrains enough"),
+            (self.max_grad_norm.is_none(), "max_grad_norm", h.max_grad_norm.to_string(), "one odd batch moves little"),
+            (self.lora_dropout.is_none(), "lora_dropout", h.lora_dropout.to_string(), "raise it where few rows are seen often"),
+            (self.long_rows.is_none(), "long_rows", word(&h.long_rows), "nothing is cut off unasked"),
+            (
+                self.activation_checkpointing.is_none(),
+                "activation_checkpointing",
+                word(&h.activation_checkpointing),
+                "fastest where memory is enough",
+            ),
+            (
+                self.length_grouping.is_none(),
+                "length_grouping",
+                h.length_grouping.to_string(),
+                "rows come in an order that only the seed decides",
+            ),
+            (
+                self.evaluate_steps.is_none(),
+                "evaluate_steps",
+                h.evaluate_steps.to_string(),
+                "the validation file is measured at each epoch's end",
+            ),
+            (
+                self.early_stopping_patience.is_none(),
+                "early_stopping_patience",
+                h.early_stopping_patience.to_string(),
+                "every epoch is trained",
+            ),
+            (self.row_conflicts.is_none(), "row_conflicts", h.row_conflicts.to_string(), "costs a pass over the rows"),
+        ];
+        for (is_open, param, value, why) in usual {
+            note(is_open, param, value, why.into());
+        }
+        decided
+    }
+
     fn target_modules(&self) -> Result<Vec<Projection>, Invalid> {
         let Some(names) = &self.target_modules else { return Ok(Projection::ALL.to_vec()) };
         let known = Projection::ALL.map(Projection::as_str).join(", ");
@@ -266,6 +411,11 @@ impl Requested {
         }
         Ok(modules)
     }
+}
+
+/// The word that stands for a choice.
+fn word(choice: &impl Serialize) -> String {
+    serde_json::to_value(choice).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 fn clamp_u32(value: u64, least: u32, most: u32) -> u32 {
@@ -318,7 +468,7 @@ impl Hyperparameters {
         Ok(())
     }
 
-    /// Steps of the whole run; an epoch's last step may hold fewer rows.
+    /// Steps on the training file's rows; an epoch's last step may hold fewer rows. See [`crate::steps`] for those of a run.
     #[must_use]
     pub fn total_steps(&self, rows: u64) -> u64 {
         rows.div_ceil(self.rows_per_step()) * u64::from(self.n_epochs)

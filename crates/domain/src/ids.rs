@@ -102,6 +102,41 @@ id!(
     EventId,
     "ftevent-"
 );
+id!(
+    /// What a job had learned after some of its steps.
+    CheckpointId,
+    "ftckpt_"
+);
+id!(
+    /// A person of an organisation, to whom keys belong.
+    MemberId,
+    "mem_"
+);
+id!(
+    /// A file that is sent in parts.
+    UploadId,
+    "upload_"
+);
+id!(
+    /// A part of an upload.
+    PartId,
+    "part_"
+);
+id!(
+    /// Where a project wants to be told what happened.
+    WebhookId,
+    "wh_"
+);
+id!(
+    /// Something that happened, as it is told to webhooks.
+    NoticeId,
+    "evt_"
+);
+id!(
+    /// An entry of the audit log.
+    AuditId,
+    "audit_"
+);
 
 #[cfg(test)]
 mod tests {

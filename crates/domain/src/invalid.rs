@@ -1,5 +1,7 @@
 //! What a client is told when a value it sent cannot be used.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// One bad line of a dataset.
@@ -7,8 +9,22 @@ use serde::{Deserialize, Serialize};
 pub struct LineError {
     /// Its number in the uploaded file, from 1.
     pub line: u64,
-    /// What is wrong with it; never quotes it.
+    /// Where in it, as `messages[2].role`; empty for the line as a whole, and in rows that were stored before there was a path.
+    #[serde(default)]
+    pub path: String,
+    /// What is wrong there and what was expected; never quotes it.
     pub message: String,
+}
+
+impl fmt::Display for LineError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { line, path, message } = self;
+        write!(f, "line {line}: ")?;
+        if !path.is_empty() {
+            write!(f, "{path}: ")?;
+        }
+        f.write_str(message)
+    }
 }
 
 /// A value that was refused: which one, why, and a word for programs.
@@ -34,5 +50,25 @@ impl Invalid {
     pub fn within(mut self, prefix: &str) -> Self {
         self.param = format!("{prefix}.{}", self.param);
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bad_line_says_its_number_its_place_and_what_is_wrong() {
+        let mut error = LineError { line: 7, path: "messages[0].role".into(), message: "missing".into() };
+        assert_eq!(error.to_string(), "line 7: messages[0].role: missing");
+        error.path.clear();
+        assert_eq!(error.to_string(), "line 7: missing");
+    }
+
+    #[test]
+    fn a_bad_line_that_was_stored_without_a_place_is_read() -> Result<(), serde_json::Error> {
+        let error: LineError = serde_json::from_str(r#"{"line":7,"message":"missing"}"#)?;
+        assert_eq!(error, LineError { line: 7, path: String::new(), message: "missing".into() });
+        Ok(())
     }
 }

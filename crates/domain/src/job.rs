@@ -6,6 +6,9 @@
 //!        │                          │ └──── cancelled ◄───┘  │
 //!        └── bad data ──► failed ◄──┼────────────────────────┤
 //!                                   └──── lease expired ─────┘
+//!
+//! validating_files, queued ── pause ──► paused ── resume ──► where it was
+//! running ── pause ──► pausing ── checkpoint written ──► paused
 //! ```
 //!
 //! A state holds what is true only in it, and a transition consumes it: what is not written here cannot happen.
@@ -13,7 +16,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::invalid::LineError;
-use crate::limits::MAX_LOST_WORKERS;
+use crate::limits::MAX_SETBACKS;
 
 /// What the public contract calls a job's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -25,6 +28,10 @@ pub enum Status {
     Queued,
     /// A worker trains it.
     Running,
+    /// A worker that trains it has been asked to stop, and is writing a checkpoint.
+    Pausing,
+    /// It waits for its owner.
+    Paused,
     /// Its model can be used.
     Succeeded,
     /// It ended without a model; the error says why.
@@ -34,6 +41,18 @@ pub enum Status {
 }
 
 impl Status {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::ValidatingFiles,
+        Self::Queued,
+        Self::Running,
+        Self::Pausing,
+        Self::Paused,
+        Self::Succeeded,
+        Self::Failed,
+        Self::Cancelled,
+    ];
+
     /// The word the wire and the database use.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
@@ -41,6 +60,8 @@ impl Status {
             Self::ValidatingFiles => "validating_files",
             Self::Queued => "queued",
             Self::Running => "running",
+            Self::Pausing => "pausing",
+            Self::Paused => "paused",
             Self::Succeeded => "succeeded",
             Self::Failed => "failed",
             Self::Cancelled => "cancelled",
@@ -56,9 +77,7 @@ impl Status {
     /// Reads [`Self::as_str`] back.
     #[must_use]
     pub fn parse(word: &str) -> Option<Self> {
-        [Self::ValidatingFiles, Self::Queued, Self::Running, Self::Succeeded, Self::Failed, Self::Cancelled]
-            .into_iter()
-            .find(|status| status.as_str() == word)
+        Self::ALL.into_iter().find(|status| status.as_str() == word)
     }
 }
 
@@ -116,6 +135,18 @@ pub enum JobState {
         /// This claim's number, from 1.
         attempt: i32,
     },
+    /// See [`Status::Pausing`].
+    Pausing {
+        /// The claim that is ending.
+        attempt: i32,
+    },
+    /// See [`Status::Paused`].
+    Paused {
+        /// Claims so far.
+        attempt: i32,
+        /// Whether its files have passed their check.
+        files_checked: bool,
+    },
     /// See [`Status::Succeeded`].
     Succeeded {
         /// The model's public name.
@@ -153,6 +184,8 @@ impl JobState {
             Self::ValidatingFiles { .. } => Status::ValidatingFiles,
             Self::Queued { .. } => Status::Queued,
             Self::Running { .. } => Status::Running,
+            Self::Pausing { .. } => Status::Pausing,
+            Self::Paused { .. } => Status::Paused,
             Self::Succeeded { .. } => Status::Succeeded,
             Self::Failed { .. } => Status::Failed,
             Self::Cancelled => Status::Cancelled,
@@ -186,13 +219,13 @@ impl JobState {
         }
     }
 
-    /// Its adapter is published.
+    /// Its adapter is published. A run that was asked to pause may have been done before it heard of it.
     ///
     /// # Errors
     /// When the job is not running.
     pub fn succeed(self, fine_tuned_model: String, trained_tokens: i64) -> Result<Self, InvalidTransition> {
         match self {
-            Self::Running { .. } => Ok(Self::Succeeded { fine_tuned_model, trained_tokens }),
+            Self::Running { .. } | Self::Pausing { .. } => Ok(Self::Succeeded { fine_tuned_model, trained_tokens }),
             other => other.refuse("finished"),
         }
     }
@@ -219,35 +252,106 @@ impl JobState {
         Ok(Self::Cancelled)
     }
 
-    /// Its worker gives it back: it waits again.
+    /// Its owner wants it to wait. One that trains goes on until its worker has written a checkpoint.
+    ///
+    /// # Errors
+    /// When the job has ended, or waits for its owner already.
+    pub fn pause(self) -> Result<Self, InvalidTransition> {
+        match self {
+            Self::ValidatingFiles { attempt } => Ok(Self::Paused { attempt, files_checked: false }),
+            Self::Queued { attempt } => Ok(Self::Paused { attempt, files_checked: true }),
+            Self::Running { attempt } => Ok(Self::Pausing { attempt }),
+            other => other.refuse("paused"),
+        }
+    }
+
+    /// Its owner wants it to go on: it waits for a worker again.
+    ///
+    /// # Errors
+    /// When the job is not paused.
+    pub fn resume(self) -> Result<Self, InvalidTransition> {
+        match self {
+            Self::Paused { attempt, files_checked: false } => Ok(Self::ValidatingFiles { attempt }),
+            Self::Paused { attempt, files_checked: true } => Ok(Self::Queued { attempt }),
+            other => other.refuse("resumed"),
+        }
+    }
+
+    /// Its worker gives it back: it waits again, for its owner when that was the wish.
     ///
     /// # Errors
     /// When no worker could have held the job.
     pub fn give_back(self) -> Result<Self, InvalidTransition> {
         match self {
             Self::Running { attempt } => Ok(Self::Queued { attempt }),
+            Self::Pausing { attempt } => Ok(Self::Paused { attempt, files_checked: true }),
             Self::ValidatingFiles { attempt } => Ok(Self::ValidatingFiles { attempt }),
             other => other.refuse("released"),
         }
     }
 
-    /// Its worker was lost, as the `lost_workers`th of this job: it waits again, or fails once that is too many.
+    /// An attempt ended in a setback, the `setbacks`th since the job last made progress: it waits again, or fails with `error`
+    /// once that is too many.
     ///
     /// # Errors
     /// When no worker could have held the job.
-    pub fn lose_worker(self, lost_workers: i32) -> Result<Self, InvalidTransition> {
+    pub fn set_back(self, setbacks: i32, mut error: JobError) -> Result<Self, InvalidTransition> {
         let next = self.give_back()?;
-        if lost_workers >= MAX_LOST_WORKERS {
-            return Ok(Self::Failed {
-                error: JobError::new(
-                    "worker_lost",
-                    format!(
-                        "{lost_workers} workers were lost while they ran this job. Nothing of your data is lost: create the job again, or ask the operator why its workers stop."
-                    ),
-                ),
-            });
+        if setbacks < MAX_SETBACKS {
+            return Ok(next);
         }
-        Ok(next)
+        error.message = format!("{setbacks} attempts in a row made no progress; the last one: {}", error.message);
+        Ok(Self::Failed { error })
+    }
+}
+
+/// How a worker's attempt at a job ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttemptEnd {
+    /// It checked the files, and they are sound.
+    FilesAccepted,
+    /// It made the job's model.
+    Succeeded,
+    /// The job ended without a model.
+    Failed,
+    /// The job's owner ended it.
+    Cancelled,
+    /// The job's owner paused it.
+    Paused,
+    /// The worker gave the job back because it stops.
+    Returned,
+    /// The worker or its trainer was lost: another attempt may do better, but not for ever.
+    SetBack,
+    /// Something that every worker needs was not to be had: the job waits for it, however long.
+    Delayed,
+}
+
+impl AttemptEnd {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::FilesAccepted,
+        Self::Succeeded,
+        Self::Failed,
+        Self::Cancelled,
+        Self::Paused,
+        Self::Returned,
+        Self::SetBack,
+        Self::Delayed,
+    ];
+
+    /// The word the wire and the database use.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::FilesAccepted => "files_accepted",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Paused => "paused",
+            Self::Returned => "returned",
+            Self::SetBack => "set_back",
+            Self::Delayed => "delayed",
+        }
     }
 }
 
@@ -275,16 +379,28 @@ mod tests {
             assert!(end.clone().claim().is_err());
             assert!(end.clone().cancel().is_err());
             assert!(end.clone().fail(JobError::new("x", "y")).is_err());
-            assert!(end.clone().lose_worker(1).is_err());
+            assert!(end.clone().set_back(1, JobError::new("x", "y")).is_err());
             assert!(end.succeed("ft:y".into(), 1).is_err());
         }
     }
 
     #[test]
-    fn a_lost_worker_gives_the_job_back_until_too_many_are_lost() -> Result<(), InvalidTransition> {
-        assert_eq!(JobState::Running { attempt: 9 }.lose_worker(1)?, JobState::Queued { attempt: 9 });
-        assert_eq!(JobState::Running { attempt: 9 }.lose_worker(MAX_LOST_WORKERS)?.status(), Status::Failed);
-        assert_eq!(JobState::ValidatingFiles { attempt: 1 }.lose_worker(1)?, JobState::ValidatingFiles { attempt: 1 });
+    fn a_setback_gives_the_job_back_until_there_are_too_many() -> Result<(), InvalidTransition> {
+        let lost = || JobError::new("worker_lost", "The worker was lost.");
+        assert_eq!(JobState::Running { attempt: 9 }.set_back(1, lost())?, JobState::Queued { attempt: 9 });
+        assert_eq!(JobState::ValidatingFiles { attempt: 1 }.set_back(1, lost())?, JobState::ValidatingFiles { attempt: 1 });
+        assert_eq!(JobState::Running { attempt: 9 }.set_back(MAX_SETBACKS, lost())?.status(), Status::Failed);
+        Ok(())
+    }
+
+    #[test]
+    fn a_pause_returns_to_where_it_was() -> Result<(), InvalidTransition> {
+        assert_eq!(JobState::NEW.pause()?.resume()?, JobState::NEW);
+        assert_eq!(JobState::Queued { attempt: 1 }.pause()?.resume()?, JobState::Queued { attempt: 1 });
+        let pausing = JobState::Running { attempt: 2 }.pause()?;
+        assert_eq!(pausing.clone().give_back()?.resume()?, JobState::Queued { attempt: 2 });
+        assert!(pausing.clone().pause().is_err());
+        assert_eq!(pausing.succeed("ft:x".into(), 1)?.status(), Status::Succeeded, "it was done before it heard of the pause");
         Ok(())
     }
 

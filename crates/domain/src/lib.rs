@@ -14,6 +14,7 @@ pub mod model_name;
 pub mod plan;
 pub mod progress;
 pub mod safety;
+pub mod steps;
 
 pub use hyperparameters::Hyperparameters;
 pub use invalid::Invalid;

@@ -28,5 +28,20 @@ pub const MAX_METADATA_VALUE_CHARS: usize = 512;
 /// Longest suffix of a fine-tuned model's name, in characters.
 pub const MAX_SUFFIX_CHARS: usize = 64;
 
-/// Workers a job may lose before it fails.
-pub const MAX_LOST_WORKERS: i32 = 3;
+/// Setbacks a job may have without progress between them before it fails.
+pub const MAX_SETBACKS: i32 = 5;
+
+/// The largest part of an upload: what clients of the public contract cut files into.
+pub const MAX_PART_BYTES: u64 = 64 * 1024 * 1024;
+
+/// Parts of one upload.
+pub const MAX_PARTS_PER_UPLOAD: usize = 10_000;
+
+/// How long an upload takes parts.
+pub const UPLOAD_LIFETIME_SECONDS: u64 = 60 * 60;
+
+/// The shortest and the longest life of a file that expires, in seconds: an hour and thirty days.
+pub const FILE_LIFETIME_SECONDS: std::ops::RangeInclusive<u64> = 3_600..=2_592_000;
+
+/// Webhooks of one project.
+pub const MAX_WEBHOOKS_PER_PROJECT: i64 = 16;

@@ -43,9 +43,42 @@ pub fn fine_tuned(base: &str, organization: &str, suffix: Option<&str>, job: Job
     format!("ft:{base}:{organization}:{}:{}", suffix.unwrap_or_default(), job.0.simple())
 }
 
+/// The name of what a job had learned after `step`.
+#[must_use]
+pub fn of_checkpoint(model: &str, step: u64) -> String {
+    format!("{model}{CHECKPOINT}{step}")
+}
+
+/// A checkpoint's name taken apart: the model's, and the step. `None` for the name of a model.
+#[must_use]
+pub fn checkpoint(name: &str) -> Option<(&str, u64)> {
+    let (model, step) = name.rsplit_once(CHECKPOINT)?;
+    Some((model, step.parse().ok()?))
+}
+
+/// The job that a fine-tuned model's name ends in.
+#[must_use]
+pub fn job_of(model: &str) -> Option<JobId> {
+    let (_, digits) = model.rsplit_once(':')?;
+    format!("{}{digits}", JobId::PREFIX).parse().ok()
+}
+
+/// What stands between a model's name and the step of one of its checkpoints.
+const CHECKPOINT: &str = ":ckpt-step-";
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_checkpoint_s_name_names_its_job_and_step() {
+        let job = JobId(uuid::Uuid::from_u128(7));
+        let model = fine_tuned("org/base", "acme", Some("reviews"), job);
+        let name = of_checkpoint(&model, 40);
+        assert_eq!(checkpoint(&name), Some((model.as_str(), 40)));
+        assert_eq!(checkpoint(&model), None);
+        assert_eq!(job_of(&model), Some(job));
+    }
 
     #[test]
     fn names_of_the_hub_are_names() {

@@ -5,6 +5,7 @@
 //! JOB_DIR/base/               the base model: config.json, model.safetensors, tokenizer.json, chat_template.jinja
 //! JOB_DIR/train.jsonl         the tenant's rows; validation.jsonl beside it when there is one
 //! JOB_DIR/alignment.jsonl     requests and refusals
+//! JOB_DIR/start/              the adapter to go on from, in PEFT's format, when there is one
 //! JOB_DIR/out/                what the trainer writes: progress.jsonl, checkpoints/, adapter/, exit.json
 //! ```
 
@@ -13,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Hyperparameters, Safety};
 
 /// The form of the plan; a trainer refuses another.
-pub const FORMAT: u32 = 3;
+pub const FORMAT: u32 = 4;
 
 /// Names inside a job folder, one place for both sides.
 pub mod paths {
@@ -27,14 +28,27 @@ pub mod paths {
     pub const VALIDATION: &str = "validation.jsonl";
     /// The alignment rows.
     pub const ALIGNMENT: &str = "alignment.jsonl";
+    /// The folder of the adapter that the run goes on from.
+    pub const START: &str = "start";
     /// What the trainer writes.
     pub const OUT: &str = "out";
     /// Progress lines, one JSON object each, only ever appended to.
     pub const PROGRESS: &str = "out/progress.jsonl";
     /// The adapter in PEFT's format.
     pub const ADAPTER: &str = "out/adapter";
-    /// Where the run stood after some of its steps, `step-N` each.
+    /// Where the run stood after some of its steps, a folder each.
     pub const CHECKPOINTS: &str = "out/checkpoints";
+    /// A checkpoint's folder begins with it, and ends with its step. An adapter's two files stand in it, and beside them what only
+    /// the run itself needs to go on.
+    pub const CHECKPOINT_PREFIX: &str = "step-";
+    /// What a checkpoint holds besides: see [`super::CheckpointFiles`].
+    pub const CHECKPOINT_MANIFEST: &str = "checkpoint.json";
+    /// The folder of a best adapter beside the checkpoints begins with it, and ends with its step.
+    pub const BEST_PREFIX: &str = "best-";
+    /// An adapter's configuration in PEFT's format, in each of its folders.
+    pub const ADAPTER_CONFIG: &str = "adapter_config.json";
+    /// An adapter's weights in PEFT's format, in each of its folders.
+    pub const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
     /// How hard each training row pushes against the alignment, one JSON object a line, where it is asked for.
     pub const ROW_CONFLICTS: &str = "out/row_conflicts.jsonl";
     /// The base's final hidden states on the alignment rows: known from an earlier job.
@@ -59,7 +73,10 @@ pub struct Plan {
     pub hyperparameters: Hyperparameters,
     /// What to hold to.
     pub safety: Safety,
-    /// Decides the adapter's start, the order of the rows and the dropout.
+    /// Names the adapter in [`paths::START`] that the run goes on from, by a hash over its files; absent: a fresh one.
+    #[serde(default)]
+    pub start: Option<String>,
+    /// Decides a fresh adapter, the order of the rows and the dropout.
     pub seed: u64,
     /// Steps between checkpoints; one is also written when the run is stopped.
     pub checkpoint_steps: u64,
@@ -80,4 +97,11 @@ impl Plan {
     pub fn identity(&self) -> Self {
         Self { reference: None, memory_limit_bytes: None, device: String::new(), ..self.clone() }
     }
+}
+
+/// What a checkpoint's manifest says to whoever carries it elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointFiles {
+    /// SHA-256 of each other file, in hex, by its name.
+    pub files: std::collections::BTreeMap<String, String>,
 }

@@ -33,9 +33,21 @@ pub enum Progress {
     },
     /// One optimiser step.
     Step(Box<Step>),
+    /// The checkpoint after a step stands in its place, whole and durable. One that is left while the loss is on its way up is not
+    /// named: it is no place to go back to. A step is named again where the run came to it again, and its checkpoint is another
+    /// one then.
+    Checkpoint {
+        /// Steps taken before it.
+        step: u64,
+        /// Whose best adapter it needs beside it to go on from, where a validation file was measured.
+        best: Option<u64>,
+        /// Whether everything that follows a step was done before it was left, a review among it: one that is left because the run
+        /// is stopped is there to go on from, and its adapter is not one to serve.
+        settled: bool,
+    },
     /// A measurement over the whole validation file.
     Validation {
-        /// Steps taken before it; 0 is the base itself.
+        /// Steps taken before it; 0 is what the run begins with.
         step: u64,
         /// Mean negative log-likelihood of the supervised tokens, in nats.
         loss: f64,

@@ -2,17 +2,20 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use holdfast_dataset::structure::StructureCheck;
+use holdfast_domain::ids::{KeyId, ProjectId};
+use holdfast_store::audit::NewEntry;
 use holdfast_store::base_models::BaseModelFacts;
-use holdfast_store::{Store, StoreError};
+use holdfast_store::keys::NewKey;
+use holdfast_store::{PageRequest, Store, StoreError};
 
 use crate::connect::connect_beside;
 use crate::first_start;
 use crate::settings::StoreArgs;
 
 /// Runs `command` on a store and closes it, whatever came of the command.
-async fn with_store<T>(args: &StoreArgs, command: impl AsyncFnOnce(&Store) -> Result<T>) -> Result<T> {
+pub(crate) async fn with_store<T>(args: &StoreArgs, command: impl AsyncFnOnce(&Store) -> Result<T>) -> Result<T> {
     let connection = connect_beside(args).await?;
     let outcome = command(&connection.store).await;
     connection.close().await?;
@@ -33,15 +36,80 @@ pub async fn migrate(args: &StoreArgs) -> Result<()> {
 /// `holdfast keys create`.
 ///
 /// # Errors
-/// When the project's name cannot be used, or the database fails.
-pub async fn create_key(args: &StoreArgs, project: &str, is_admin: bool) -> Result<()> {
-    let key = with_store(args, async |store| {
-        let project = store.ensure_project(project).await?;
-        Ok(store.create_key(Some(project), is_admin).await?)
+/// When a name cannot be used, or the database fails.
+pub async fn create_key(args: &StoreArgs, organization: &str, project: Option<&str>, mut key: NewKey) -> Result<()> {
+    let secret = with_store(args, async |store| {
+        if let Some(project) = project {
+            key.project = Some(store.ensure_project_of(organization, project).await?);
+        }
+        let (secret, row) = store.create_key(&key, None).await?;
+        note(store, "keys create", &row.id.to_string(), row.project).await?;
+        Ok(secret)
     })
     .await?;
-    println!("{}", key.reveal());
+    println!("{}", secret.reveal());
     Ok(())
+}
+
+/// `holdfast keys list`.
+///
+/// # Errors
+/// When the database fails.
+pub async fn list_keys(args: &StoreArgs) -> Result<()> {
+    let keys = with_store(args, async |store| {
+        let (mut keys, mut after) = (Vec::new(), None);
+        loop {
+            let page = store.keys(None, PageRequest { after, limit: 100, ascending: false }).await?;
+            after = page.items.last().map(|key| key.id.0);
+            keys.extend(page.items);
+            if !page.has_more {
+                return Ok(keys);
+            }
+        }
+    })
+    .await?;
+    for key in keys {
+        let scopes = [(true, "read"), (key.scopes.write, "write"), (key.scopes.admin, "admin")];
+        let scopes: Vec<&str> = scopes.into_iter().filter_map(|(has, scope)| has.then_some(scope)).collect();
+        let state = if key.revoked_at.is_some() { "revoked" } else { "valid" };
+        let project = key.project.map_or_else(|| "-".to_owned(), |project| project.to_string());
+        println!("{}\t{}…\t{project}\t{}\t{state}\t{}", key.id, key.prefix, scopes.join("+"), key.name);
+    }
+    Ok(())
+}
+
+/// `holdfast keys revoke`.
+///
+/// # Errors
+/// When there is no such key, or the database fails.
+pub async fn revoke_key(args: &StoreArgs, id: &str) -> Result<()> {
+    let id: KeyId = id.parse().map_err(|e| anyhow!("{id:?} is no key's id: {e}; `holdfast keys list` shows them"))?;
+    with_store(args, async |store| match store.revoke_key(id).await {
+        Err(StoreError::NotFound) => bail!("there is no key {id}; `holdfast keys list` shows what there is"),
+        revoked => note(store, "keys revoke", &id.to_string(), revoked?.project).await,
+    })
+    .await?;
+    println!("{id} is revoked");
+    Ok(())
+}
+
+/// Writes a command into the audit log.
+async fn note(store: &Store, operation: &str, target: &str, project: Option<ProjectId>) -> Result<()> {
+    let user = std::env::var("USER").or_else(|_| std::env::var("LOGNAME")).unwrap_or_else(|_| "unknown".into());
+    let host = std::fs::read_to_string("/etc/hostname").unwrap_or_default();
+    let entry = NewEntry {
+        key: None,
+        actor: user,
+        project,
+        acted_on: None,
+        operation: operation.into(),
+        target: target.into(),
+        address: host.trim().into(),
+        request_id: String::new(),
+        status: 200,
+        code: None,
+    };
+    Ok(store.audit(&entry).await?)
 }
 
 /// `holdfast models import`.
@@ -70,7 +138,11 @@ pub async fn import_model(args: &StoreArgs, source: &Path, name: &str) -> Result
         parameter_count: imported.parameters,
         context_length: u32::try_from(architecture.max_position_embeddings).unwrap_or(u32::MAX),
     };
-    with_store(args, async |store| Ok(store.create_base_model(name, folder.path(), facts).await?)).await?;
+    with_store(args, async |store| {
+        store.create_base_model(name, folder.path(), facts).await?;
+        note(store, "models import", name, None).await
+    })
+    .await?;
     println!("imported as {name}");
     Ok(())
 }
@@ -117,7 +189,12 @@ pub async fn import_alignment(args: &StoreArgs, file: &Path, name: &str) -> Resu
     if report.error_count > 0 {
         bail!("{}: {}", file.display(), report.summary());
     }
-    let set = with_store(args, async |store| Ok(store.create_alignment_set(name, &bytes, report.rows).await?)).await?;
+    let set = with_store(args, async |store| {
+        let set = store.create_alignment_set(name, &bytes, report.rows).await?;
+        note(store, "alignment import", &format!("{}@{}", set.name, set.version), None).await?;
+        Ok(set)
+    })
+    .await?;
     println!("{} rows are version {} of the alignment set {}", set.row_count, set.version, set.name);
     Ok(())
 }

@@ -2,17 +2,24 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
+use holdfast_store::keys::NewKey;
+use holdfast_store::projects::DEFAULT_ORGANIZATION;
 
 use crate::settings::{ApiArgs, StoreArgs, WorkerArgs};
-use crate::{admin, serve};
+use crate::telemetry::TelemetryArgs;
+use crate::{admin, check_store, health, serve};
 
 /// Fine-tuning as a service that holds a model to its alignment.
 #[derive(Debug, Parser)]
 #[command(version, about)]
 pub struct Cli {
+    /// How it says what it does.
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -42,6 +49,11 @@ enum Command {
         #[command(flatten)]
         api: ApiArgs,
     },
+    /// Ask the API on this machine whether it lives, and say so by the exit code: for containers.
+    Health {
+        #[command(flatten)]
+        listen: Listen,
+    },
     /// One worker alone.
     Worker {
         #[command(flatten)]
@@ -51,6 +63,11 @@ enum Command {
     },
     /// Bring the database to this program's version.
     Migrate {
+        #[command(flatten)]
+        store: StoreArgs,
+    },
+    /// Do with the object store what the service does with it, and say what came of each.
+    CheckStore {
         #[command(flatten)]
         store: StoreArgs,
     },
@@ -76,12 +93,36 @@ struct Listen {
 enum Keys {
     /// Make a key and print it, once.
     Create {
-        /// The project the key acts for; made when there is none of this name.
-        #[arg(long)]
-        project: String,
+        /// The project the key acts for; made when there is none of this name. An operator's key needs none.
+        #[arg(long, required_unless_present = "admin")]
+        project: Option<String>,
+        /// The project's organisation; made when there is none of this name.
+        #[arg(long, default_value = DEFAULT_ORGANIZATION)]
+        organization: String,
         /// Let the key also act as the operator.
         #[arg(long)]
         admin: bool,
+        /// Let the key only read.
+        #[arg(long)]
+        read_only: bool,
+        /// What it is for.
+        #[arg(long, default_value = "")]
+        name: String,
+        /// Days after which it ends; never, unless set.
+        #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=3650))]
+        expires_in_days: Option<u32>,
+        #[command(flatten)]
+        store: StoreArgs,
+    },
+    /// List the keys: id, first characters, project, scopes, state, name.
+    List {
+        #[command(flatten)]
+        store: StoreArgs,
+    },
+    /// Revoke a key: from then on it is unknown.
+    Revoke {
+        /// Its id.
+        id: String,
         #[command(flatten)]
         store: StoreArgs,
     },
@@ -138,9 +179,17 @@ impl Cli {
         match self.command {
             Command::Up { store, listen, api, worker } => serve::up(&store, listen.listen, &api, &worker).await,
             Command::Serve { store, listen, api } => serve::serve(&store, listen.listen, &api).await,
+            Command::Health { listen } => health::ask(listen.listen),
             Command::Worker { store, worker } => serve::worker(&store, &worker).await,
             Command::Migrate { store } => admin::migrate(&store).await,
-            Command::Keys(Keys::Create { project, admin, store }) => admin::create_key(&store, &project, admin).await,
+            Command::CheckStore { store } => check_store::run(&store).await,
+            Command::Keys(Keys::Create { project, organization, admin, read_only, name, expires_in_days, store }) => {
+                let lifetime = expires_in_days.map(|days| Duration::from_secs(u64::from(days) * 24 * 60 * 60));
+                let key = NewKey { name, read_only, is_admin: admin, lifetime, ..NewKey::default() };
+                admin::create_key(&store, &organization, project.as_deref(), key).await
+            }
+            Command::Keys(Keys::List { store }) => admin::list_keys(&store).await,
+            Command::Keys(Keys::Revoke { id, store }) => admin::revoke_key(&store, &id).await,
             Command::Models(Models::Import { source, name, store }) => admin::import_model(&store, &source, &name).await,
             Command::Models(Models::List { store }) => admin::list_models(&store).await,
             Command::Models(Models::Export { name, folder, store }) => admin::export_model(&store, &name, &folder).await,

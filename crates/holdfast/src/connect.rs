@@ -5,9 +5,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use holdfast_local_postgres::LocalPostgres;
-use holdfast_store::Store;
+use holdfast_store::{ObjectLocation, Store, StoreError};
 use tokio::task::JoinHandle;
 
 use crate::settings::StoreArgs;
@@ -69,7 +69,7 @@ fn lock(server: &Shared) -> MutexGuard<'_, Option<LocalPostgres>> {
 /// # Errors
 /// When a folder, Postgres or the database cannot be used; the message names the setting.
 pub async fn connect(args: &StoreArgs) -> Result<Connection> {
-    make_folder(&args.data_dir)?;
+    make_folder(&args.data_dir).context("cannot use the data directory (--data-dir)")?;
     let (url, postgres) = match &args.database_url {
         Some(url) => (url.clone(), None),
         None => {
@@ -95,19 +95,27 @@ pub async fn connect_beside(args: &StoreArgs) -> Result<Connection> {
 }
 
 async fn open(args: &StoreArgs, database_url: &str) -> Result<Store> {
-    let folder = match args.object_store.as_deref() {
-        None => args.data_dir.join("objects"),
-        Some(url) => match url.split_once("://") {
-            None => url.into(),
-            Some(("file", path)) => path.into(),
-            Some((scheme, _)) => bail!("--object-store: {scheme}:// is not supported; use a folder or file:///a/folder"),
-        },
+    let objects = match args.object_store.as_deref() {
+        None => args.data_dir.join("objects").to_string_lossy().into_owned(),
+        Some(url) => url.strip_prefix("file://").unwrap_or(url).to_owned(),
     };
-    make_folder(&folder)?;
-    keep_private(&folder)?;
-    let store = Store::connect(database_url, &folder).await.context("cannot reach the database (DATABASE_URL)")?;
+    if !objects.contains("://") {
+        make_folder(Path::new(&objects))
+            .and_then(|()| keep_private(Path::new(&objects)))
+            .with_context(|| format!("cannot use the object store {objects} (HOLDFAST_OBJECT_STORE)"))?;
+    }
+    let store = Store::connect(database_url, &ObjectLocation::from_env(objects.as_str())).await.map_err(|error| match error {
+        StoreError::Objects(_) | StoreError::Io(_) => {
+            anyhow::Error::new(error).context(format!("cannot use the object store {objects} (HOLDFAST_OBJECT_STORE)"))
+        }
+        other => anyhow::Error::new(other).context("cannot reach the database (DATABASE_URL)"),
+    })?;
     store.migrate().await?;
-    store.objects().probe().await.with_context(|| format!("cannot write to the object store {}", folder.display()))?;
+    store
+        .objects()
+        .probe()
+        .await
+        .with_context(|| format!("cannot write to the object store {objects} (HOLDFAST_OBJECT_STORE)"))?;
     Ok(store)
 }
 

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use holdfast_dataset::structure::StructureCheck;
+use holdfast_store::keys::NewKey;
 use holdfast_store::{Store, StoreError};
 
 /// The name of the alignment set every deployment begins with.
@@ -45,7 +46,8 @@ pub async fn ensure_keys(store: &Store, folder: &Path) -> Result<()> {
             continue;
         }
         let project = store.ensure_project(PROJECT).await?;
-        let key = store.create_key(Some(project), is_admin).await?;
+        let new = NewKey { name: name.into(), project: Some(project), is_admin, ..NewKey::default() };
+        let (key, _) = store.create_key(&new, None).await?;
         let write = || -> std::io::Result<()> {
             // Written aside and renamed: a key file that is there is whole.
             let partial = path.with_extension("partial");

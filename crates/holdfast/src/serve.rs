@@ -1,11 +1,11 @@
 //! The long-running commands: the API, a worker, or both.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use holdfast_api::AppState;
+use holdfast_api::{AppState, Settings};
+use holdfast_store::Store;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -24,17 +24,26 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 pub async fn up(args: &StoreArgs, address: SocketAddr, api: &ApiArgs, worker: &WorkerArgs) -> Result<()> {
     let settings = api.settings()?;
     let config = worker.config(args)?;
-    let shutdown = shutdown_signal()?;
+    let (stop, shutdown) = shutdown_signal()?;
     let connection = connect(args).await?;
     let store = connection.store.clone();
     let outcome = async {
         first_start::ensure_keys(&store, &args.data_dir).await?;
         first_start::ensure_alignment_set(&store).await?;
         let listener = listen(address).await?;
-        let working = tokio::spawn(holdfast_worker::run(store.clone(), config, shutdown.clone()));
-        let served = serve_until(listener, AppState { store: store.clone(), settings: Arc::new(settings) }, shutdown).await;
-        working.await?.context("the worker failed")?;
-        served
+        // Whichever ends first ends the other: half a service looks alive and does nothing.
+        let work = async {
+            let worked = holdfast_worker::run(store.clone(), config, shutdown.clone()).await;
+            stop.send_replace(true);
+            worked.context("the worker failed")
+        };
+        let serve = async {
+            let served = serve_until(listener, store.clone(), settings, shutdown.clone()).await;
+            stop.send_replace(true);
+            served
+        };
+        let (worked, served) = tokio::join!(work, serve);
+        worked.and(served)
     }
     .await;
     connection.close().await?;
@@ -47,12 +56,11 @@ pub async fn up(args: &StoreArgs, address: SocketAddr, api: &ApiArgs, worker: &W
 /// As [`up`].
 pub async fn serve(args: &StoreArgs, address: SocketAddr, api: &ApiArgs) -> Result<()> {
     let settings = api.settings()?;
-    let shutdown = shutdown_signal()?;
+    let (_, shutdown) = shutdown_signal()?;
     let connection = connect(args).await?;
-    let state = AppState { store: connection.store.clone(), settings: Arc::new(settings) };
     let outcome = async {
         first_start::ensure_alignment_set(&connection.store).await?;
-        serve_until(listen(address).await?, state, shutdown).await
+        serve_until(listen(address).await?, connection.store.clone(), settings, shutdown).await
     }
     .await;
     connection.close().await?;
@@ -65,7 +73,7 @@ pub async fn serve(args: &StoreArgs, address: SocketAddr, api: &ApiArgs) -> Resu
 /// As [`up`].
 pub async fn worker(args: &StoreArgs, worker: &WorkerArgs) -> Result<()> {
     let config = worker.config(args)?;
-    let shutdown = shutdown_signal()?;
+    let (_, shutdown) = shutdown_signal()?;
     let connection = connect(args).await?;
     tracing::info!(worker = config.name, "looking for jobs");
     let outcome = holdfast_worker::run(connection.store.clone(), config, shutdown).await;
@@ -81,36 +89,28 @@ pub async fn listen(address: SocketAddr) -> Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address} (--listen); is another service there?"))
 }
 
-/// Serves until `shutdown` is true and the requests under way are answered.
+/// Serves until `shutdown` is true and the requests under way are answered: the API, and what goes out to webhooks.
 ///
 /// # Errors
-/// When the listener fails.
-pub async fn serve_until(listener: TcpListener, state: AppState, mut shutdown: watch::Receiver<bool>) -> Result<()> {
+/// When the sender of webhooks cannot start.
+pub async fn serve_until(listener: TcpListener, store: Store, settings: Settings, shutdown: watch::Receiver<bool>) -> Result<()> {
     println!("listening on http://{}", listener.local_addr()?);
-    let mut late = shutdown.clone();
-    let served = axum::serve(listener, holdfast_api::router(state)).with_graceful_shutdown(async move {
-        let _ = shutdown.wait_for(|down| *down).await;
-    });
-    let patience = async move {
-        let told = late.wait_for(|down| *down).await.is_ok();
-        if !told {
-            // A sender that is gone will never say it.
-            std::future::pending::<()>().await;
-        }
-        tokio::time::sleep(DRAIN_TIMEOUT).await;
-    };
-    tokio::select! {
-        served = served => served.context("the listener failed"),
-        () = patience => {
-            tracing::warn!("some requests did not end in time and were cut off");
-            Ok(())
-        }
+    let options = holdfast_webhooks::Options { allow_private: settings.private_webhooks };
+    let sender = holdfast_webhooks::Sender::new(options).context("the sender of webhooks cannot start")?;
+    let sending = tokio::spawn(holdfast_webhooks::run(store.clone(), sender.clone(), shutdown.clone()));
+    let state = AppState::new(store, settings, sender, shutdown.clone());
+    let background = tokio::spawn(state.clone().run());
+    if !holdfast_api::serve(listener, holdfast_api::router(state), shutdown, DRAIN_TIMEOUT).await {
+        tracing::warn!("some requests did not end in time and were cut off");
     }
+    background.abort();
+    sending.await.context("the sender of webhooks failed")
 }
 
-/// Becomes true at Ctrl-C or SIGTERM.
-fn shutdown_signal() -> Result<watch::Receiver<bool>> {
+/// Becomes true at Ctrl-C or SIGTERM, or by the word of whoever has the sender.
+fn shutdown_signal() -> Result<(watch::Sender<bool>, watch::Receiver<bool>)> {
     let (sender, receiver) = watch::channel(false);
+    let by_word = sender.clone();
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     tokio::spawn(async move {
         tokio::select! {
@@ -122,5 +122,5 @@ fn shutdown_signal() -> Result<watch::Receiver<bool>> {
         // Receivers wait for the change; the sender lives until they have all gone.
         sender.closed().await;
     });
-    Ok(receiver)
+    Ok((by_word, receiver))
 }

@@ -8,6 +8,7 @@ use clap::Args;
 use holdfast_api::Settings;
 use holdfast_domain::limits::DEFAULT_MAX_UPLOAD_BYTES;
 use holdfast_domain::safety::{Defense, Floor};
+use holdfast_store::retention::Retention;
 use holdfast_worker::WorkerConfig;
 
 /// Where rows and objects are.
@@ -19,7 +20,8 @@ pub struct StoreArgs {
     /// The database; without it, a private one under the data directory.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
     pub database_url: Option<String>,
-    /// The object store: a folder, or file:///a/folder; without it, a folder under the data directory.
+    /// The object store: a folder, file:///a/folder, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix, with
+    /// credentials in the environment under their provider's names; without it, a folder under the data directory.
     #[arg(long, env = "HOLDFAST_OBJECT_STORE", value_name = "URL")]
     pub object_store: Option<String>,
 }
@@ -30,6 +32,15 @@ pub struct ApiArgs {
     /// The largest upload.
     #[arg(long, env = "HOLDFAST_MAX_UPLOAD_BYTES", default_value_t = DEFAULT_MAX_UPLOAD_BYTES, value_name = "BYTES")]
     pub max_upload_bytes: u64,
+    /// Requests an API key may make in a minute, unless it was given a number of its own; 0 for as many as it likes.
+    #[arg(long, env = "HOLDFAST_REQUESTS_PER_MINUTE", default_value_t = 0, value_name = "N")]
+    pub requests_per_minute: u32,
+    /// A proxy stands in front: believe its x-forwarded-for about where requests come from.
+    #[arg(long, env = "HOLDFAST_BEHIND_PROXY")]
+    pub behind_proxy: bool,
+    /// Let webhooks lead to private addresses and plain http.
+    #[arg(long, env = "HOLDFAST_PRIVATE_WEBHOOKS")]
+    pub private_webhooks: bool,
     /// The weakest defense a tenant may choose: none, safe_mix, lisa, kl_penalty, sbr, pcgrad, safegrad or held.
     #[arg(long, env = "HOLDFAST_SAFETY_FLOOR", default_value = "safegrad", value_name = "DEFENSE")]
     pub safety_floor: String,
@@ -59,6 +70,21 @@ pub struct WorkerArgs {
     /// Seconds a job stays this worker's without a heartbeat.
     #[arg(long, env = "HOLDFAST_LEASE_SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(5..=3600))]
     pub lease_seconds: u64,
+    /// Minutes for which a trainer may write nothing before it is ended and its job tried again; 0 for ever.
+    #[arg(long, env = "HOLDFAST_STALL_MINUTES", default_value_t = 60, value_name = "MINUTES")]
+    pub stall_minutes: u32,
+    /// Days for which a job's events are kept once it has ended; 0 for ever.
+    #[arg(long, env = "HOLDFAST_KEEP_EVENTS_DAYS", default_value_t = 0, value_name = "DAYS")]
+    pub keep_events_days: u32,
+    /// Days for which a job's checkpoints are kept once it has ended; 0 for ever. Its model stays.
+    #[arg(long, env = "HOLDFAST_KEEP_CHECKPOINTS_DAYS", default_value_t = 0, value_name = "DAYS")]
+    pub keep_checkpoints_days: u32,
+    /// Days for which the audit log is kept, at least 30; 0 for ever.
+    #[arg(long, env = "HOLDFAST_KEEP_AUDIT_DAYS", default_value_t = 0, value_name = "DAYS")]
+    pub keep_audit_days: u32,
+    /// Days for which it is kept what webhooks were told; 0 for ever.
+    #[arg(long, env = "HOLDFAST_KEEP_DELIVERIES_DAYS", default_value_t = 30, value_name = "DAYS")]
+    pub keep_deliveries_days: u32,
 }
 
 impl ApiArgs {
@@ -75,7 +101,13 @@ impl ApiArgs {
             bail!("--rho-floor must lie between 0 and {}; it is {}", holdfast_domain::safety::MAX_RHO, self.rho_floor);
         }
         let safety_floor = Floor { defense, rho: self.rho_floor, alignment_set: self.alignment_set.clone() };
-        Ok(Settings { safety_floor, max_upload_bytes: self.max_upload_bytes })
+        Ok(Settings {
+            safety_floor,
+            max_upload_bytes: self.max_upload_bytes,
+            requests_per_minute: (self.requests_per_minute > 0).then_some(self.requests_per_minute),
+            behind_proxy: self.behind_proxy,
+            private_webhooks: self.private_webhooks,
+        })
     }
 }
 
@@ -95,6 +127,16 @@ impl WorkerArgs {
                 trainer.display()
             );
         }
+        if (1..30).contains(&self.keep_audit_days) {
+            bail!("--keep-audit-days takes 0, or 30 and more; it is {}", self.keep_audit_days);
+        }
+        let days = |days: u32| (days > 0).then(|| Duration::from_secs(u64::from(days) * 24 * 60 * 60));
+        let retention = Retention {
+            events: days(self.keep_events_days),
+            checkpoints: days(self.keep_checkpoints_days),
+            audit: days(self.keep_audit_days),
+            deliveries: days(self.keep_deliveries_days),
+        };
         let host = std::fs::read_to_string("/etc/hostname").unwrap_or_default();
         let default_name = || format!("{}-{}", host.trim(), std::process::id());
         Ok(WorkerConfig {
@@ -105,6 +147,8 @@ impl WorkerArgs {
             cache_bytes: self.base_cache_bytes,
             lease: Duration::from_secs(self.lease_seconds),
             poll: Duration::from_secs(2),
+            stall: Duration::from_secs(u64::from(self.stall_minutes) * 60),
+            retention,
         })
     }
 }

@@ -94,3 +94,21 @@ pub fn import(source: &Path, out: &Path) -> Result<Imported, ImportError> {
     let parameters = architecture.tensors().iter().map(|t| t.shape.iter().product::<usize>() as u64).sum();
     Ok(Imported { architecture, parameters })
 }
+
+/// As [`import`], unless `out` holds what the same `maker` (a build, a version) imported before. Processes take turns.
+///
+/// # Errors
+/// As [`import`]; also when files beside `out` (its name with `.lock` and `.made-by`) cannot be written.
+pub fn import_once(source: &Path, out: &Path, maker: &str) -> Result<(), ImportError> {
+    let beside = out.with_extension("lock");
+    std::fs::create_dir_all(out).map_err(ImportError::io(out))?;
+    let lock = std::fs::File::create(&beside).map_err(ImportError::io(&beside))?;
+    lock.lock().map_err(ImportError::io(&beside))?;
+    let made_by = out.with_extension("made-by");
+    if std::fs::read_to_string(&made_by).is_ok_and(|made| made == maker) {
+        return Ok(());
+    }
+    std::fs::remove_dir_all(out).and_then(|()| std::fs::create_dir(out)).map_err(ImportError::io(out))?;
+    import(source, out)?;
+    std::fs::write(&made_by, maker).map_err(ImportError::io(&made_by))
+}

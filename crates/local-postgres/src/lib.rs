@@ -16,6 +16,10 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, geteuid, kill_process, test_kill_process};
 use sha2::{Digest, Sha256};
 
+mod temporary;
+
+pub use temporary::TemporaryPostgres;
+
 /// The database and its superuser, both by this name.
 const NAME: &str = "holdfast";
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -85,6 +89,12 @@ impl LocalPostgres {
         postgres.wait_until_ready()?;
         postgres.cluster.create_database()?;
         Ok(postgres)
+    }
+
+    /// The server's process.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.server.id()
     }
 
     /// The connection string of the database.
@@ -373,28 +383,43 @@ fn is_open_to_all(folder: &Path) -> bool {
 mod tests {
     use super::*;
 
+    /// A folder whose cluster goes with it, wherever that is.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Self {
+            Self(std::env::temp_dir().join(format!("holdfast-test-{name}-{}", std::process::id())))
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            if let Ok(cluster) = Cluster::locate(&self.0) {
+                temporary::remove(&cluster);
+            }
+        }
+    }
+
     #[test]
     fn a_killed_server_starts_again() -> Result<(), Box<dyn std::error::Error>> {
-        let folder = std::env::temp_dir().join(format!("holdfast-postgres-killed-{}", std::process::id()));
-        let mut postgres = LocalPostgres::start(&folder)?;
+        let folder = Folder::new("killed");
+        let mut postgres = LocalPostgres::start(&folder.0)?;
         postgres.server.kill()?;
         postgres.server.wait()?;
         drop(postgres);
-        LocalPostgres::start(&folder)?.stop()?;
-        std::fs::remove_dir_all(&folder)?;
+        LocalPostgres::start(&folder.0)?.stop()?;
         Ok(())
     }
 
     #[test]
     fn a_cluster_starts_refuses_a_second_user_stops_and_starts_again() -> Result<(), Box<dyn std::error::Error>> {
-        let folder = std::env::temp_dir().join(format!("holdfast-postgres-{}", std::process::id()));
-        let postgres = LocalPostgres::start(&folder)?;
-        assert!(matches!(LocalPostgres::start(&folder), Err(PostgresError::InUse(_))));
-        assert_eq!(LocalPostgres::running(&folder)?, Some(postgres.url()));
+        let folder = Folder::new("stopped");
+        let postgres = LocalPostgres::start(&folder.0)?;
+        assert!(matches!(LocalPostgres::start(&folder.0), Err(PostgresError::InUse(_))));
+        assert_eq!(LocalPostgres::running(&folder.0)?, Some(postgres.url()));
         postgres.stop()?;
-        assert_eq!(LocalPostgres::running(&folder)?, None);
-        LocalPostgres::start(&folder)?.stop()?;
-        std::fs::remove_dir_all(&folder)?;
+        assert_eq!(LocalPostgres::running(&folder.0)?, None);
+        LocalPostgres::start(&folder.0)?.stop()?;
         Ok(())
     }
 }

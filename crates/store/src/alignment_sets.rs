@@ -106,6 +106,20 @@ impl Store {
         .try_into()
     }
 
+    /// Every version of every set, by name, newest first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn alignment_sets(&self) -> Result<Vec<AlignmentSet>, StoreError> {
+        let rows = sqlx::query_as!(
+            Row,
+            "select id, name, version, object_key, bytes, sha256, row_count from alignment_sets order by name, version desc"
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        rows.into_iter().map(AlignmentSet::try_from).collect()
+    }
+
     pub(crate) async fn alignment_set_by_id(&self, id: Uuid) -> Result<AlignmentSet, StoreError> {
         sqlx::query_as!(
             Row,

@@ -18,6 +18,9 @@ pub enum StoreError {
     /// A value was refused.
     #[error(transparent)]
     Invalid(#[from] Invalid),
+    /// The project uses as much as it may.
+    #[error("{0}")]
+    Quota(String),
     /// A row holds what no version of this program writes.
     #[error("a row holds an unreadable value: {0}")]
     Corrupt(String),
@@ -62,6 +65,46 @@ impl From<std::io::Error> for StoreError {
 }
 
 impl StoreError {
+    /// Whether the database or the object store could not be reached, so that the same call may do later.
+    #[must_use]
+    pub fn is_unavailable(&self) -> bool {
+        match self {
+            Self::Database(sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Tls(_)) => {
+                true
+            }
+            // Class 08: connections; 57: the server stops or starts; 53: it lacks room; 40: it undid one of two that waited for each
+            // other; 25P03 and 55P03: a transaction stood still, or waited for one that did, for too long.
+            Self::Database(sqlx::Error::Database(error)) => error
+                .code()
+                .is_some_and(|code| ["08", "57P", "53", "40", "25P03", "55P03"].iter().any(|class| code.starts_with(class))),
+            // What is left of timeouts, broken connections and a store's own failures after it was tried again; and keys that are
+            // being changed. What is missing or refused for itself stays an error.
+            Self::Objects(
+                object_store::Error::Generic { .. }
+                | object_store::Error::PermissionDenied { .. }
+                | object_store::Error::Unauthenticated { .. },
+            ) => true,
+            // A call that was given up waiting for.
+            Self::Io(error) => error.kind() == std::io::ErrorKind::TimedOut,
+            _ => false,
+        }
+    }
+
+    /// Whether this machine's disk has no room left.
+    #[must_use]
+    pub fn is_full_disk(&self) -> bool {
+        match self {
+            Self::Io(error) => matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded),
+            _ => false,
+        }
+    }
+
+    /// Whether the database refused a text that it has no letters for, as U+0000.
+    #[must_use]
+    pub fn is_bad_text(&self) -> bool {
+        matches!(self, Self::Database(sqlx::Error::Database(error)) if matches!(error.code().as_deref(), Some("22021" | "22P05")))
+    }
+
     /// The database's name of the constraint that was violated, if one was.
     pub(crate) fn constraint(&self) -> Option<&str> {
         match self {

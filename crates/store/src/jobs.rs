@@ -1,16 +1,19 @@
 //! Jobs, as their owners see and change them. What workers do to them is in `queue`.
 
 use holdfast_domain::ids::{FileId, JobId, ProjectId};
-use holdfast_domain::job::{JobError, JobState, Status};
+use holdfast_domain::job::{AttemptEnd, JobError, JobState, Status};
 use holdfast_domain::{Hyperparameters, Invalid, Safety};
 use serde_json::Value;
-use sqlx::PgConnection;
+use sqlx::{Connection, PgConnection};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use crate::attempts::{self, Attempt};
 use crate::error::{changed_one, from_json, to_json};
 use crate::events::{self, Level};
-use crate::{Page, PageRequest, Store, StoreError, new_id, queue};
+use crate::once::{self, Once, Repetition};
+use crate::projects::{lock_quotas, usage};
+use crate::{Page, PageRequest, Store, StoreError, checkpoints, new_id, queue, webhooks};
 
 /// A job's row.
 #[derive(Debug, Clone)]
@@ -23,6 +26,10 @@ pub struct Job {
     pub organization: String,
     /// The base model's name.
     pub base_model: String,
+    /// What the client asked for: the base, or the model the job goes on from.
+    pub model: String,
+    /// The adapter the job goes on from.
+    pub start: Option<Start>,
     /// The training file.
     pub training_file: FileId,
     /// The validation file.
@@ -44,10 +51,40 @@ pub struct Job {
     pub phase: Option<String>,
     /// How far it is, see [`Progress`].
     pub progress: Option<Progress>,
+    /// What the check of its files found.
+    pub dataset: Option<Dataset>,
+    /// The file with the figures of every step, once it has succeeded.
+    pub result_file: Option<FileId>,
+    /// The times a worker took it up, in order.
+    pub attempts: Vec<Attempt>,
+    /// Until when it rests after a setback.
+    pub rests_until: Option<OffsetDateTime>,
     /// When it was created.
     pub created_at: OffsetDateTime,
     /// When it ended.
     pub finished_at: Option<OffsetDateTime>,
+    /// When all this was so.
+    pub read_at: OffsetDateTime,
+}
+
+/// An adapter that a job goes on from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Start {
+    /// The job that made it.
+    pub job: JobId,
+    /// After which of its steps; `None` for its last adapter.
+    pub step: Option<u64>,
+}
+
+/// What the check of a job's files found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Dataset {
+    /// Rows of the training file.
+    pub rows: u64,
+    /// Their tokens.
+    pub tokens: u64,
+    /// Those of them that count towards the loss.
+    pub supervised_tokens: u64,
 }
 
 /// How far a running job is.
@@ -70,6 +107,10 @@ pub struct Progress {
 pub struct NewJob {
     /// The base model's name.
     pub base_model: String,
+    /// What the client asked for: the base, or the model the job goes on from.
+    pub model: String,
+    /// The adapter it goes on from.
+    pub start: Option<Start>,
     /// The training file.
     pub training_file: FileId,
     /// The validation file.
@@ -91,6 +132,9 @@ struct Row {
     project_id: Uuid,
     organization: String,
     base_model: String,
+    model: String,
+    start_job_id: Option<Uuid>,
+    start_step: Option<i64>,
     training_file_id: Uuid,
     validation_file_id: Option<Uuid>,
     alignment_set_id: Option<Uuid>,
@@ -101,13 +145,19 @@ struct Row {
     safety: Value,
     status: String,
     attempt: i32,
+    files_checked: bool,
     phase: Option<String>,
     progress: Option<Value>,
+    dataset: Option<Value>,
+    result_file_id: Option<Uuid>,
+    attempts: Option<Value>,
+    rests_until: Option<OffsetDateTime>,
     error: Option<Value>,
     fine_tuned_model: Option<String>,
     trained_tokens: Option<i64>,
     created_at: OffsetDateTime,
     finished_at: Option<OffsetDateTime>,
+    read_at: OffsetDateTime,
 }
 
 impl TryFrom<Row> for Job {
@@ -120,6 +170,8 @@ impl TryFrom<Row> for Job {
             Status::ValidatingFiles => JobState::ValidatingFiles { attempt },
             Status::Queued => JobState::Queued { attempt },
             Status::Running => JobState::Running { attempt },
+            Status::Pausing => JobState::Pausing { attempt },
+            Status::Paused => JobState::Paused { attempt, files_checked: row.files_checked },
             Status::Succeeded => JobState::Succeeded {
                 fine_tuned_model: row.fine_tuned_model.ok_or_else(|| corrupt("model"))?,
                 trained_tokens: row.trained_tokens.ok_or_else(|| corrupt("tokens"))?,
@@ -132,6 +184,8 @@ impl TryFrom<Row> for Job {
             project: ProjectId(row.project_id),
             organization: row.organization,
             base_model: row.base_model,
+            model: row.model,
+            start: row.start_job_id.map(|job| Start { job: JobId(job), step: row.start_step.map(i64::unsigned_abs) }),
             training_file: FileId(row.training_file_id),
             validation_file: row.validation_file_id.map(FileId),
             alignment_set_id: row.alignment_set_id,
@@ -143,18 +197,38 @@ impl TryFrom<Row> for Job {
             state,
             phase: row.phase,
             progress: row.progress.map(from_json).transpose()?,
+            dataset: row.dataset.map(from_json).transpose()?,
+            result_file: row.result_file_id.map(FileId),
+            attempts: row.attempts.map_or(Ok(Vec::new()), from_json)?,
+            rests_until: row.rests_until,
             created_at: row.created_at,
             finished_at: row.finished_at,
+            read_at: row.read_at,
         })
     }
 }
 
+/// What a job that waits waits for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiting {
+    /// Jobs that workers will take before it, as things stand.
+    pub ahead: u64,
+    /// Workers that were heard of lately.
+    pub workers: u64,
+    /// Jobs of its project that train.
+    pub running_in_project: u64,
+    /// How many of the project's jobs may train at a time.
+    pub may_run_in_project: Option<u64>,
+}
+
 impl Store {
-    /// Creates a job: it waits for a worker to check its files.
+    /// Creates a job: it waits for a worker to check its files. Of a request that was served before, the job it made then
+    /// comes back.
     ///
     /// # Errors
-    /// When a file, the model or the alignment set is not there (the refusal names which), or the database fails.
-    pub async fn create_job(&self, project: ProjectId, job: &NewJob) -> Result<Job, StoreError> {
+    /// When a file, the model or the alignment set is not there (the refusal names which), the project has as many jobs as it
+    /// may, or the database fails.
+    pub async fn create_job(&self, project: ProjectId, job: &NewJob, once: Option<&Once>) -> Result<Job, StoreError> {
         let id = JobId(new_id());
         let base = self.base_model(&job.base_model).await.map_err(|e| missing(e, "model", "model_not_found", &job.base_model))?;
         let alignment = match &job.safety.alignment_set {
@@ -166,19 +240,48 @@ impl Store {
                     .id,
             ),
         };
-        let mut transaction = self.pool.begin().await?;
+        let mut connection = self.tenant(project).await?;
+        let mut transaction = connection.begin().await?;
+        if let Some(made) = once::admit(&mut transaction, once, id.0).await? {
+            return fetch(&mut transaction, JobId(made), Some(project)).await;
+        }
+        check_quotas(&mut transaction, project).await?;
         for (param, file) in [("training_file", Some(job.training_file)), ("validation_file", job.validation_file)] {
             let Some(file) = file else { continue };
             // The lock keeps the file from being deleted before the job that needs it exists.
-            sqlx::query_scalar!("select 1 as one from files where project_id = $1 and id = $2 for share", project.0, file.0)
-                .fetch_optional(&mut *transaction)
-                .await?
-                .ok_or_else(|| missing(StoreError::NotFound, param, "file_not_found", &file.to_string()))?;
+            sqlx::query_scalar!(
+                "select 1 as one from files where project_id = $1 and id = $2 and (expires_at is null or expires_at > now()) for share",
+                project.0,
+                file.0
+            )
+            .fetch_optional(&mut *transaction)
+            .await?
+            .ok_or_else(|| missing(StoreError::NotFound, param, "file_not_found", &file.to_string()))?;
+        }
+        if let Some(start) = job.start {
+            // Found before; retention or a delete may have come in between.
+            let still_there = match start.step {
+                Some(step) => {
+                    sqlx::query_scalar!(
+                        "select 1 as \"one!\" from job_checkpoints where job_id = $1 and step = $2 and settled for share",
+                        start.job.0,
+                        step.cast_signed()
+                    )
+                    .fetch_optional(&mut *transaction)
+                    .await?
+                }
+                None => {
+                    sqlx::query_scalar!("select 1 as \"one!\" from fine_tuned_models where job_id = $1 for share", start.job.0)
+                        .fetch_optional(&mut *transaction)
+                        .await?
+                }
+            };
+            still_there.ok_or_else(|| missing(StoreError::NotFound, "model", "model_not_found", &job.model))?;
         }
         sqlx::query!(
             "insert into jobs (id, project_id, base_model_id, training_file_id, validation_file_id, alignment_set_id, suffix, seed,
-                               metadata, hyperparameters, safety, status)
-             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, 'validating_files')",
+                               metadata, hyperparameters, safety, model, start_job_id, start_step, status)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, 'validating_files')",
             id.0,
             project.0,
             base.id,
@@ -189,7 +292,10 @@ impl Store {
             job.seed.cast_signed(),
             job.metadata,
             to_json(&job.hyperparameters)?,
-            to_json(&job.safety)?
+            to_json(&job.safety)?,
+            job.model,
+            job.start.map(|start| start.job.0),
+            job.start.and_then(|start| start.step).map(u64::cast_signed)
         )
         .execute(&mut *transaction)
         .await?;
@@ -197,8 +303,9 @@ impl Store {
         events::message(&mut transaction, id, Level::Info, "Validating the files against the model's template and tokenizer")
             .await?;
         queue::notify(&mut transaction).await?;
+        let created = fetch(&mut transaction, id, Some(project)).await?;
         transaction.commit().await?;
-        self.job(project, id).await
+        Ok(created)
     }
 
     /// One job.
@@ -206,7 +313,7 @@ impl Store {
     /// # Errors
     /// When the project has no such job, or the database fails.
     pub async fn job(&self, project: ProjectId, id: JobId) -> Result<Job, StoreError> {
-        let mut connection = self.pool.acquire().await?;
+        let mut connection = self.tenant(project).await?;
         fetch(&mut connection, id, Some(project)).await
     }
 
@@ -215,52 +322,150 @@ impl Store {
     /// # Errors
     /// When the database fails.
     pub async fn jobs(&self, project: ProjectId, metadata: Option<&Value>, page: PageRequest) -> Result<Page<Job>, StoreError> {
-        let rows = sqlx::query_as!(
-            Row,
-            "select j.id, j.project_id, p.organization, m.name as base_model, j.training_file_id, j.validation_file_id,
-                    j.alignment_set_id, j.suffix, j.seed, j.metadata, j.hyperparameters, j.safety, j.status, j.attempt, j.phase,
-                    j.progress, j.error, j.fine_tuned_model, j.trained_tokens, j.created_at, j.finished_at
-             from jobs j join projects p on p.id = j.project_id join base_models m on m.id = j.base_model_id
-             where j.project_id = $1 and ($2::uuid is null or j.id < $2) and ($3::jsonb is null or j.metadata @> $3)
-             order by j.id desc limit $4",
-            project.0,
-            page.after,
-            metadata,
-            page.fetch()
-        )
-        .fetch_all(&self.pool)
-        .await?;
-        Ok(Page::new(rows.into_iter().map(Job::try_from).collect::<Result<_, _>>()?, &page))
+        let mut connection = self.tenant(project).await?;
+        // The bound is one whether or not there is a page before, so that every plan of it begins at the right place of the index.
+        let after = page.after.unwrap_or(Uuid::max());
+        let ids = match metadata {
+            None => {
+                sqlx::query_scalar!(
+                    "select id from jobs where project_id = $1 and id < $2 order by id desc limit $3",
+                    project.0,
+                    after,
+                    page.fetch()
+                )
+                .fetch_all(&mut *connection)
+                .await?
+            }
+            Some(pairs) => {
+                sqlx::query_scalar!(
+                    "select id from jobs where project_id = $1 and id < $2 and metadata @> $3 order by id desc limit $4",
+                    project.0,
+                    after,
+                    pairs,
+                    page.fetch()
+                )
+                .fetch_all(&mut *connection)
+                .await?
+            }
+        };
+        Ok(Page::new(fetch_all(&mut connection, &ids, Some(project)).await?, &page))
     }
 
     /// Ends a job at its owner's word. A worker that runs it finds its lease gone and stops.
     ///
     /// # Errors
     /// When the project has no such job, it has ended already, or the database fails.
-    pub async fn cancel_job(&self, project: ProjectId, id: JobId) -> Result<Job, StoreError> {
-        let mut transaction = self.pool.begin().await?;
-        let job = lock(&mut transaction, id, Some(project)).await?;
-        let next = job.state.clone().cancel()?;
-        write_state(&mut transaction, &job, &next).await?;
-        queue::drop_lease(&mut transaction, id).await?;
-        events::message(&mut transaction, id, Level::Info, "The job was cancelled").await?;
-        transaction.commit().await?;
-        self.job(project, id).await
+    pub async fn cancel_job(&self, project: ProjectId, id: JobId, once: Option<&Once>) -> Result<Job, StoreError> {
+        self.change_job(project, id, once, "The job was cancelled", JobState::cancel).await
     }
 
-    /// Jobs that wait before this one.
+    /// Lets a job wait for its owner. One that trains first writes a checkpoint.
+    ///
+    /// # Errors
+    /// When the project has no such job, it has ended or is paused already, or the database fails.
+    pub async fn pause_job(&self, project: ProjectId, id: JobId, once: Option<&Once>) -> Result<Job, StoreError> {
+        self.change_job(project, id, once, "The job is paused at its owner's word", JobState::pause).await
+    }
+
+    /// Lets a paused job wait for a worker again.
+    ///
+    /// # Errors
+    /// When the project has no such job, it is not paused, or the database fails.
+    pub async fn resume_job(&self, project: ProjectId, id: JobId, once: Option<&Once>) -> Result<Job, StoreError> {
+        self.change_job(project, id, once, "The job was resumed and waits for a worker", JobState::resume).await
+    }
+
+    async fn change_job(
+        &self,
+        project: ProjectId,
+        id: JobId,
+        once: Option<&Once>,
+        message: &str,
+        change: impl FnOnce(JobState) -> Result<JobState, holdfast_domain::job::InvalidTransition>,
+    ) -> Result<Job, StoreError> {
+        let mut connection = self.tenant(project).await?;
+        let mut transaction = connection.begin().await?;
+        let job = lock(&mut transaction, id, Some(project)).await?;
+        let next = match change(job.state.clone()) {
+            Ok(next) => next,
+            // A try after the first, which has done it.
+            Err(_) if once.is_some_and(|once| once.repetition == Repetition::Retry) => return Ok(job),
+            Err(error) if once::admit(&mut transaction, once, id.0).await?.is_none() => return Err(error.into()),
+            Err(_) => return Ok(job),
+        };
+        let named = once.filter(|once| once.repetition == Repetition::Named);
+        if once::admit(&mut transaction, named, id.0).await?.is_some() {
+            return Ok(job);
+        }
+        write_state(&mut transaction, &job, &next).await?;
+        // One that is pausing stays its worker's until the checkpoint is written.
+        match next.status() {
+            Status::Pausing => {}
+            Status::Cancelled => attempts::end(&mut transaction, id, AttemptEnd::Cancelled, None).await?,
+            _ => attempts::end(&mut transaction, id, AttemptEnd::Paused, None).await?,
+        }
+        events::message(&mut transaction, id, Level::Info, message).await?;
+        queue::notify(&mut transaction).await?;
+        let changed = fetch(&mut transaction, id, Some(project)).await?;
+        transaction.commit().await?;
+        Ok(changed)
+    }
+
+    /// What a job that waits waits for. Workers take turns between projects: the one with the fewest jobs in training first.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn queue_position(&self, id: JobId) -> Result<u64, StoreError> {
-        let ahead = sqlx::query_scalar!(
-            "select count(*) as \"count!\" from jobs where status in ('validating_files', 'queued') and id < $1",
-            id.0
+    pub async fn waiting(&self, job: &Job) -> Result<Waiting, StoreError> {
+        let row = sqlx::query!(
+            "with waiting as (
+                 select project_id, count(*) as jobs, count(*) filter (where id < $2) as older from jobs
+                 where status in ('validating_files', 'queued') group by project_id),
+             running as (
+                 select project_id, count(*) as jobs from jobs where status in ('running', 'pausing') group by project_id),
+             mine as (
+                 select coalesce((select older from waiting where project_id = $1), 0) as older,
+                        coalesce((select jobs from running where project_id = $1), 0) as running)
+             select mine.running as \"running!\",
+                    (select count(*) from workers where seen_at > now() - interval '1 minute') as \"workers!\",
+                    (select max_running_jobs from projects where id = $1) as may_run,
+                    (mine.older + coalesce((
+                        select sum(least(w.jobs, greatest(0, mine.older + mine.running - coalesce(r.jobs, 0))))
+                        from waiting w left join running r using (project_id) where w.project_id <> $1), 0))::bigint as \"ahead!\"
+             from mine",
+            job.project.0,
+            job.id.0
         )
         .fetch_one(&self.pool)
         .await?;
-        Ok(ahead.unsigned_abs())
+        Ok(Waiting {
+            ahead: row.ahead.unsigned_abs(),
+            workers: row.workers.unsigned_abs(),
+            running_in_project: row.running.unsigned_abs(),
+            may_run_in_project: row.may_run.map(i64::unsigned_abs),
+        })
     }
+}
+
+/// Refuses a job more than the project may have.
+async fn check_quotas(connection: &mut PgConnection, project: ProjectId) -> Result<(), StoreError> {
+    let quotas = lock_quotas(connection, project).await?;
+    if quotas.max_queued_jobs.is_none() && quotas.max_trained_tokens_per_month.is_none() {
+        return Ok(());
+    }
+    let used = usage(connection, project).await?;
+    if let Some(most) = quotas.max_queued_jobs.filter(|most| used.queued_jobs >= *most) {
+        return Err(StoreError::Quota(format!(
+            "the project has {} jobs waiting, and may have {most}; wait for one to start, or cancel one",
+            used.queued_jobs
+        )));
+    }
+    if let Some(most) = quotas.max_trained_tokens_per_month.filter(|most| used.trained_tokens_this_month >= *most) {
+        return Err(StoreError::Quota(format!(
+            "the project has trained on {} tokens this month, and may on {most}; wait for the next month (UTC), or ask the operator for more",
+            used.trained_tokens_this_month
+        )));
+    }
+    Ok(())
 }
 
 fn missing(error: StoreError, param: &str, code: &'static str, name: &str) -> StoreError {
@@ -274,20 +479,30 @@ fn missing(error: StoreError, param: &str, code: &'static str, name: &str) -> St
 
 /// Reads a job: of `owner`, when it is read for a tenant; a worker may read any.
 pub(crate) async fn fetch(connection: &mut PgConnection, id: JobId, owner: Option<ProjectId>) -> Result<Job, StoreError> {
-    sqlx::query_as!(
+    fetch_all(connection, &[id.0], owner).await?.pop().ok_or(StoreError::NotFound)
+}
+
+/// Reads those of the jobs that are there, newest first, as [`fetch`] does.
+async fn fetch_all(connection: &mut PgConnection, ids: &[Uuid], owner: Option<ProjectId>) -> Result<Vec<Job>, StoreError> {
+    let rows = sqlx::query_as!(
         Row,
-        "select j.id, j.project_id, p.organization, m.name as base_model, j.training_file_id, j.validation_file_id,
-                j.alignment_set_id, j.suffix, j.seed, j.metadata, j.hyperparameters, j.safety, j.status, j.attempt, j.phase,
-                j.progress, j.error, j.fine_tuned_model, j.trained_tokens, j.created_at, j.finished_at
+        "select j.id, j.project_id, p.organization, m.name as base_model, j.model, j.start_job_id, j.start_step, j.training_file_id,
+                j.validation_file_id, j.alignment_set_id, j.suffix, j.seed, j.metadata, j.hyperparameters, j.safety, j.status,
+                j.attempt, j.files_checked, j.phase, j.progress, j.dataset, j.result_file_id, j.error, j.fine_tuned_model,
+                j.trained_tokens, j.created_at, j.finished_at, j.rests_until, now() as \"read_at!\",
+                (select jsonb_agg(jsonb_build_object(
+                     'attempt', a.attempt, 'work', a.work, 'outcome', a.outcome, 'reason', a.reason,
+                     'started_at', extract(epoch from a.started_at)::bigint, 'ended_at', extract(epoch from a.ended_at)::bigint)
+                     order by a.attempt)
+                 from job_attempts a where a.job_id = j.id) as attempts
          from jobs j join projects p on p.id = j.project_id join base_models m on m.id = j.base_model_id
-         where j.id = $1 and ($2::uuid is null or j.project_id = $2)",
-        id.0,
+         where j.id = any($1) and ($2::uuid is null or j.project_id = $2) order by j.id desc",
+        ids,
         owner.map(|project| project.0)
     )
-    .fetch_optional(connection)
-    .await?
-    .ok_or(StoreError::NotFound)?
-    .try_into()
+    .fetch_all(connection)
+    .await?;
+    rows.into_iter().map(Job::try_from).collect()
 }
 
 /// Reads a job as [`fetch`] does and keeps others from changing it until the transaction ends.
@@ -306,20 +521,25 @@ pub(crate) async fn lock(connection: &mut PgConnection, id: JobId, owner: Option
 /// Writes the state that follows `job`'s, if it is still in that one.
 pub(crate) async fn write_state(connection: &mut PgConnection, job: &Job, next: &JobState) -> Result<(), StoreError> {
     let (attempt, error, model, tokens): (i32, Option<&JobError>, Option<&str>, Option<i64>) = match next {
-        JobState::ValidatingFiles { attempt } | JobState::Queued { attempt } | JobState::Running { attempt } => {
-            (*attempt, None, None, None)
-        }
         JobState::Succeeded { fine_tuned_model, trained_tokens } => {
             (attempt_of(&job.state), None, Some(fine_tuned_model), Some(*trained_tokens))
         }
         JobState::Failed { error } => (attempt_of(&job.state), Some(error), None, None),
         JobState::Cancelled => (attempt_of(&job.state), None, None, None),
+        open => (attempt_of(open), None, None, None),
+    };
+    let files_checked = match next {
+        JobState::ValidatingFiles { .. } => Some(false),
+        JobState::Queued { .. } | JobState::Running { .. } | JobState::Pausing { .. } => Some(true),
+        JobState::Paused { files_checked, .. } => Some(*files_checked),
+        JobState::Succeeded { .. } | JobState::Failed { .. } | JobState::Cancelled => None,
     };
     let status = next.status();
     let changed = sqlx::query!(
         "update jobs set status = $3, attempt = $4, error = $5, fine_tuned_model = $6, trained_tokens = $7,
                          finished_at = case when $8 then now() end,
-                         phase = case when $3 = 'running' then phase end
+                         phase = case when $3 in ('running', 'pausing') then phase end,
+                         files_checked = coalesce($9, files_checked)
          where id = $1 and status = $2",
         job.id.0,
         job.state.status().as_str(),
@@ -328,16 +548,27 @@ pub(crate) async fn write_state(connection: &mut PgConnection, job: &Job, next: 
         error.map(to_json).transpose()?,
         model,
         tokens,
-        status.is_terminal()
+        status.is_terminal(),
+        files_checked
     )
-    .execute(connection)
+    .execute(&mut *connection)
     .await?;
-    changed_one(&changed)
+    changed_one(&changed)?;
+    if status.is_terminal() {
+        checkpoints::drop_state(connection, job.id, None).await?;
+        checkpoints::drop_unsettled(connection, job.id, None).await?;
+        webhooks::job_ended(connection, job, status).await?;
+    }
+    Ok(())
 }
 
 pub(crate) fn attempt_of(state: &JobState) -> i32 {
     match state {
-        JobState::ValidatingFiles { attempt } | JobState::Queued { attempt } | JobState::Running { attempt } => *attempt,
+        JobState::ValidatingFiles { attempt }
+        | JobState::Queued { attempt }
+        | JobState::Running { attempt }
+        | JobState::Pausing { attempt }
+        | JobState::Paused { attempt, .. } => *attempt,
         JobState::Succeeded { .. } | JobState::Failed { .. } | JobState::Cancelled => 0,
     }
 }

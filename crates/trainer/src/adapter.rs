@@ -87,6 +87,12 @@ pub struct FactorName {
 }
 
 impl FactorName {
+    /// The linear map's name in Hugging Face's checkpoints.
+    #[must_use]
+    pub fn module(self) -> String {
+        format!("model.layers.{}.{}.{}", self.layer, self.projection.block(), self.projection.as_str())
+    }
+
     /// The name PEFT gives it in `adapter_model.safetensors`.
     #[must_use]
     pub fn peft(self) -> String {
@@ -94,8 +100,7 @@ impl FactorName {
             Factor::Down => 'A',
             Factor::Up => 'B',
         };
-        let (block, projection) = (self.projection.block(), self.projection.as_str());
-        format!("base_model.model.model.layers.{}.{block}.{projection}.lora_{letter}.weight", self.layer)
+        format!("base_model.model.{}.lora_{letter}.weight", self.module())
     }
 }
 

@@ -6,18 +6,15 @@ use anyhow::{Context, Result, ensure};
 use holdfast_base_model::WeightFile;
 use holdfast_base_model::weights::TensorBytes;
 use holdfast_domain::hyperparameters::Projection;
+use holdfast_domain::plan::paths::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::adapter::{Adapter, AdapterConfig};
+use crate::device;
 use crate::model::Model;
-
-/// The configuration's name in an adapter's folder.
-pub const CONFIG: &str = "adapter_config.json";
-/// The weights' name in an adapter's folder.
-pub const WEIGHTS: &str = "adapter_model.safetensors";
 
 /// The part of PEFT's configuration that says something about a plain LoRA; PEFT fills in the rest by its defaults.
 #[derive(Debug, Serialize, Deserialize)]
@@ -70,7 +67,7 @@ pub fn write(folder: &Path, adapter: &Adapter, base_model: &str) -> Result<()> {
         rank_pattern: serde_json::Map::new(),
         alpha_pattern: serde_json::Map::new(),
     };
-    let path = folder.join(CONFIG);
+    let path = folder.join(ADAPTER_CONFIG);
     std::fs::write(&path, serde_json::to_vec_pretty(&config)?).with_context(|| format!("cannot write {}", path.display()))?;
     let mut stored = Vec::new();
     for (name, factor) in adapter.factors() {
@@ -83,8 +80,34 @@ pub fn write(folder: &Path, adapter: &Adapter, base_model: &str) -> Result<()> {
         .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
         .collect::<Result<Vec<_>>>()?;
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    let path = folder.join(WEIGHTS);
+    let path = folder.join(ADAPTER_WEIGHTS);
     safetensors::serialize_to_file(views, Some(metadata), &path).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Reads what shape the adapter in `folder` has.
+///
+/// # Errors
+/// When the file is missing, or the adapter is no plain LoRA.
+pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
+    let path = folder.join(ADAPTER_CONFIG);
+    let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config: PeftConfig =
+        serde_json::from_slice(&bytes).with_context(|| format!("{} is no PEFT configuration", path.display()))?;
+    ensure!(config.peft_type == "LORA", "{ADAPTER_CONFIG}: peft_type {:?} is not supported; supported: LORA", config.peft_type);
+    ensure!(!config.use_rslora && !config.use_dora, "{ADAPTER_CONFIG}: rsLoRA and DoRA are not supported");
+    ensure!(
+        config.rank_pattern.is_empty() && config.alpha_pattern.is_empty(),
+        "{ADAPTER_CONFIG}: ranks that differ by module are not supported"
+    );
+    ensure!(config.r > 0, "{ADAPTER_CONFIG}: r must be positive");
+    let mut targets = config
+        .target_modules
+        .iter()
+        .map(|name| Projection::parse(name).with_context(|| format!("{ADAPTER_CONFIG}: target module {name:?} is not supported")))
+        .collect::<Result<Vec<_>>>()?;
+    targets.sort_unstable();
+    targets.dedup();
+    Ok(AdapterConfig { rank: config.r, alpha: config.lora_alpha, dropout: config.lora_dropout, targets })
 }
 
 /// Reads an adapter for `model`.
@@ -92,34 +115,15 @@ pub fn write(folder: &Path, adapter: &Adapter, base_model: &str) -> Result<()> {
 /// # Errors
 /// When a file is missing, the adapter is no plain LoRA, or its tensors do not fit the model.
 pub fn read(folder: &Path, model: &Model) -> Result<Adapter> {
-    let path = folder.join(CONFIG);
-    let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let config: PeftConfig =
-        serde_json::from_slice(&bytes).with_context(|| format!("{} is no PEFT configuration", path.display()))?;
-    ensure!(config.peft_type == "LORA", "{CONFIG}: peft_type {:?} is not supported; supported: LORA", config.peft_type);
-    ensure!(!config.use_rslora && !config.use_dora, "{CONFIG}: rsLoRA and DoRA are not supported");
-    ensure!(
-        config.rank_pattern.is_empty() && config.alpha_pattern.is_empty(),
-        "{CONFIG}: ranks that differ by module are not supported"
-    );
-    ensure!(config.r > 0, "{CONFIG}: r must be positive");
-    let mut targets = config
-        .target_modules
-        .iter()
-        .map(|name| Projection::parse(name).with_context(|| format!("{CONFIG}: target module {name:?} is not supported")))
-        .collect::<Result<Vec<_>>>()?;
-    targets.sort_unstable();
-    targets.dedup();
-    let config = AdapterConfig { rank: config.r, alpha: config.lora_alpha, dropout: config.lora_dropout, targets };
-    let adapter = Adapter::zeros(model, config);
-    let file = WeightFile::open(&folder.join(WEIGHTS))?;
+    let adapter = Adapter::zeros(model, read_config(folder)?);
+    let file = WeightFile::open(&folder.join(ADAPTER_WEIGHTS))?;
     let known: Vec<String> = adapter.factors().map(|(name, _)| name.peft()).collect();
     for name in file.names() {
-        ensure!(known.contains(&name), "{WEIGHTS}: tensor {name} belongs to no target module of this model");
+        ensure!(known.contains(&name), "{ADAPTER_WEIGHTS}: tensor {name} belongs to no target module of this model");
     }
     for (name, factor) in adapter.factors() {
         let name = name.peft();
-        let stored = file.get(&name).with_context(|| format!("{WEIGHTS}: tensor {name} is missing"))?;
+        let stored = file.get(&name).with_context(|| format!("{ADAPTER_WEIGHTS}: tensor {name} is missing"))?;
         let mut factor = factor;
         factor.copy_(&to_tensor(&name, stored, &factor.size())?);
     }
@@ -127,13 +131,10 @@ pub fn read(folder: &Path, model: &Model) -> Result<Adapter> {
 }
 
 fn to_tensor(name: &str, stored: TensorBytes<'_>, shape: &[i64]) -> Result<Tensor> {
-    let kind = match stored.dtype {
-        Dtype::F32 => Kind::Float,
-        Dtype::F16 => Kind::Half,
-        Dtype::BF16 => Kind::BFloat16,
-        other => anyhow::bail!("{WEIGHTS}: tensor {name} is stored as {other:?}; supported: F32, F16, BF16"),
-    };
+    let kind = device::kind_of(stored.dtype).with_context(|| {
+        format!("{ADAPTER_WEIGHTS}: tensor {name} is stored as {:?}; supported: F32, F16, BF16", stored.dtype)
+    })?;
     let found: Vec<i64> = stored.shape.iter().map(|&n| n as i64).collect();
-    ensure!(found == shape, "{WEIGHTS}: tensor {name} has shape {found:?}, and this model needs {shape:?}");
+    ensure!(found == shape, "{ADAPTER_WEIGHTS}: tensor {name} has shape {found:?}, and this model needs {shape:?}");
     Ok(Tensor::from_data_size(stored.bytes, shape, kind).to_kind(Kind::Float))
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use holdfast_base_model::WeightFile;
+use holdfast_domain::plan::paths::{self, BEST_PREFIX, CHECKPOINT_MANIFEST as MANIFEST, CHECKPOINT_PREFIX};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
@@ -26,12 +27,7 @@ use crate::optimizer::AdamW;
 
 /// Checkpoints that are kept: the newest, and the one before it.
 const KEPT: usize = 2;
-const MANIFEST: &str = "checkpoint.json";
 const STATE: &str = "state.safetensors";
-/// A checkpoint's folder begins with it, and ends with its step.
-const STEP: &str = "step-";
-/// A best adapter's folder beside the checkpoints does so too.
-const BEST: &str = "best-";
 
 /// How far a run is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +42,21 @@ pub struct Cursor {
     pub setbacks: u32,
     /// The best measurement on the validation file so far.
     pub best: Option<Best>,
+    /// What still has to follow the last step.
+    pub owed: Option<Owed>,
+}
+
+/// What follows a step before the next one, in this order. Each goes over many rows, so that a run that is asked to stop breaks
+/// it off, and makes up for it when it goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Owed {
+    /// Rows are scored, a review takes place and the validation file is measured, where it is time for them.
+    Scores,
+    /// The same without the scores.
+    Review,
+    /// The validation file alone.
+    Validation,
 }
 
 /// The best measurement on the validation file.
@@ -134,7 +145,7 @@ impl Checkpoints {
     /// # Errors
     /// When it cannot be written; those before it stay.
     pub fn save(&self, adapter: &Adapter, state: &State) -> Result<()> {
-        self.place(&format!("{STEP}{}", state.cursor.step), |folder| {
+        self.place(&format!("{CHECKPOINT_PREFIX}{}", state.cursor.step), |folder| {
             adapter_files::write(folder, adapter, &self.base_model)?;
             let memory = state.method.memory();
             write_vectors(&folder.join(STATE), state, &memory)?;
@@ -144,7 +155,7 @@ impl Checkpoints {
                 last_good_steps: state.last_good.as_ref().map(|good| good.optimizer.steps()),
                 watch: state.watch.bits(),
                 method: memory.numbers.iter().map(|(name, number)| (name.clone(), number.to_bits())).collect(),
-                files: [adapter_files::CONFIG, adapter_files::WEIGHTS, STATE]
+                files: [paths::ADAPTER_CONFIG, paths::ADAPTER_WEIGHTS, STATE]
                     .into_iter()
                     .map(|name| Ok((name.to_owned(), hash_file(&folder.join(name))?)))
                     .collect::<Result<_>>()?,
@@ -153,7 +164,7 @@ impl Checkpoints {
             manifest.seal = self.seal(&manifest)?;
             Ok(std::fs::write(folder.join(MANIFEST), serde_json::to_vec_pretty(&manifest)?)?)
         })?;
-        for (_, old) in self.named(STEP)?.into_iter().skip(KEPT) {
+        for (_, old) in self.named(CHECKPOINT_PREFIX)?.into_iter().skip(KEPT) {
             std::fs::remove_dir_all(&old).with_context(|| format!("cannot remove {}", old.display()))?;
         }
         Ok(())
@@ -165,13 +176,13 @@ impl Checkpoints {
     /// # Errors
     /// When it cannot be written; the best before it stays.
     pub fn save_best(&self, adapter: &Adapter, step: u64, loss: f64) -> Result<Best> {
-        self.place(&format!("{BEST}{step}"), |folder| adapter_files::write(folder, adapter, &self.base_model))?;
+        self.place(&format!("{BEST_PREFIX}{step}"), |folder| adapter_files::write(folder, adapter, &self.base_model))?;
         let sha256 = hash_adapter(&self.best(step))?;
         let mut wanted = vec![step];
-        for (_, checkpoint) in self.named(STEP)? {
+        for (_, checkpoint) in self.named(CHECKPOINT_PREFIX)? {
             wanted.extend(read_manifest(&checkpoint).ok().and_then(|manifest| manifest.cursor.best).map(|best| best.step));
         }
-        for (step, folder) in self.named(BEST)? {
+        for (step, folder) in self.named(BEST_PREFIX)? {
             if !wanted.contains(&step) {
                 remove_if_there(&folder)?;
             }
@@ -196,7 +207,7 @@ impl Checkpoints {
     }
 
     fn best(&self, step: u64) -> PathBuf {
-        self.folder.join(format!("{BEST}{step}"))
+        self.folder.join(format!("{BEST_PREFIX}{step}"))
     }
 
     /// Removes the checkpoint after `step`.
@@ -204,7 +215,7 @@ impl Checkpoints {
     /// # Errors
     /// When it cannot be removed.
     pub fn discard(&self, step: u64) -> Result<()> {
-        Ok(remove_if_there(&self.folder.join(format!("{STEP}{step}")))?)
+        Ok(remove_if_there(&self.folder.join(format!("{CHECKPOINT_PREFIX}{step}")))?)
     }
 
     /// Fills a folder beside its place, makes it durable, and puts it there.
@@ -222,7 +233,11 @@ impl Checkpoints {
             // The rename itself must outlive a power cut.
             Ok(File::open(&self.folder)?.sync_all()?)
         };
-        placed().with_context(|| format!("cannot write the checkpoint {}", path.display()))
+        placed().with_context(|| {
+            // On a full disk, what is left of it would take the place of the record that says so.
+            let _ = remove_if_there(&unfinished);
+            format!("cannot write the checkpoint {}", path.display())
+        })
     }
 
     /// Puts the newest sound checkpoint into `adapter` and `state`, and returns whether there was one. Whatever is not sound is
@@ -237,7 +252,7 @@ impl Checkpoints {
         state: &mut State,
         mut passed_over: impl FnMut(String),
     ) -> Result<bool> {
-        for (_, path) in self.named(STEP)? {
+        for (_, path) in self.named(CHECKPOINT_PREFIX)? {
             match self.read(&path, model, adapter, state) {
                 Ok(()) => return Ok(true),
                 Err(error) => passed_over(format!("{}: {error:#}; going on from the one before it", path.display())),
@@ -379,7 +394,7 @@ fn hash_file(path: &Path) -> Result<String> {
 /// Of both files of an adapter's folder.
 fn hash_adapter(folder: &Path) -> Result<[u8; 32]> {
     let mut hash = Sha256::new();
-    for name in [adapter_files::CONFIG, adapter_files::WEIGHTS] {
+    for name in [paths::ADAPTER_CONFIG, paths::ADAPTER_WEIGHTS] {
         hash.update(hash_file(&folder.join(name))?);
     }
     Ok(hash.finalize().into())

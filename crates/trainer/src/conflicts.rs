@@ -20,6 +20,7 @@ use tch::{Device, Kind, Tensor};
 use crate::adapter::Adapter;
 use crate::gradient::{self, Gradient};
 use crate::kernels::single;
+use crate::stop::Stopped;
 
 /// The newest gradient's weight in the mean.
 const NEWEST: f64 = 0.1;
@@ -107,17 +108,26 @@ impl RowConflicts {
     }
 
     /// Scores all rows by two forward passes, at the weights and a little along the mean. `losses` gives each row's mean loss.
-    pub fn score_by_forward(&mut self, adapter: &Adapter, step: u64, losses: impl Fn() -> Vec<f64>) {
-        let Some(mean) = self.direction(step) else { return };
+    ///
+    /// # Errors
+    /// [`Stopped`] where `losses` is; then no row is scored.
+    pub fn score_by_forward(
+        &mut self,
+        adapter: &Adapter,
+        step: u64,
+        losses: impl Fn() -> Result<Vec<f64>, Stopped>,
+    ) -> Result<(), Stopped> {
+        let Some(mean) = self.direction(step) else { return Ok(()) };
         let (start, length) = (adapter.flat().copy(), Gradient(mean.copy()).norm());
         let distance = STEP_LENGTH * Gradient(start.copy()).norm();
-        let before = losses();
+        let before = losses()?;
         adapter.shift(&(mean * (distance / length)));
         let after = losses();
         adapter.set(&start);
-        for (row, (before, after)) in before.iter().zip(&after).enumerate() {
+        for (row, (before, after)) in before.iter().zip(&after?).enumerate() {
             self.by_forward.add(row, (after - before) / distance);
         }
+        Ok(())
     }
 
     /// Writes one line a row: `lines` has each row's number in the uploaded file.

@@ -1,6 +1,7 @@
 //! Where to compute, as one word: `cpu`, `cuda` or `cuda:N`.
 
 use anyhow::{Result, bail};
+use safetensors::Dtype;
 use tch::{Cuda, Device, Kind};
 
 use holdfast_domain::hyperparameters::Precision;
@@ -36,5 +37,16 @@ pub const fn kind(precision: Precision) -> Kind {
     match precision {
         Precision::F32 => Kind::Float,
         Precision::Bf16 => Kind::BFloat16,
+    }
+}
+
+/// libtorch's name for the numbers a file's tensor is stored in; `None` for those that no weights have.
+#[must_use]
+pub const fn kind_of(dtype: Dtype) -> Option<Kind> {
+    match dtype {
+        Dtype::F32 => Some(Kind::Float),
+        Dtype::F16 => Some(Kind::Half),
+        Dtype::BF16 => Some(Kind::BFloat16),
+        _ => None,
     }
 }

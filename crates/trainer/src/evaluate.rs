@@ -8,6 +8,7 @@ use crate::adapter::Adapter;
 use crate::loss::{self, Loss};
 use crate::model::Model;
 use crate::packed::Packed;
+use crate::stop::{Stop, Stopped};
 
 /// What a model makes of some rows.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -19,10 +20,19 @@ pub struct Evaluation {
 }
 
 /// Each row's mean negative log-likelihood, in nats, without dropout.
-#[must_use]
-pub fn row_losses(model: &Model, adapter: Option<&Adapter>, examples: &[Example], rows_per_pass: usize) -> Vec<f64> {
+///
+/// # Errors
+/// [`Stopped`], between two passes.
+pub fn row_losses(
+    model: &Model,
+    adapter: Option<&Adapter>,
+    examples: &[Example],
+    rows_per_pass: usize,
+    stop: &Stop,
+) -> Result<Vec<f64>, Stopped> {
     let mut losses = Vec::with_capacity(examples.len());
     for (rows, loss) in passes(model, adapter, examples, rows_per_pass) {
+        stop.check()?;
         let at = Vec::<f32>::try_from(&loss.at).unwrap_or_default();
         let mut rest = at.as_slice();
         for row in rows {
@@ -31,19 +41,28 @@ pub fn row_losses(model: &Model, adapter: Option<&Adapter>, examples: &[Example]
             losses.push(of_row.iter().map(|loss| f64::from(*loss)).sum::<f64>() / of_row.len().max(1) as f64);
         }
     }
-    losses
+    Ok(losses)
 }
 
 /// Evaluates `examples`, `rows_per_pass` at a time, without dropout.
-#[must_use]
-pub fn evaluate(model: &Model, adapter: Option<&Adapter>, examples: &[Example], rows_per_pass: usize) -> Evaluation {
+///
+/// # Errors
+/// [`Stopped`], between two passes.
+pub fn evaluate(
+    model: &Model,
+    adapter: Option<&Adapter>,
+    examples: &[Example],
+    rows_per_pass: usize,
+    stop: &Stop,
+) -> Result<Evaluation, Stopped> {
     let (mut sum, mut correct, mut supervised) = (0.0, 0, 0);
     for (rows, loss) in passes(model, adapter, examples, rows_per_pass) {
+        stop.check()?;
         sum += loss.sum();
         correct += loss.correct;
         supervised += rows.iter().map(Example::supervised_count).sum::<usize>();
     }
-    Evaluation { loss: sum / supervised as f64, token_accuracy: correct as f64 / supervised as f64 }
+    Ok(Evaluation { loss: sum / supervised as f64, token_accuracy: correct as f64 / supervised as f64 })
 }
 
 /// The rows of each forward pass over `examples`, with their task loss.

@@ -1,17 +1,20 @@
-//! Greedy continuations.
+//! Greedy continuations, with the keys and values of what was read kept.
 
 use holdfast_dataset::batch::Batch;
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use crate::adapter::Adapter;
+use crate::block::{Cache, Visible};
 use crate::model::Model;
 use crate::packed::Packed;
 
+/// Places of the cache at a time, rows times their longest length: what bounds its memory.
+const PLACES_AT_ONCE: usize = 8192;
+
 /// Extends each prompt by its most likely token, again and again, until one of `stop_ids` or `max_tokens`. The stop token is
-/// part of the answer.
+/// part of the answer; an empty prompt has none.
 ///
-/// All prompts go through the model together; each row's next token is read at its own last position. Every step reads whole
-/// rows again.
+/// Prompts of like length go through the model together.
 #[must_use]
 pub fn greedy(
     model: &Model,
@@ -20,31 +23,105 @@ pub fn greedy(
     stop_ids: &[u32],
     max_tokens: usize,
 ) -> Vec<Vec<u32>> {
-    let mut rows: Vec<Vec<u32>> = prompts.to_vec();
-    let mut open: Vec<usize> = (0..rows.len()).filter(|&row| !rows[row].is_empty()).collect();
-    for _ in 0..max_tokens {
-        if open.is_empty() {
-            break;
+    let mut answers = vec![Vec::new(); prompts.len()];
+    let mut by_length: Vec<usize> = (0..prompts.len()).filter(|&row| !prompts[row].is_empty()).collect();
+    by_length.sort_by_key(|&row| prompts[row].len());
+    let mut left = by_length.as_slice();
+    while let Some(longest) = left.last() {
+        let most = (PLACES_AT_ONCE / (prompts[*longest].len() + max_tokens)).clamp(1, left.len());
+        let (rest, together) = left.split_at(left.len() - most);
+        left = rest;
+        let rows: Vec<&[u32]> = together.iter().map(|&row| prompts[row].as_slice()).collect();
+        for (&row, answer) in together.iter().zip(extend(model, adapter, &rows, stop_ids, max_tokens)) {
+            answers[row] = answer;
         }
-        let next = next_tokens(model, adapter, &open.iter().map(|&row| rows[row].as_slice()).collect::<Vec<_>>());
-        for (&row, &token) in open.iter().zip(&next) {
-            rows[row].push(token);
-        }
-        open.retain(|&row| !rows[row].last().is_some_and(|token| stop_ids.contains(token)));
     }
-    rows.into_iter().zip(prompts).map(|(row, prompt)| row[prompt.len()..].to_vec()).collect()
+    answers
 }
 
-fn next_tokens(model: &Model, adapter: Option<&Adapter>, rows: &[&[u32]]) -> Vec<u32> {
+/// Rows that are extended together.
+struct Open {
+    /// Their numbers among all.
+    rows: Vec<usize>,
+    /// Tokens of their prompts, `[rows]`.
+    lengths: Tensor,
+    caches: Vec<Cache>,
+}
+
+impl Open {
+    /// Goes on with those of which `stays` says so. Caches are only copied once a quarter of them is of no use.
+    fn keep(&mut self, newest: &mut Vec<i64>, stays: impl Fn(usize) -> bool) {
+        let staying: Vec<usize> = (0..self.rows.len()).filter(|&place| stays(self.rows[place])).collect();
+        if staying.len() * 4 > self.rows.len() * 3 {
+            return;
+        }
+        let places: Vec<i64> = staying.iter().map(|&place| place as i64).collect();
+        let places = Tensor::from_slice(&places).to_device(self.lengths.device());
+        self.lengths = self.lengths.index_select(0, &places);
+        self.caches = self.caches.iter().map(|cache| cache.of_rows(&places)).collect();
+        *newest = staying.iter().map(|&place| newest[place]).collect();
+        self.rows = staying.iter().map(|&place| self.rows[place]).collect();
+    }
+
+    /// What the newest token sees, the `following`th after its prompt, counted from 1, with prompts padded to `width`.
+    fn visible(&self, width: i64, following: i64) -> Visible {
+        let places = width + following;
+        let place = Tensor::arange(places, (Kind::Int64, self.lengths.device())).unsqueeze(0); // [1, places]
+        let lengths = self.lengths.unsqueeze(1); // [rows, 1]
+        let of_prompt = place.lt(width);
+        // A token that follows stands behind its own row's prompt, wherever its place is.
+        let position = place.where_self(&of_prompt, &(&place - width + &lengths)); // [rows, places]
+        let distance = &lengths + (following - 1) - position;
+        let everything = place.lt_tensor(&lengths).logical_or(&of_prompt.logical_not()); // [rows, places]
+        Visible { places, everything: everything.unsqueeze(1).unsqueeze(1), distance }
+    }
+}
+
+fn extend(model: &Model, adapter: Option<&Adapter>, prompts: &[&[u32]], stop_ids: &[u32], max_tokens: usize) -> Vec<Vec<u32>> {
+    let is_open = |answer: &[u32]| !answer.last().is_some_and(|last| stop_ids.contains(last));
+    let mut answers = vec![Vec::new(); prompts.len()];
+    if max_tokens == 0 {
+        return answers;
+    }
+    let (hidden, mut open) = read(model, adapter, prompts, max_tokens);
+    let width = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0) as i64;
+    let mut newest = most_likely(model, &hidden);
+    for following in 1..=max_tokens {
+        for (&row, &token) in open.rows.iter().zip(&newest) {
+            if let (true, Ok(token)) = (is_open(&answers[row]), u32::try_from(token)) {
+                answers[row].push(token);
+            }
+        }
+        if following == max_tokens || !open.rows.iter().any(|&row| is_open(&answers[row])) {
+            break;
+        }
+        open.keep(&mut newest, |row| is_open(&answers[row]));
+        let visible = open.visible(width, following as i64);
+        let ids = Tensor::from_slice(&newest).to_device(model.device);
+        let positions = &open.lengths + (following as i64 - 1);
+        let hidden = model.follow(&ids, &positions, &mut open.caches, &visible, adapter);
+        newest = most_likely(model, &hidden);
+    }
+    answers
+}
+
+/// Reads the prompts: their last hidden states, `[rows, hidden]`.
+fn read(model: &Model, adapter: Option<&Adapter>, prompts: &[&[u32]], max_tokens: usize) -> (Tensor, Open) {
     let (mut ids, mut lengths, mut positions) = (Vec::new(), Vec::new(), Vec::new());
-    for row in rows {
-        ids.extend(row.iter().map(|&id| i64::from(id)));
-        lengths.push(row.len());
+    for prompt in prompts {
+        ids.extend(prompt.iter().map(|&id| i64::from(id)));
+        lengths.push(prompt.len());
         positions.push(ids.len() as i64 - 1);
     }
+    let in_tokens: Vec<i64> = lengths.iter().map(|&length| length as i64).collect();
     let batch = Batch { lengths, ids, positions, targets: Vec::new() };
-    let hidden = model.hidden(&Packed::new(&[(&batch, 0)], model.device), adapter); // [rows, hidden]
-    let tokens = model.head.logits(&hidden).argmax(-1, false).to_kind(Kind::Int64);
-    let tokens = Vec::<i64>::try_from(&tokens).unwrap_or_default();
-    tokens.into_iter().filter_map(|token| u32::try_from(token).ok()).collect()
+    let packed = Packed::new(&[(&batch, 0)], model.device);
+    let (hidden, caches) = model.prefill(&packed, adapter, max_tokens as i64);
+    let lengths = Tensor::from_slice(&in_tokens).to_device(model.device);
+    (hidden, Open { rows: (0..prompts.len()).collect(), lengths, caches })
+}
+
+fn most_likely(model: &Model, hidden: &Tensor) -> Vec<i64> {
+    let tokens = model.head.logits(hidden).argmax(-1, false).to_kind(Kind::Int64);
+    Vec::<i64>::try_from(&tokens).unwrap_or_default()
 }

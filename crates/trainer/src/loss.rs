@@ -3,14 +3,12 @@
 //! Each is the sum over positions, and comes with its derivative by the hidden states. Softmax and its logarithm are taken in
 //! float32 whatever the model computes in.
 
+use holdfast_base_model::memory::positions_at_once;
 use tch::{Kind, Tensor};
 
 use crate::head::Head;
 use crate::kernels::{self, ByLogits};
 use crate::product;
-
-/// Logits that exist at one time, in numbers: 128 MiB of them in float32.
-const LOGITS_AT_ONCE: i64 = 1 << 25;
 
 /// A loss over some positions.
 #[derive(Debug)]
@@ -59,16 +57,10 @@ pub fn kl(hidden: &Tensor, head: &Head, base: &Tensor) -> Loss {
     })
 }
 
-/// Positions whose logits exist at one time.
-#[must_use]
-pub fn positions_at_once(vocabulary: i64) -> i64 {
-    (LOGITS_AT_ONCE / vocabulary.max(1)).clamp(32, 1024)
-}
-
 /// Runs `each(start, length, logits)` over chunks of positions.
 fn in_chunks(hidden: &Tensor, head: &Head, each: impl Fn(i64, i64, Tensor) -> ByLogits) -> Loss {
     let positions = hidden.size().first().copied().unwrap_or(0);
-    let chunk = positions_at_once(head.matrix.size()[0]);
+    let chunk = positions_at_once(head.matrix.size()[0].cast_unsigned()).cast_signed();
     let (by_hidden, mut at, mut correct) = (hidden.empty_like(), Vec::new(), 0);
     for start in (0..positions).step_by(usize::try_from(chunk).unwrap_or(1)) {
         let length = chunk.min(positions - start);

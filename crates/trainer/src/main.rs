@@ -10,7 +10,7 @@ use holdfast_dataset::{ChatTokenizer, Row};
 use holdfast_domain::exit;
 use holdfast_domain::hyperparameters::Precision;
 use holdfast_trainer::model::Model;
-use holdfast_trainer::{adapter_files, allocator, device, generate, job, oracle};
+use holdfast_trainer::{adapter_files, allocator, device, generate, job, merge, oracle};
 
 #[derive(Parser)]
 #[command(version, about = "Trains a LoRA adapter under SafeGrad. Reads a job folder and writes into it; opens no socket.")]
@@ -33,6 +33,18 @@ enum Command {
         /// Another config.json for the same model.
         #[arg(long)]
         config: Option<PathBuf>,
+    },
+    /// Put an adapter into its base: a model of its own, in the base's numbers.
+    Merge {
+        /// The base model's folder, as `holdfast models import` made it.
+        #[arg(long)]
+        base: PathBuf,
+        /// The adapter's folder.
+        #[arg(long)]
+        adapter: PathBuf,
+        /// The folder to write; it must not exist.
+        #[arg(long)]
+        out: PathBuf,
     },
     /// Answer prompts greedily: one JSON row {"messages": […]} a line on standard input, one {"answer": …} a line on
     /// standard output.
@@ -68,6 +80,7 @@ fn main() -> ExitCode {
             return ExitCode::from(record.code);
         }
         Command::Oracle { case_dir, config } => check_oracle(&case_dir, config.as_deref()),
+        Command::Merge { base, adapter, out } => merge::merge(&base, &adapter, &out).map(|()| true),
         Command::Generate { base, adapter, max_tokens, device } => {
             answer(&base, adapter.as_deref(), max_tokens, &device).map(|()| true)
         }

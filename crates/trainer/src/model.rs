@@ -10,17 +10,18 @@ use holdfast_base_model::family::Traits;
 use holdfast_base_model::weights::TensorBytes;
 use holdfast_base_model::{Architecture, Shards, files};
 use holdfast_domain::hyperparameters::{Projection, Recompute};
-use safetensors::Dtype;
 use tch::{Device, Kind, Tensor};
 
 use crate::adapter::Adapter;
-use crate::block::{Layer, Parts, Pass, Saved};
+use crate::block::{Cache, Layer, Parts, Pass, Saved, Visible};
+use crate::device;
 use crate::gradient::Gradient;
 use crate::head::Head;
-use crate::kernels;
+use crate::kernels::{self, Rows};
 use crate::linear::{Dropout, Stack, Weight};
 use crate::packed::Packed;
 use crate::rotary::{self, Rotary};
+use crate::stop::Stop;
 
 /// A frozen base model on a device.
 #[derive(Debug)]
@@ -73,20 +74,6 @@ pub fn read_architecture(config: &Path) -> Result<Architecture> {
     let bytes = std::fs::read(config).with_context(|| format!("cannot read {}", config.display()))?;
     let config: serde_json::Value = serde_json::from_slice(&bytes).with_context(|| format!("{} is no JSON", config.display()))?;
     Ok(Architecture::from_config(&config)?)
-}
-
-/// The width of what a projection reads and writes, `(in, out)`.
-#[must_use]
-pub fn projection_size(a: &Architecture, projection: Projection) -> (i64, i64) {
-    let (hidden, inner) = (a.hidden_size as i64, a.intermediate_size as i64);
-    let (queries, keys) = ((a.num_attention_heads * a.head_dim) as i64, (a.num_key_value_heads * a.head_dim) as i64);
-    match projection {
-        Projection::QProj => (hidden, queries),
-        Projection::KProj | Projection::VProj => (hidden, keys),
-        Projection::OProj => (queries, hidden),
-        Projection::GateProj | Projection::UpProj => (hidden, inner),
-        Projection::DownProj => (inner, hidden),
-    }
 }
 
 /// The weights an architecture needs, by name.
@@ -158,21 +145,26 @@ impl Model {
     /// When a file is missing or not what the architecture needs, or a weight is not a finite number.
     pub fn load(folder: &Path, kind: Kind, device: Device) -> Result<Self> {
         let architecture = read_architecture(&folder.join(files::CONFIG))?;
-        Self::load_as(architecture, folder, kind, device)
+        Self::load_as(architecture, folder, kind, device, &Stop::default())
     }
 
     /// The same for a folder's weights whose architecture is known from elsewhere.
     ///
     /// # Errors
-    /// When a tensor is missing, has another shape or other numbers than the architecture needs, or is not finite.
-    pub fn load_as(architecture: Architecture, folder: &Path, kind: Kind, device: Device) -> Result<Self> {
+    /// When a tensor is missing, has another shape or other numbers than the architecture needs, or is not finite; or when it is
+    /// asked to stop between two layers.
+    pub fn load_as(architecture: Architecture, folder: &Path, kind: Kind, device: Device, stop: &Stop) -> Result<Self> {
         let shards = Shards::open(folder)?;
         let traits = architecture.family.traits();
         let expected = architecture.tensors().into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
         let weights = Weights { shards: &shards, expected, kind, device, norm_plus_one: traits.norm_plus_one };
         let embedding = weights.get("model.embed_tokens.weight")?;
         let layers = architecture.layers.iter().enumerate();
-        let layers = layers.map(|(index, &kind)| load_layer(&weights, index, kind, traits)).collect::<Result<_>>()?;
+        let layers = layers.map(|(index, &kind)| {
+            stop.check()?;
+            load_layer(&weights, index, kind, traits)
+        });
+        let layers = layers.collect::<Result<_>>()?;
         let matrix = if architecture.tie_word_embeddings { embedding.shallow_clone() } else { weights.get("lm_head.weight")? };
         Ok(Self {
             kind,
@@ -190,7 +182,8 @@ impl Model {
     /// The width of what a projection reads and writes, `(in, out)`.
     #[must_use]
     pub fn projection_size(&self, projection: Projection) -> (i64, i64) {
-        projection_size(&self.architecture, projection)
+        let (input, output) = self.architecture.projection_size(projection);
+        (input as i64, output as i64)
     }
 
     /// Final hidden states at the positions `packed` asks for, after the last norm, `[positions, hidden]`, with `adapter` on
@@ -199,7 +192,7 @@ impl Model {
         let pass = self.pass(packed, PassOptions { adapter, ..PassOptions::default() });
         let (stream, trimmed) = self.run(packed, &pass, |_| {});
         let stream = if trimmed { stream } else { stream.index_select(0, &packed.positions) };
-        kernels::rms_norm(&stream, &self.norm, self.architecture.rms_norm_eps).0
+        self.last_norm(&stream)
     }
 
     /// The same, keeping what a backward pass needs.
@@ -210,6 +203,64 @@ impl Model {
         let stream = if trimmed { stream } else { stream.index_select(0, &packed.positions) };
         let (hidden, inverse) = kernels::rms_norm(&stream, &self.norm, self.architecture.rms_norm_eps);
         Trace { model: self, pass, saved, stream, inverse, positions: &packed.positions, trimmed, hidden }
+    }
+
+    /// Reads prompts, whose last positions `packed` asks for: what comes after the last norm there, `[rows, hidden]`, and what
+    /// [`Self::follow`] needs to go on from them for at most `following` tokens each.
+    pub(crate) fn prefill(&self, packed: &Packed, adapter: Option<&Adapter>, following: i64) -> (Tensor, Vec<Cache>) {
+        let pass = self.pass(packed, PassOptions { adapter, ..PassOptions::default() });
+        let mut x = self.embed(&packed.ids);
+        let mut caches = Vec::with_capacity(self.layers.len());
+        for layer in &self.layers {
+            let keep = (layer.index + 1 == self.layers.len()).then_some(&packed.positions);
+            let (out, cache) = layer.prefill(&x, keep, following, &pass);
+            caches.push(cache);
+            x = out;
+        }
+        (self.last_norm(&x), caches)
+    }
+
+    /// Reads one token more of each row, `ids: [rows]`, at `positions: [rows]`: what comes after the last norm, `[rows, hidden]`.
+    pub(crate) fn follow(
+        &self,
+        ids: &Tensor,
+        positions: &Tensor,
+        caches: &mut [Cache],
+        visible: &Visible,
+        adapter: Option<&Adapter>,
+    ) -> Tensor {
+        let count = ids.numel();
+        let positions = positions.to_kind(Kind::Float);
+        let rows = Rows::new(&[count], self.device);
+        let pass = Pass {
+            architecture: &self.architecture,
+            kind: self.kind,
+            rows: &rows,
+            tokens: count as i64,
+            rotary: [&self.frequencies, &self.window_frequencies].map(|frequencies| Rotary::at(frequencies, &positions)),
+            adapter,
+            dropout: None,
+            recompute: Recompute::Nothing,
+        };
+        let mut x = self.embed(ids);
+        for (layer, cache) in self.layers.iter().zip(caches) {
+            x = layer.step(&x, cache, visible, &pass);
+        }
+        self.last_norm(&x)
+    }
+
+    fn last_norm(&self, stream: &Tensor) -> Tensor {
+        kernels::rms_norm(stream, &self.norm, self.architecture.rms_norm_eps).0
+    }
+
+    /// Token ids as the first block takes them, `[tokens, hidden]`.
+    fn embed(&self, ids: &Tensor) -> Tensor {
+        let x = Tensor::embedding(&self.embedding, ids, -1, false, false);
+        if !self.architecture.family.traits().scaled_embedding {
+            return x;
+        }
+        // Rounded to the model's numbers first, as the models were trained.
+        &x * Tensor::from((self.architecture.hidden_size as f64).sqrt()).to_kind(self.kind).to_device(self.device)
     }
 
     fn pass<'a>(&'a self, packed: &'a Packed, options: PassOptions<'a>) -> Pass<'a> {
@@ -231,11 +282,7 @@ impl Model {
     /// The stream after the last block, `[tokens, hidden]`, or `[positions, hidden]` where the last block let only them go on,
     /// which the second value says.
     fn run(&self, packed: &Packed, pass: &Pass<'_>, mut save: impl FnMut(Saved)) -> (Tensor, bool) {
-        let mut x = Tensor::embedding(&self.embedding, &packed.ids, -1, false, false); // [tokens, hidden]
-        if self.architecture.family.traits().scaled_embedding {
-            // Rounded to the model's numbers first, as the models were trained.
-            x = &x * Tensor::from((self.architecture.hidden_size as f64).sqrt()).to_kind(self.kind).to_device(self.device);
-        }
+        let mut x = self.embed(&packed.ids);
         // After the last attention a position that nobody asks for has nothing left to give. Dropout's places are those of all
         // tokens.
         let trimmed = pass.dropout.is_none() && packed.positions.numel() < packed.ids.numel();
@@ -278,12 +325,8 @@ impl Trace<'_> {
     }
 }
 
-fn to_tensor(name: &str, stored: TensorBytes<'_>, kind: Kind, device: Device) -> Result<Tensor> {
-    let stored_kind = match stored.dtype {
-        Dtype::F16 => Kind::Half,
-        Dtype::BF16 => Kind::BFloat16,
-        _ => Kind::Float, // `Shards::expect` gives no other
-    };
+pub(crate) fn to_tensor(name: &str, stored: TensorBytes<'_>, kind: Kind, device: Device) -> Result<Tensor> {
+    let stored_kind = device::kind_of(stored.dtype).with_context(|| format!("tensor {name} is stored as {:?}", stored.dtype))?;
     let shape: Vec<i64> = stored.shape.iter().map(|&n| n as i64).collect();
     let tensor = Tensor::from_data_size(stored.bytes, &shape, stored_kind).to_kind(kind).to_device(device);
     // In float64 no sum of such numbers overflows, so it is finite exactly where all of them are.

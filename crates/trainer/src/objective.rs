@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use holdfast_base_model::memory::SHARED_PASS_TOKENS;
 use holdfast_dataset::batch::Batch;
 use holdfast_domain::hyperparameters::Recompute;
 use tch::{Kind, Tensor};
@@ -14,10 +15,7 @@ use crate::methods::{Objective, Side};
 use crate::model::{Model, PassOptions};
 use crate::packed::Packed;
 use crate::reference::{self, Reference, ReferenceBatch};
-
-/// Tokens up to which the user's rows and the alignment rows share a pass: one reading of the weights serves both. Beyond it the
-/// weights' share is small, and memory counts more.
-pub const SHARED_PASS_TOKENS: u64 = 4096;
+use crate::stop::{Stop, Stopped};
 
 /// Numbers the alignment rows of a step beyond any of the user's rows, so that their dropout differs.
 const FIRST_ALIGNMENT_ROW: i64 = 1 << 24;
@@ -178,15 +176,19 @@ impl Engine<'_> {
     }
 
     /// The alignment loss alone.
-    #[must_use]
-    pub fn alignment_loss(&self, rows: AlignmentRows<'_>) -> f64 {
+    ///
+    /// # Errors
+    /// [`Stopped`], between two passes.
+    pub fn alignment_loss(&self, rows: AlignmentRows<'_>, stop: &Stop) -> Result<f64, Stopped> {
         let divisor = rows.divisor();
-        let passes = rows.passes.iter().map(|numbers| {
+        let mut sum = 0.0;
+        for numbers in rows.passes {
+            stop.check()?;
             let held = rows.reference.batch(self.model, rows.objective, numbers);
             let packed = Packed::new(&[(&held.batch, 0)], self.model.device);
-            self.score_alignment(&self.model.hidden(&packed, Some(self.adapter)), &held, rows.objective, divisor).sum
-        });
-        passes.sum::<f64>() / divisor
+            sum += self.score_alignment(&self.model.hidden(&packed, Some(self.adapter)), &held, rows.objective, divisor).sum;
+        }
+        Ok(sum / divisor)
     }
 
     fn task_of(&self, sum: f64, correct: i64, tokens: f64, gradient: Gradient) -> Task {

@@ -13,6 +13,7 @@ use holdfast_dataset::Example;
 use holdfast_dataset::batch::Batch;
 use holdfast_domain::Safety;
 use holdfast_domain::hyperparameters::{Precision, Recompute};
+use holdfast_domain::plan::paths;
 use holdfast_domain::safety::{Defense, KlPositions};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -26,6 +27,7 @@ use crate::objective::{AlignmentRows, Engine};
 use crate::optimizer::AdamW;
 use crate::packed::Packed;
 use crate::reference::Reference;
+use crate::stop::Stop;
 use crate::surgery::{Facts, Merged};
 
 /// Logits, losses, gradients and facts of a single step.
@@ -125,7 +127,7 @@ struct Case {
 impl Case {
     fn open(folder: &Path, config: Option<&Path>) -> Result<Self> {
         let config = config.map_or_else(|| folder.join(files::CONFIG), Path::to_owned);
-        let model = Model::load_as(read_architecture(&config)?, folder, Kind::Float, Device::Cpu)?;
+        let model = Model::load_as(read_architecture(&config)?, folder, Kind::Float, Device::Cpu, &Stop::default())?;
         let path = folder.join("case.json");
         let scalars = serde_json::from_slice(&std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?)?;
         let file = WeightFile::open(&folder.join("case.safetensors"))?;
@@ -182,7 +184,7 @@ impl Case {
         figures.number("task_loss", task, &self.scalars["task_loss"], EXACT)?;
         self.gradient(figures, &adapter, "g_user", &user)?;
         for (mode, positions) in [("response", KlPositions::Response), ("paper", KlPositions::All)] {
-            let (kl, align) = self.align_gradient(&adapter, positions);
+            let (kl, align) = self.align_gradient(&adapter, positions)?;
             figures.number(format!("{mode}/kl"), kl, &self.scalars[mode]["kl"], EXACT)?;
             self.gradient(figures, &adapter, &format!("{mode}/g_align"), &align)?;
             let merged = merge(&adapter, user, Some(align), &self.safety(Defense::Safegrad, positions)?);
@@ -191,7 +193,7 @@ impl Case {
             self.gradient(figures, &adapter, &format!("{mode}/g_final"), &merged.gradient)?;
         }
         let against = self.expected_gradient(&adapter, "forced_conflict/g_user")?;
-        let align = self.align_gradient(&adapter, KlPositions::Response).1;
+        let align = self.align_gradient(&adapter, KlPositions::Response)?.1;
         let merged = merge(&adapter, against, Some(align), &self.safety(Defense::Safegrad, KlPositions::Response)?);
         facts(figures, "forced_conflict", merged.facts, &self.scalars["forced_conflict"], EXACT)?;
         self.gradient(figures, &adapter, "forced_conflict/g_final", &merged.gradient)
@@ -210,7 +212,7 @@ impl Case {
             let (task, user) = self.user_gradient(&adapter);
             figures.number(format!("{at}/task_loss"), task, &expected["task_loss"], HISTORY)?;
             let align = if defense.needs_alignment() {
-                let (kl, align) = self.align_gradient(&adapter, KlPositions::Response);
+                let (kl, align) = self.align_gradient(&adapter, KlPositions::Response)?;
                 figures.number(format!("{at}/kl"), kl, &expected["kl"], HISTORY)?;
                 Some(align)
             } else {
@@ -234,8 +236,8 @@ impl Case {
     fn round_trip(&self, figures: &mut Figures) -> Result<()> {
         let folder = std::env::temp_dir().join(format!("holdfast-oracle-{}", std::process::id()));
         adapter_files::write(&folder, &self.adapter()?, "base")?;
-        let ours = WeightFile::open(&folder.join(adapter_files::WEIGHTS))?;
-        let theirs = WeightFile::open(&self.folder.join(adapter_files::WEIGHTS))?;
+        let ours = WeightFile::open(&folder.join(paths::ADAPTER_WEIGHTS))?;
+        let theirs = WeightFile::open(&self.folder.join(paths::ADAPTER_WEIGHTS))?;
         std::fs::remove_dir_all(&folder)?;
         let names = |file: &WeightFile| {
             let mut names = file.names();
@@ -256,12 +258,12 @@ impl Case {
         (task.side.loss, task.side.gradient)
     }
 
-    fn align_gradient(&self, adapter: &Adapter, positions: KlPositions) -> (f64, Gradient) {
-        let reference = Reference::new(&self.model, self.align.clone(), positions);
+    fn align_gradient(&self, adapter: &Adapter, positions: KlPositions) -> Result<(f64, Gradient)> {
+        let reference = Reference::new(&self.model, self.align.clone(), positions, &Stop::default())?;
         let rows: Vec<usize> = (0..self.align.len()).collect();
         let rows = AlignmentRows { reference: &reference, objective: Objective::Kl, passes: &[rows] };
         let alignment = self.engine(adapter).alignment(rows);
-        (alignment.loss, alignment.gradient)
+        Ok((alignment.loss, alignment.gradient))
     }
 
     fn engine<'a>(&'a self, adapter: &'a Adapter) -> Engine<'a> {

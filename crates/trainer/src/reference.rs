@@ -13,6 +13,7 @@ use tch::Tensor;
 use crate::methods::Objective;
 use crate::model::Model;
 use crate::packed::Packed;
+use crate::stop::{Stop, Stopped};
 
 /// Alignment rows with the base's final hidden states on them.
 #[derive(Debug)]
@@ -39,14 +40,20 @@ pub struct ReferenceBatch {
 
 impl Reference {
     /// Runs the base over `examples`, a few rows at a time, so that memory does not grow with their number.
-    #[must_use]
-    pub fn new(model: &Model, examples: Vec<Example>, positions: KlPositions) -> Self {
+    ///
+    /// # Errors
+    /// [`Stopped`], between two passes.
+    pub fn new(model: &Model, examples: Vec<Example>, positions: KlPositions, stop: &Stop) -> Result<Self, Stopped> {
         const ROWS_AT_ONCE: usize = 4;
-        let hidden = (positions == KlPositions::Response).then(|| {
-            let parts = examples.chunks(ROWS_AT_ONCE).map(|rows| base_hidden(model, &Batch::new(rows)));
-            Tensor::cat(&parts.collect::<Vec<_>>(), 0)
-        });
-        Self::with_hidden(examples, positions, hidden)
+        let hidden = match positions {
+            KlPositions::Response => {
+                let passes = examples.chunks(ROWS_AT_ONCE);
+                let parts = passes.map(|rows| stop.check().map(|()| base_hidden(model, &Batch::new(rows))));
+                Some(Tensor::cat(&parts.collect::<Result<Vec<_>, _>>()?, 0))
+            }
+            KlPositions::All => None,
+        };
+        Ok(Self::with_hidden(examples, positions, hidden))
     }
 
     /// The same with states that are known, `[Σ supervised positions, hidden]`.

@@ -18,12 +18,13 @@ use tch::{Kind, Tensor};
 use crate::methods::Objective;
 use crate::model::Model;
 use crate::reference::Reference;
+use crate::stop::Stop;
 
 /// The reference on `alignment`: read where the job folder has it, else computed, and then left for later jobs.
 ///
 /// # Errors
-/// When it cannot be written.
-pub(crate) fn get(folder: &Path, plan: &Plan, model: &Model, alignment: &[Example]) -> Result<Reference> {
+/// When it cannot be written, or the run is asked to stop.
+pub(crate) fn get(folder: &Path, plan: &Plan, model: &Model, alignment: &[Example], stop: &Stop) -> Result<Reference> {
     let (rows, positions) = (alignment.to_vec(), plan.safety.kl_positions);
     let needs_states = crate::methods::of(&plan.safety, plan.hyperparameters.precision)
         .asks(0)
@@ -33,7 +34,7 @@ pub(crate) fn get(folder: &Path, plan: &Plan, model: &Model, alignment: &[Exampl
         return Ok(Reference::with_hidden(rows, positions, None));
     }
     let Some(name) = plan.reference.as_ref().filter(|_| positions == KlPositions::Response) else {
-        return Ok(Reference::new(model, rows, positions));
+        return Ok(Reference::new(model, rows, positions, stop)?);
     };
     let tensor = tensor_name(name, alignment);
     let path = folder.join(paths::REFERENCE);
@@ -42,7 +43,7 @@ pub(crate) fn get(folder: &Path, plan: &Plan, model: &Model, alignment: &[Exampl
         Ok(None) => {}
         Err(error) => eprintln!("{}: {error:#}; computing it anew", path.display()),
     }
-    let reference = Reference::new(model, rows, positions);
+    let reference = Reference::new(model, rows, positions, stop)?;
     if let Some(hidden) = reference.hidden() {
         write(&folder.join(paths::REFERENCE_OUT), &tensor, hidden)?;
     }

@@ -15,7 +15,11 @@ impl Rotary {
     /// Of positions `0..time`.
     #[must_use]
     pub fn new(frequencies: &Tensor, time: i64) -> Self {
-        let positions = Tensor::arange(time, (Kind::Float, frequencies.device()));
+        Self::at(frequencies, &Tensor::arange(time, (Kind::Float, frequencies.device())))
+    }
+
+    /// Of these positions, `[time]` float32.
+    pub(crate) fn at(frequencies: &Tensor, positions: &Tensor) -> Self {
         let angles = positions.outer(frequencies); // [time, head_dim / 2]
         Self { cos: angles.cos(), sin: angles.sin() }
     }

@@ -6,12 +6,12 @@ use anyhow::Result;
 use holdfast_dataset::Example;
 use holdfast_dataset::batch::Batch;
 use holdfast_dataset::order::RowOrder;
-use holdfast_domain::Plan;
 use holdfast_domain::progress::{AlignmentFacts, Step};
+use holdfast_domain::{Plan, steps};
 use tch::{Kind, Tensor};
 
 use crate::adapter::Adapter;
-use crate::checkpoint::{Cursor, LastGood, State};
+use crate::checkpoint::{Cursor, LastGood, Owed, State};
 use crate::conflicts::RowConflicts;
 use crate::divergence::{Diverged, LossWatch};
 use crate::evaluate;
@@ -22,6 +22,7 @@ use crate::objective::{AlignmentRows, Engine, Task};
 use crate::optimizer::AdamW;
 use crate::reference::Reference;
 use crate::schedule::Schedule;
+use crate::stop::{Stop, Stopped};
 use crate::surgery::Facts;
 
 /// Keeps the order of the alignment rows apart from that of the user's rows.
@@ -42,6 +43,8 @@ pub struct Run<'a> {
     pub probe: Option<&'a Reference>,
     /// How to train.
     pub plan: &'a Plan,
+    /// What asks it to stop.
+    pub stop: &'a Stop,
 }
 
 /// The two sides of a step as they were computed.
@@ -55,8 +58,7 @@ impl Run<'_> {
     /// Steps of the whole run.
     #[must_use]
     pub fn total_steps(&self) -> u64 {
-        let user_steps = self.plan.hyperparameters.total_steps(self.examples.len() as u64);
-        methods::of(&self.plan.safety, self.plan.hyperparameters.precision).total_steps(user_steps)
+        steps::total(&self.plan.hyperparameters, &self.plan.safety, self.examples.len() as u64)
     }
 
     /// Where a run begins.
@@ -73,8 +75,9 @@ impl Run<'_> {
         }
     }
 
-    /// Trains the adapter from where `state` stands, calling `observe` after every step with what happened in it; times are
-    /// left for it to fill in. It may break the run off. Returns whether the run is done.
+    /// Trains the adapter from where `state` stands, with nothing owed but a validation, calling `observe` after every step with
+    /// what happened in it; times are left for it to fill in. It may break the run off, and has to where something is owed that
+    /// [`Self::settle`] gives. Returns whether the run is done.
     ///
     /// # Errors
     /// [`Diverged`], or whatever `observe` fails with.
@@ -121,12 +124,8 @@ impl Run<'_> {
             state.cursor.step = step + 1;
             state.cursor.conflicts += u64::from(merged.facts.as_ref().is_some_and(|facts| facts.conflict));
             state.cursor.tokens += rows.iter().map(|&row| self.examples[row].ids.len() as u64).sum::<u64>();
-            if user_rows.ends_epoch(asks.user_step) {
-                self.score_rows(state, step);
-            }
-            if self.review_is_due(state) {
-                self.review(state);
-            }
+            state.cursor.owed = Some(Owed::Scores);
+            self.settle(state);
             let conflict_rate = state.cursor.conflicts as f64 / (step + 1) as f64;
             let report = Step {
                 step: step + 1,
@@ -146,6 +145,16 @@ impl Run<'_> {
             }
         }
         Ok(true)
+    }
+
+    /// Gives what the last step is owed, but for the validation; what a stop breaks off stays owed.
+    pub fn settle(&self, state: &mut State) {
+        if state.cursor.owed == Some(Owed::Scores) && self.score_rows(state).is_ok() {
+            state.cursor.owed = Some(Owed::Review);
+        }
+        if state.cursor.owed == Some(Owed::Review) && self.review(state).is_ok() {
+            state.cursor.owed = Some(Owed::Validation);
+        }
     }
 
     fn gradients(
@@ -238,13 +247,16 @@ impl Run<'_> {
             .collect()
     }
 
-    fn score_rows(&self, state: &mut State, step: u64) {
+    fn score_rows(&self, state: &mut State) -> Result<(), Stopped> {
+        if !self.ends_epoch(state) {
+            return Ok(());
+        }
         // In bfloat16 so small a step is lost in the rounding of the weights.
-        let Some(conflicts) = state.conflicts.as_mut().filter(|_| self.model.kind == Kind::Float) else { return };
+        let Some(conflicts) = state.conflicts.as_mut().filter(|_| self.model.kind == Kind::Float) else { return Ok(()) };
         let rows_per_pass = self.plan.hyperparameters.batch_size as usize;
-        conflicts.score_by_forward(self.adapter, step, || {
-            evaluate::row_losses(self.model, Some(self.adapter), self.examples, rows_per_pass)
-        });
+        conflicts.score_by_forward(self.adapter, state.cursor.step.saturating_sub(1), || {
+            evaluate::row_losses(self.model, Some(self.adapter), self.examples, rows_per_pass, self.stop)
+        })
     }
 
     fn snapshot(&self, state: &State) -> LastGood {
@@ -258,29 +270,36 @@ impl Run<'_> {
         state.method.review_steps().is_some_and(|every| kept || step.is_multiple_of(every))
     }
 
+    /// Whether the last step was an epoch's last on the user's rows; some methods take steps on other rows in between.
+    fn ends_epoch(&self, state: &State) -> bool {
+        let user_step = state.method.asks(state.cursor.step.saturating_sub(1)).user_step;
+        RowOrder::new(self.plan.seed, self.examples.len(), rows_per_step(self.plan)).ends_epoch(user_step)
+    }
+
     /// Whether the validation file is to be looked at now: every so many steps, or after each pass over the user's rows; and at
     /// the end.
     #[must_use]
     pub fn evaluation_is_due(&self, state: &State) -> bool {
-        let (step, h) = (state.cursor.step, &self.plan.hyperparameters);
-        let steps_per_epoch = (self.examples.len() as u64).div_ceil(h.rows_per_step().max(1)).max(1);
+        let step = state.cursor.step;
         step == self.total_steps()
-            || match h.evaluate_steps {
-                // Some methods take steps on other rows in between.
-                0 => {
-                    state.method.asks(step.saturating_sub(1)).user_step.is_some_and(|at| (at + 1).is_multiple_of(steps_per_epoch))
-                }
+            || match self.plan.hyperparameters.evaluate_steps {
+                0 => self.ends_epoch(state),
                 every => step.is_multiple_of(every),
             }
     }
 
-    /// Judges the steps since the last review, and takes them back where they left the budget.
-    fn review(&self, state: &mut State) {
-        let (Some(probe), Some((objective, _))) = (self.probe, state.method.asks(state.cursor.step).alignment) else { return };
+    /// Judges the steps since the last review where it is time, and takes them back where they left the budget.
+    fn review(&self, state: &mut State) -> Result<(), Stopped> {
+        let (Some(probe), Some((objective, _))) = (self.probe, state.method.asks(state.cursor.step).alignment) else {
+            return Ok(());
+        };
+        if !self.review_is_due(state) {
+            return Ok(());
+        }
         let all: Vec<usize> = (0..probe.rows()).collect();
         let passes: Vec<Vec<usize>> = all.chunks(self.plan.hyperparameters.batch_size as usize).map(<[usize]>::to_vec).collect();
         let engine = Engine { dropout_key: None, ..self.engine(0) };
-        let loss = engine.alignment_loss(AlignmentRows { reference: probe, objective, passes: &passes });
+        let loss = engine.alignment_loss(AlignmentRows { reference: probe, objective, passes: &passes }, self.stop)?;
         match (state.method.review(loss), &state.last_good) {
             (Verdict::RollBack, Some(LastGood { weights, optimizer })) => {
                 self.adapter.set(weights);
@@ -288,6 +307,7 @@ impl Run<'_> {
             }
             _ => state.last_good = Some(self.snapshot(state)),
         }
+        Ok(())
     }
 }
 

@@ -40,6 +40,7 @@ fn folder(change: impl FnOnce(&mut Plan)) -> Result<TempDir> {
         validation: false,
         hyperparameters: requested.resolve(3, None)?,
         safety: RequestedSafety::default().resolve(&Floor::default())?,
+        start: None,
         seed: 5,
         checkpoint_steps: 100,
         reference: None,
@@ -71,6 +72,7 @@ fn a_run_leaves_its_adapter_its_best_one_its_scores_and_what_the_next_run_can_us
         plan.hyperparameters.n_epochs = 5;
         plan.hyperparameters.batch_size = 1;
         plan.hyperparameters.early_stopping_patience = 100;
+        plan.checkpoint_steps = 5;
         plan.reference = Some("known".into());
     })?;
     let record = job::run(folder.path());
@@ -80,12 +82,16 @@ fn a_run_leaves_its_adapter_its_best_one_its_scores_and_what_the_next_run_can_us
         assert!(out(name).exists(), "{name} is missing");
     }
     let scores = std::fs::read_to_string(out(paths::ROW_CONFLICTS))?;
-    let lines: Vec<Value> = scores.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
-    assert_eq!(lines.iter().map(|line| line["line"].as_u64()).collect::<Vec<_>>(), [Some(1), Some(2), Some(3)]);
-    assert!(lines.iter().all(|line| line["gradient"].is_number() && line["forward"].is_number()), "{scores}");
-    let progress = std::fs::read_to_string(out(paths::PROGRESS))?;
-    let of_type = |kind: &str| progress.lines().filter(|line| line.contains(&format!("\"type\":\"{kind}\""))).count();
-    assert_eq!((of_type("memory"), of_type("step"), of_type("validation")), (1, 15, 6));
+    let scored: Vec<Value> = scores.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    assert_eq!(scored.iter().map(|line| line["line"].as_u64()).collect::<Vec<_>>(), [Some(1), Some(2), Some(3)]);
+    assert!(scored.iter().all(|line| line["gradient"].is_number() && line["forward"].is_number()), "{scores}");
+    let of_type = |kind: &str| lines(&folder, kind).map(|lines| lines.len());
+    assert_eq!((of_type("memory")?, of_type("step")?, of_type("validation")?), (1, 15, 6));
+    let checkpoints: Vec<_> =
+        lines(&folder, "checkpoint")?.iter().map(|line| (line["step"].as_u64(), line["best"].as_u64())).collect();
+    // Measured after every third step; the loss only falls.
+    assert_eq!(checkpoints, [(Some(5), Some(3)), (Some(10), Some(9)), (Some(15), Some(15))]);
+    assert!(out("out/checkpoints/step-15").exists() && out("out/checkpoints/step-10").exists());
 
     // The next run reads the reference instead of computing it, and ends with the same adapter.
     std::fs::rename(out(paths::REFERENCE_OUT), out(paths::REFERENCE))?;
@@ -104,30 +110,119 @@ fn trainer(folder: &TempDir) -> Command {
     command
 }
 
-#[test]
-fn a_trainer_that_is_told_to_stop_leaves_with_code_75_and_the_next_one_ends_with_the_same_adapter() -> Result<()> {
-    let with_dropout = |plan: &mut Plan| {
-        plan.hyperparameters.n_epochs = 3;
-        plan.hyperparameters.batch_size = 1;
-        plan.hyperparameters.lora_dropout = 0.1;
-    };
-    let (whole, stopped) = (folder(with_dropout)?, folder(with_dropout)?);
-    assert_eq!(trainer(&whole).status()?.code(), Some(exit::DONE.into()));
-
-    let mut running = trainer(&stopped).spawn()?;
-    let progress = stopped.path().join(paths::PROGRESS);
-    let has_stepped = || std::fs::read_to_string(&progress).is_ok_and(|text| text.contains("\"type\":\"step\""));
-    while !has_stepped() && running.try_wait()?.is_none() {
+/// Starts the program on a folder, stops it once its progress says `words`, and returns the record it leaves.
+fn stop_at(folder: &TempDir, words: &str) -> Result<ExitRecord> {
+    let mut running = trainer(folder).spawn()?;
+    let progress = folder.path().join(paths::PROGRESS);
+    let is_there = || std::fs::read_to_string(&progress).is_ok_and(|text| text.contains(words));
+    while !is_there() && running.try_wait()?.is_none() {
         std::thread::sleep(Duration::from_millis(20));
     }
     kill_process(Pid::from_child(&running), Signal::TERM)?;
     assert_eq!(running.wait()?.code(), Some(exit::STOPPED.into()));
-    let record: ExitRecord = serde_json::from_slice(&std::fs::read(stopped.path().join(paths::EXIT))?)?;
+    let record: ExitRecord = serde_json::from_slice(&std::fs::read(folder.path().join(paths::EXIT))?)?;
     assert_eq!(record.reason, reason::STOPPED);
+    Ok(record)
+}
 
-    assert_eq!(trainer(&stopped).status()?.code(), Some(exit::DONE.into()));
-    let adapter = |folder: &TempDir| std::fs::read(folder.path().join("out/adapter/adapter_model.safetensors"));
-    assert_eq!(adapter(&whole)?, adapter(&stopped)?);
+fn adapter(folder: &TempDir) -> Result<Vec<u8>> {
+    Ok(std::fs::read(folder.path().join(paths::ADAPTER).join(paths::ADAPTER_WEIGHTS))?)
+}
+
+#[test]
+fn a_trainer_that_is_told_to_stop_leaves_with_code_75_and_the_next_one_ends_with_the_same_adapter() -> Result<()> {
+    let mut trained: Option<TempDir> = None;
+    for goes_on in [false, true] {
+        let with_dropout = |plan: &mut Plan| {
+            plan.hyperparameters.n_epochs = 3;
+            plan.hyperparameters.batch_size = 1;
+            plan.hyperparameters.lora_dropout = 0.1;
+            plan.start = goes_on.then(|| "trained".into());
+        };
+        let (whole, stopped) = (folder(with_dropout)?, folder(with_dropout)?);
+        if let Some(trained) = &trained {
+            go_on_from(trained, &whole)?;
+            go_on_from(trained, &stopped)?;
+        }
+        assert_eq!(trainer(&whole).status()?.code(), Some(exit::DONE.into()));
+        stop_at(&stopped, "\"type\":\"step\"")?;
+        assert_eq!(trainer(&stopped).status()?.code(), Some(exit::DONE.into()));
+        assert_eq!(adapter(&whole)?, adapter(&stopped)?);
+        assert_eq!(lines(&stopped, "checkpoint")?.len(), 1, "it was said twice");
+        trained = Some(whole);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_trainer_that_is_told_to_stop_in_the_middle_of_something_long_does_it_when_it_goes_on() -> Result<()> {
+    let folder = folder(|plan| {
+        plan.validation = true;
+        plan.hyperparameters.early_stopping_patience = 1;
+        plan.safety.defense = Defense::None;
+    })?;
+    let validation = folder.path().join(paths::VALIDATION);
+    std::fs::write(&validation, format!("{ROW}\n").repeat(24))?;
+    for words in ["\"loading_model\"", "\"started\""] {
+        let record = stop_at(&folder, words)?;
+        assert_eq!(record.message, "stopped before its first step, without a new checkpoint");
+    }
+    assert!(lines(&folder, "step")?.is_empty() && !folder.path().join(paths::CHECKPOINTS).exists());
+    let record = stop_at(&folder, "\"step\":2,")?;
+    assert_eq!(record.message, "stopped after step 2, with a checkpoint");
+    let measured = |folder: &TempDir| -> Result<Vec<_>> {
+        Ok(lines(folder, "validation")?.iter().map(|line| line["step"].as_u64()).collect())
+    };
+    assert_eq!(measured(&folder)?, [Some(0)], "it went on measuring");
+    assert_eq!(lines(&folder, "checkpoint")?[0]["settled"], false);
+    ensure!(job::run(folder.path()).code == exit::DONE);
+    assert_eq!(measured(&folder)?, [Some(0), Some(2)]);
+    assert!(folder.path().join("out/checkpoints/best-2").exists());
+    Ok(())
+}
+
+/// Gives `folder` the adapter that the run in `trained` left.
+fn go_on_from(trained: &TempDir, folder: &TempDir) -> Result<()> {
+    Ok(symlink(trained.path().join(paths::ADAPTER), folder.path().join(paths::START))?)
+}
+
+#[test]
+fn a_run_that_goes_on_from_an_adapter_begins_with_its_loss_and_its_distance_from_the_base() -> Result<()> {
+    let train = |start: Option<&TempDir>| {
+        let folder = folder(|plan| {
+            plan.validation = true;
+            plan.hyperparameters.learning_rate = 1e-3;
+            plan.start = start.map(|_| "trained".into());
+        })?;
+        start.map_or(Ok(()), |trained| go_on_from(trained, &folder))?;
+        let record = job::run(folder.path());
+        ensure!(record.code == exit::DONE, "{record:?}");
+        Ok(folder)
+    };
+    let trained = train(None)?;
+    let folder = train(Some(&trained))?;
+    let left = lines(&trained, "validation")?[1]["loss"].as_f64().expect("a loss");
+    let (measured, first) = (lines(&folder, "validation")?.remove(0), lines(&folder, "step")?.remove(0));
+    let is_left = |loss: &Value| loss.as_f64().is_some_and(|loss| (loss - left).abs() < 1e-4);
+    // The training rows are the validation row.
+    assert!(is_left(&measured["loss"]) && is_left(&first["task_loss"]), "{measured}, {first} after {left}");
+    assert!(first["align_kl"].as_f64() > Some(0.0), "{first}");
+    let base = lines(&trained, "validation")?.remove(0);
+    assert!(!is_left(&base["loss"]), "nothing was learned: {base}");
+    Ok(())
+}
+
+#[test]
+fn an_adapter_of_another_shape_is_not_gone_on_from_and_what_differs_is_named() -> Result<()> {
+    let folder = folder(|plan| plan.start = Some("trained".into()))?;
+    refused(&folder, "start: cannot read")?;
+    let config = r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 16, "lora_dropout": 0, "target_modules": ["v_proj", "q_proj"]}"#;
+    std::fs::create_dir(folder.path().join(paths::START))?;
+    std::fs::write(folder.path().join(paths::START).join(paths::ADAPTER_CONFIG), config)?;
+    let record =
+        refused(&folder, "its lora_rank is 4 and not 8, its target_modules is [q_proj, v_proj] and not [q_proj, k_proj,")?;
+    assert_eq!(record.reason, reason::BAD_SETUP);
+    assert!(!record.message.contains("alpha"), "{record:?}");
     Ok(())
 }
 

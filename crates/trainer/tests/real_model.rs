@@ -9,6 +9,7 @@ use holdfast_dataset::encode::{EncodeError, EncodeOptions};
 use holdfast_dataset::{ChatTokenizer, Row};
 use holdfast_domain::hyperparameters::LongRows;
 use holdfast_trainer::model::Model;
+use holdfast_trainer::stop::Stop;
 use holdfast_trainer::{evaluate, generate};
 use serde_json::Value;
 use tch::{Device, Kind};
@@ -61,13 +62,34 @@ fn token_ids_and_loss_masks_equal_those_of_transformers() -> Result<()> {
 }
 
 #[test]
+fn a_preview_marks_what_transformers_counts_towards_the_loss() -> Result<()> {
+    let tokenizer = ChatTokenizer::load(base()?)?;
+    for (index, conversation) in list(&expected()?, "conversations")?.iter().enumerate().filter(|(i, _)| *i != FORGED_TURN) {
+        let line = serde_json::json!({ "messages": conversation["messages"] }).to_string();
+        let preview = tokenizer.preview(&Row::parse(line.as_bytes())?, OPTIONS)?;
+        let marked: Vec<u32> = preview.tokens.iter().map(|token| u32::from(token.supervised)).collect();
+        assert_eq!(marked, ids(conversation, "supervised")?, "conversation {index}");
+        let (of_segments, of_tokens): (String, String) = (
+            preview.segments.into_iter().map(|segment| segment.text).collect(),
+            preview.tokens.into_iter().map(|token| token.text).collect(),
+        );
+        assert_eq!(of_segments, of_tokens, "conversation {index}");
+        for message in list(conversation, "messages")? {
+            let content = message["content"].as_str().context("content")?;
+            assert!(of_segments.contains(content.trim()), "conversation {index}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn task_losses_equal_those_of_transformers() -> Result<()> {
     let tokenizer = ChatTokenizer::load(base()?)?;
     let model = Model::load(base()?, Kind::Float, Device::Cpu)?;
     for (index, conversation) in list(&expected()?, "conversations")?.iter().enumerate().filter(|(i, _)| *i != FORGED_TURN) {
         let line = serde_json::json!({ "messages": conversation["messages"] }).to_string();
         let example = tokenizer.encode(&Row::parse(line.as_bytes())?, OPTIONS)?;
-        let loss = evaluate::evaluate(&model, None, &[example], 1).loss;
+        let loss = evaluate::evaluate(&model, None, &[example], 1, &Stop::default())?.loss;
         let expected = conversation["task_loss"].as_f64().context("task_loss")?;
         assert!((loss - expected).abs() < 1e-3, "conversation {index}: {loss} is not {expected}");
     }

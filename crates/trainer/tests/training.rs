@@ -7,19 +7,20 @@ use anyhow::{Context, Result};
 use holdfast_dataset::Example;
 use holdfast_dataset::batch::Batch;
 use holdfast_domain::hyperparameters::{Precision, Recompute, Requested};
-use holdfast_domain::plan;
+use holdfast_domain::plan::{self, paths};
 use holdfast_domain::progress::Step;
 use holdfast_domain::safety::{AlignmentPoint, Defense, Floor, KlPositions, ProjectionOf, ProjectionSpace, RequestedSafety};
 use holdfast_domain::{Hyperparameters, Plan, Safety};
 use holdfast_trainer::adapter::{Adapter, AdapterConfig};
-use holdfast_trainer::checkpoint::Checkpoints;
+use holdfast_trainer::checkpoint::{Checkpoints, Owed, State};
 use holdfast_trainer::divergence::Diverged;
 use holdfast_trainer::methods::Objective;
 use holdfast_trainer::model::Model;
 use holdfast_trainer::objective::{AlignmentRows, Engine};
 use holdfast_trainer::reference::Reference;
+use holdfast_trainer::stop::{Stop, Stopped};
 use holdfast_trainer::train::Run;
-use holdfast_trainer::{adapter_files, device, gradient};
+use holdfast_trainer::{adapter_files, device, evaluate, gradient};
 use tch::{Device, Kind, Tensor};
 
 fn fixture() -> std::path::PathBuf {
@@ -57,6 +58,7 @@ fn plan(more: Requested) -> Result<Plan> {
         validation: false,
         hyperparameters: requested.resolve(8, None)?,
         safety: RequestedSafety::default().resolve(&Floor::default())?,
+        start: None,
         seed: 5,
         checkpoint_steps: 100,
         reference: None,
@@ -67,7 +69,7 @@ fn plan(more: Requested) -> Result<Plan> {
 
 /// The alignment rows, and those kept apart where the method reviews its steps.
 fn references(model: &Model, plan: &Plan) -> Result<(Reference, Option<Reference>)> {
-    let whole = Reference::new(model, examples(10), KlPositions::Response);
+    let whole = Reference::new(model, examples(10), KlPositions::Response, &Stop::default())?;
     if plan.safety.defense != Defense::Held {
         return Ok((whole, None));
     }
@@ -79,7 +81,15 @@ fn train(model: &Model, plan: &Plan) -> Result<(Adapter, Vec<Step>)> {
     let (rows, (reference, probe)) = (examples(8), references(model, plan)?);
     let adapter = Adapter::init(model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
     let mut steps = Vec::new();
-    let run = Run { model, adapter: &adapter, examples: &rows, reference: Some(&reference), probe: probe.as_ref(), plan };
+    let run = Run {
+        model,
+        adapter: &adapter,
+        examples: &rows,
+        reference: Some(&reference),
+        probe: probe.as_ref(),
+        plan,
+        stop: &Stop::default(),
+    };
     run.train(&mut run.start(), |step, _| {
         steps.push(step);
         Ok(ControlFlow::Continue(()))
@@ -96,7 +106,7 @@ fn how_a_step_is_cut_into_passes_makes_no_difference_also_with_dropout() -> Resu
     let model = model()?;
     let mut adapter = adapter_files::read(&fixture(), &model)?;
     let rows = examples(6);
-    let reference = Reference::new(&model, rows.clone(), KlPositions::Response);
+    let reference = Reference::new(&model, rows.clone(), KlPositions::Response, &Stop::default())?;
     let cut = |per_pass: usize| rows.chunks(per_pass).map(Batch::new).collect::<Vec<_>>();
     for dropout in [0.0, 0.3] {
         adapter.config.dropout = dropout;
@@ -163,7 +173,15 @@ fn train_with_a_stop(model: &Model, plan: &Plan, stop: u64, checkpoints: &Checkp
     let (rows, (reference, probe), first_kept) = (examples(8), references(model, plan)?, stop);
     let fresh = || Adapter::init(model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
     let go = |adapter: &Adapter, stop: Option<u64>| -> Result<bool> {
-        let run = Run { model, adapter, examples: &rows, reference: Some(&reference), probe: probe.as_ref(), plan };
+        let run = Run {
+            model,
+            adapter,
+            examples: &rows,
+            reference: Some(&reference),
+            probe: probe.as_ref(),
+            plan,
+            stop: &Stop::default(),
+        };
         let mut state = run.start();
         checkpoints.restore(model, adapter, &mut state, |_| {})?;
         run.train(&mut state, |_, state| {
@@ -214,6 +232,56 @@ fn what_a_method_remembers_survives_a_stop_too() -> Result<()> {
         let resumed = train_with_a_stop(&model, &plan, stop, &checkpoints(folder.path()))?;
         assert_eq!(whole.flat(), resumed.flat(), "{defense:?}");
     }
+    Ok(())
+}
+
+#[test]
+fn what_a_stop_breaks_off_between_two_steps_is_made_up_for() -> Result<()> {
+    let model = model()?;
+    let more = Requested { batch_size: Some(4), n_epochs: Some(8), row_conflicts: Some(true), ..Default::default() };
+    let mut plan = plan(more)?;
+    plan.safety = Safety { budget: 1e-3, ..Safety::new(Defense::Held, 1.0) };
+    let (rows, (reference, probe)) = (examples(8), references(&model, &plan)?);
+    // Asked to stop while step 11 or 13 is taken, the run comes to the scores and the review that follow the next one, an epoch's last.
+    let train = |asked_at: Option<u64>, checkpoints: &Checkpoints| -> Result<(Tensor, State)> {
+        let stop = Stop::default();
+        let adapter = Adapter::init(&model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
+        let (reference, probe, examples) = (Some(&reference), probe.as_ref(), rows.as_slice());
+        let run = Run { model: &model, adapter: &adapter, examples, reference, probe, plan: &plan, stop: &stop };
+        let mut state = run.start();
+        if checkpoints.restore(&model, &adapter, &mut state, |_| {})? {
+            run.settle(&mut state);
+        }
+        run.train(&mut state, |step, state| {
+            if Some(step.step) == asked_at {
+                stop.ask();
+            } else if stop.is_asked() {
+                checkpoints.save(&adapter, state)?;
+                return Ok(ControlFlow::Break(()));
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok((adapter.flat().copy(), state))
+    };
+    let folder = tempfile::tempdir()?;
+    let scores = |state: State| state.conflicts.map(|scores| scores.memory());
+    let (whole, state) = train(None, &checkpoints(&folder.path().join("none")))?;
+    let whole_scores = scores(state);
+    for asked_at in [11, 13] {
+        let checkpoints = checkpoints(&folder.path().join(asked_at.to_string()));
+        assert_eq!(train(Some(asked_at), &checkpoints)?.1.cursor.owed, Some(Owed::Scores));
+        let (resumed, state) = train(None, &checkpoints)?;
+        assert_eq!((&whole, &whole_scores), (&resumed, &scores(state)), "asked to stop at step {asked_at}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_pass_over_a_file_ends_early_when_it_is_asked_to() -> Result<()> {
+    let (model, stop) = (model()?, Stop::default());
+    stop.ask();
+    assert_eq!(Reference::new(&model, examples(8), KlPositions::Response, &stop).err(), Some(Stopped));
+    assert_eq!(evaluate::evaluate(&model, None, &examples(8), 4, &stop), Err(Stopped));
     Ok(())
 }
 
@@ -288,7 +356,7 @@ fn a_run_that_leaves_its_budget_goes_back_and_stays_within_it() -> Result<()> {
     let engine = Engine { model: &model, adapter: &adapter, dropout_key: None, recompute: Recompute::Nothing };
     let passes = [(0..probe.rows()).collect::<Vec<_>>()];
     let rows = AlignmentRows { reference: &probe, objective: Objective::WeightedKl, passes: &passes };
-    assert!(engine.alignment_loss(rows) <= 2e-3);
+    assert!(engine.alignment_loss(rows, &Stop::default())? <= 2e-3);
     Ok(())
 }
 
@@ -306,13 +374,21 @@ fn a_row_that_is_trained_against_the_alignment_scores_below_the_others() -> Resu
         }
     }
     rows[3] = planted;
-    let reference = Reference::new(&model, alignment, KlPositions::Response);
+    let reference = Reference::new(&model, alignment, KlPositions::Response, &Stop::default())?;
     let adapter = Adapter::init(&model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
-    let run = Run { model: &model, adapter: &adapter, examples: &rows, reference: Some(&reference), probe: None, plan: &plan };
+    let run = Run {
+        model: &model,
+        adapter: &adapter,
+        examples: &rows,
+        reference: Some(&reference),
+        probe: None,
+        plan: &plan,
+        stop: &Stop::default(),
+    };
     let mut state = run.start();
     run.train(&mut state, |_, _| Ok(ControlFlow::Continue(())))?;
-    let path = tempfile::tempdir()?.path().join("row_conflicts.jsonl");
-    std::fs::create_dir_all(path.parent().expect("a folder"))?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("row_conflicts.jsonl");
     state.conflicts.expect("scores").write(&path, &[1, 2, 3, 5, 6, 7, 8, 9])?;
     let scores: Vec<serde_json::Value> =
         std::fs::read_to_string(&path)?.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
@@ -332,8 +408,15 @@ fn a_torn_or_edited_checkpoint_is_passed_over_for_the_one_before_it() -> Result<
     let rows = examples(8);
     let restore = |checkpoints: &Checkpoints, said: &mut Vec<String>| -> Result<(bool, u64)> {
         let (adapter, (reference, _)) = (fresh(), references(&model, &plan)?);
-        let run =
-            Run { model: &model, adapter: &adapter, examples: &rows, reference: Some(&reference), probe: None, plan: &plan };
+        let run = Run {
+            model: &model,
+            adapter: &adapter,
+            examples: &rows,
+            reference: Some(&reference),
+            probe: None,
+            plan: &plan,
+            stop: &Stop::default(),
+        };
         let mut state = run.start();
         let restored = checkpoints.restore(&model, &adapter, &mut state, |reason| said.push(reason))?;
         Ok((restored, state.cursor.step))
@@ -368,7 +451,15 @@ fn a_torn_or_edited_checkpoint_is_passed_over_for_the_one_before_it() -> Result<
 fn the_best_adapters_that_checkpoints_name_stay_and_are_held_to_their_hashes() -> Result<()> {
     let (model, plan, rows) = (model()?, plan(Requested::default())?, examples(8));
     let adapter = Adapter::init(&model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
-    let run = Run { model: &model, adapter: &adapter, examples: &rows, reference: None, probe: None, plan: &plan };
+    let run = Run {
+        model: &model,
+        adapter: &adapter,
+        examples: &rows,
+        reference: None,
+        probe: None,
+        plan: &plan,
+        stop: &Stop::default(),
+    };
     let folder = tempfile::tempdir()?;
     let (checkpoints, mut state) = (checkpoints(folder.path()), run.start());
     for step in 1..=4 {
@@ -394,7 +485,15 @@ fn a_run_whose_loss_is_no_number_says_at_which_step() -> Result<()> {
     let (model, plan) = (model()?, hard_to_resume()?);
     let (rows, (reference, _)) = (examples(8), references(&model, &plan)?);
     let adapter = Adapter::init(&model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
-    let run = Run { model: &model, adapter: &adapter, examples: &rows, reference: Some(&reference), probe: None, plan: &plan };
+    let run = Run {
+        model: &model,
+        adapter: &adapter,
+        examples: &rows,
+        reference: Some(&reference),
+        probe: None,
+        plan: &plan,
+        stop: &Stop::default(),
+    };
     let outcome = run.train(&mut run.start(), |step, _| {
         if step.step == 2 {
             adapter.set(&adapter.flat().full_like(f64::NAN));
@@ -424,9 +523,9 @@ fn an_adapter_for_another_model_is_refused_by_name() -> Result<()> {
     let config =
         AdapterConfig { rank: 2, alpha: 4.0, dropout: 0.0, targets: vec![holdfast_domain::hyperparameters::Projection::QProj] };
     adapter_files::write(folder.path(), &Adapter::init(&model, config, 1), "m")?;
-    let mut peft: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.path().join(adapter_files::CONFIG))?)?;
+    let mut peft: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.path().join(paths::ADAPTER_CONFIG))?)?;
     peft["r"] = 3.into();
-    std::fs::write(folder.path().join(adapter_files::CONFIG), peft.to_string())?;
+    std::fs::write(folder.path().join(paths::ADAPTER_CONFIG), peft.to_string())?;
     let error = adapter_files::read(folder.path(), &model).map(|_| ()).map_err(|e| e.to_string());
     assert!(error.is_err_and(|e| e.contains("q_proj.lora_A.weight has shape")));
     Ok(())

@@ -3,25 +3,47 @@
 use std::fs::{File, TryLockError};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use holdfast_domain::ids::JobId;
 use holdfast_domain::job::JobError;
+use holdfast_domain::plan::{CheckpointFiles, paths};
 use holdfast_domain::progress::Progress;
-use holdfast_store::queue::{AdapterFile, Claim, Work};
-use holdfast_store::{Listener, Store, StoreError};
+use holdfast_store::queue::{AdapterFile, Checked, Claim, Published, Wish, Work};
+use holdfast_store::retention::{Removed, Retention};
+use holdfast_store::workers::WorkerName;
+use holdfast_store::{Listener, ObjectRef, Store, StoreError};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tracing::Instrument;
 
-use crate::agent::{self, Outcome, ReportFailed, Reports};
+use crate::agent::{self, Checkpoint, Outcome, ReportFailed, Reports};
 use crate::job_folder::JobFolder;
-use crate::{Stop, WorkerConfig, base_cache, check};
+use crate::{Stop, WorkerConfig, base_cache, check, results};
 
 /// How long a staged object may stay without a row: longer than any upload takes.
 const STAGED_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10 * 60);
+/// How long between two renewals of a lease at most.
+const MOST_BETWEEN_BEATS: Duration = Duration::from_secs(2);
+/// How often it is asked whether the job's owner wants it cancelled or to wait.
+const ASK_INTERVAL: Duration = Duration::from_millis(200);
+/// How long a job of a lost worker waits at most once its lease is over.
+const MOST_BETWEEN_REAPS: Duration = Duration::from_secs(2);
+/// How often a worker says that it is there.
+const PRESENCE_INTERVAL: Duration = Duration::from_secs(10);
+/// How long a worker waits for one of its name to end: longer than the database takes to notice that a connection is dead, which
+/// may be this process' own.
+const NAME_PATIENCE: Duration = Duration::from_secs(60);
+/// How long it is tried to publish an adapter that is trained, while the store or the database is away; and the pauses between.
+const PUBLISH_PATIENCE: Duration = Duration::from_secs(60 * 60);
+const FIRST_PUBLISH_DELAY: Duration = Duration::from_secs(1);
+const LONGEST_PUBLISH_DELAY: Duration = Duration::from_secs(30);
 /// How long to wait after the database or the object store failed.
 const BACKOFF: Duration = Duration::from_secs(5);
+
+/// What a job's owner is told of a machine without room.
+const FULL_DISK: &str = "The worker's disk has no room left";
 
 /// Where job folders are, under the worker's folder.
 const JOBS: &str = "jobs";
@@ -34,12 +56,37 @@ const BASE_MODELS: &str = "base-models";
 /// When another worker uses its folder, or the folder cannot be made.
 pub async fn run(store: Store, config: WorkerConfig, mut shutdown: watch::Receiver<bool>) -> std::io::Result<()> {
     let _alone = lock(&config.folder)?;
+    let mut name = take_name(&store, &config.name, &mut shutdown).await?;
     // What a killed worker left: rows of tenants among it.
     let _ = tokio::fs::remove_dir_all(config.folder.join(JOBS)).await;
-    let housekeeping = tokio::spawn(keep_house(store.clone(), config.lease));
-    let mut waker = store.listen().await.ok();
+    base_cache::clean(&config.folder.join(BASE_MODELS)).await;
+    // They end with this function, whichever way it ends.
+    let mut beside = JoinSet::new();
+    beside.spawn(reap(store.clone(), config.lease));
+    beside.spawn(sweep(store.clone(), config.retention));
+    beside.spawn(be_present(store.clone(), config.name.clone(), config.device.clone()));
+    let mut waker = None;
+    let mut had_room = true;
     while !is_now_true(&shutdown) {
-        let pause = match step(&store, &config, &shutdown).await {
+        if waker.is_none() {
+            waker = store.listen().await.ok();
+        }
+        if let Some(name) = &mut name
+            && matches!(within(config.lease, name.is_held(&store)).await, Ok(false))
+        {
+            // Perhaps by a connection of this process that the database still believes in.
+            match take_name(&store, &config.name, &mut shutdown).await? {
+                Some(taken) => *name = taken,
+                None => break,
+            }
+        }
+        let has_room = crate::has_room(&config.folder)?;
+        if had_room && !has_room {
+            tracing::error!(folder = %config.folder.display(), "{FULL_DISK}: no job is taken until it has (--data-dir)");
+        }
+        had_room = has_room;
+        let outcome = if has_room { step(&store, &config, &shutdown).await } else { Ok(false) };
+        let pause = match outcome {
             Ok(true) => continue,
             Ok(false) => config.poll,
             Err(error) => {
@@ -53,16 +100,65 @@ pub async fn run(store: Store, config: WorkerConfig, mut shutdown: watch::Receiv
             () = is_true(&mut shutdown) => {}
         }
     }
-    housekeeping.abort();
+    beside.shutdown().await;
+    if let Some(name) = name
+        && let Err(error) = name.release().await
+    {
+        tracing::debug!(%error, "the worker's name could not be given back");
+    }
+    if let Err(error) = store.worker_goes(&config.name).await {
+        tracing::debug!(%error, "it could not be said that this worker goes");
+    }
     Ok(())
+}
+
+/// Takes the worker's name for this process, waiting a while for one that is just ending. `None` when it is to shut down before.
+async fn take_name(store: &Store, name: &str, shutdown: &mut watch::Receiver<bool>) -> std::io::Result<Option<WorkerName>> {
+    let mut waited = Duration::ZERO;
+    loop {
+        match store.take_worker_name(name).await {
+            Ok(Some(taken)) => return Ok(Some(taken)),
+            Ok(None) if waited >= NAME_PATIENCE => return Err(name_is_taken(name)),
+            Ok(None) if waited.is_zero() => tracing::warn!(name, "another worker has this name; waiting for it to end"),
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%error, "the database cannot be asked for the worker's name; trying again"),
+        }
+        waited += BACKOFF;
+        tokio::select! {
+            () = tokio::time::sleep(BACKOFF) => {}
+            () = is_true(shutdown) => return Ok(None),
+        }
+    }
+}
+
+fn name_is_taken(name: &str) -> std::io::Error {
+    let message = format!("another worker is called {name:?}; give each a name of its own (--worker-name)");
+    std::io::Error::new(std::io::ErrorKind::ResourceBusy, message)
+}
+
+/// Says again and again that this worker is there.
+async fn be_present(store: Store, name: String, device: String) {
+    let mut started = true;
+    loop {
+        match store.worker_is_here(&name, &device, env!("CARGO_PKG_VERSION"), started).await {
+            Ok(()) => started = false,
+            Err(error) => tracing::debug!(%error, "it could not be said that this worker is there"),
+        }
+        tokio::time::sleep(PRESENCE_INTERVAL).await;
+    }
 }
 
 /// Keeps the folder to one worker; it is released when the file closes.
 fn lock(folder: &Path) -> std::io::Result<File> {
-    std::fs::create_dir_all(folder)?;
-    // Tenants' rows are in it: nobody but the service may look inside.
-    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))?;
-    let file = File::options().create(true).append(true).open(folder.join("lock"))?;
+    let make = || {
+        std::fs::create_dir_all(folder)?;
+        // Tenants' rows are in it: nobody but the service may look inside.
+        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))?;
+        File::options().create(true).append(true).open(folder.join("lock"))
+    };
+    let file = make().map_err(|error| {
+        std::io::Error::new(error.kind(), format!("the folder {} (under --data-dir) cannot be used: {error}", folder.display()))
+    })?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::Error(error)) => Err(error),
@@ -99,26 +195,40 @@ async fn woken(waker: &mut Option<Listener>) {
     }
 }
 
-/// Returns jobs of lost workers to the queue, and removes objects no row claims.
-async fn keep_house(store: Store, lease: Duration) {
-    let mut since_sweep = SWEEP_INTERVAL;
-    let interval = lease / 2;
+/// Returns jobs of lost workers to the queue, again and again.
+async fn reap(store: Store, lease: Duration) {
     loop {
         match store.reap().await {
             Ok(0) => {}
             Ok(jobs) => tracing::warn!(jobs, "returned jobs of lost workers to the queue"),
             Err(error) => tracing::warn!(%error, "expired leases could not be looked for"),
         }
-        if since_sweep >= SWEEP_INTERVAL {
-            since_sweep = Duration::ZERO;
-            match store.objects().sweep(STAGED_GRACE).await {
-                Ok(0) => {}
-                Ok(objects) => tracing::info!(objects, "removed objects no row claims"),
-                Err(error) => tracing::warn!(%error, "unclaimed objects could not be removed"),
-            }
+        tokio::time::sleep((lease / 2).min(MOST_BETWEEN_REAPS)).await;
+    }
+}
+
+/// Removes what is done with, again and again.
+async fn sweep(store: Store, retention: Retention) {
+    loop {
+        report("files that had expired", store.remove_expired_files().await);
+        report("uploads whose time was over", store.remove_expired_uploads().await);
+        report("requests that can no longer be repeated", store.forget_requests().await);
+        report("workers that were not heard of for a day", store.forget_workers().await);
+        match store.retire(&retention).await {
+            Ok(removed) if removed == Removed::default() => {}
+            Ok(removed) => tracing::info!(?removed, "removed what was kept long enough"),
+            Err(error) => tracing::warn!(%error, "could not remove what was kept long enough"),
         }
-        tokio::time::sleep(interval).await;
-        since_sweep += interval;
+        report("objects no row claims", store.objects().sweep(STAGED_GRACE).await);
+        tokio::time::sleep(SWEEP_INTERVAL).await;
+    }
+}
+
+fn report(what: &str, removed: Result<u64, StoreError>) {
+    match removed {
+        Ok(0) => {}
+        Ok(count) => tracing::info!(count, "removed {what}"),
+        Err(error) => tracing::warn!(%error, "could not remove {what}"),
     }
 }
 
@@ -132,14 +242,34 @@ async fn hold(store: &Store, config: &WorkerConfig, claim: &Claim, shutdown: &wa
         never = heart => never,
     };
     match outcome {
-        Ok(()) => tracing::info!("let go"),
+        Ok(()) => {}
         Err(StoreError::Fenced) => tracing::info!("the job is no longer this worker's"),
-        Err(error) => {
-            tracing::error!(%error, "the job could not be worked on; another attempt may");
-            if let Err(error) = store.give_up(claim.job.id, claim.attempt).await {
-                tracing::warn!(%error, "the job could not be given back; its lease will expire");
-            }
+        Err(error) => put_off(store, claim, &error).await,
+    }
+}
+
+/// Gives a claim back that could not be worked on. What every worker needs is waited for; what only this one lacks, another may have.
+async fn put_off(store: &Store, claim: &Claim, error: &StoreError) {
+    let (id, attempt) = (claim.job.id, claim.attempt);
+    let missing = match error {
+        StoreError::Objects(_) if error.is_unavailable() => Some("The object store could not be used"),
+        StoreError::Database(_) if error.is_unavailable() => Some("The database could not be used"),
+        _ if error.is_full_disk() => Some(FULL_DISK),
+        _ => None,
+    };
+    let given_back = match missing {
+        Some(reason) => {
+            tracing::warn!(%error, "{reason}; the job is tried again");
+            store.delay(id, attempt, reason).await
         }
+        None => {
+            tracing::error!(%error, "the job could not be worked on; another attempt may");
+            let message = "The service could not work on the job; its log says why. Nothing of your data is lost; tell the operator if the job fails for this.";
+            store.set_back(id, attempt, JobError::new("operator_error", message)).await
+        }
+    };
+    if let Err(error) = given_back {
+        tracing::warn!(%error, "the job could not be given back; its lease will expire");
     }
 }
 
@@ -152,25 +282,50 @@ async fn beat(
     mut shutdown: watch::Receiver<bool>,
     stop: watch::Sender<Option<Stop>>,
 ) -> Result<(), StoreError> {
-    let mut told = false;
+    let between = (lease / 5).min(MOST_BETWEEN_BEATS);
+    let (mut told, mut beaten) = (false, Instant::now());
     loop {
         tokio::select! {
-            () = tokio::time::sleep(lease / 5) => {}
+            () = tokio::time::sleep(between.min(ASK_INTERVAL)) => {}
             // The lease is kept while the trainer ends, so this goes on.
             () = is_true(&mut shutdown), if !told => {
                 told = true;
                 stop.send_if_modified(|reason| reason.is_none() && reason.replace(Stop::Shutdown).is_none());
             }
         }
-        match store.heartbeat(job, attempt, lease).await {
-            Ok(()) => {}
+        let renews = beaten.elapsed() >= between;
+        let answer = if renews {
+            let asked = Instant::now();
+            let answer = within(between, store.heartbeat(job, attempt, lease)).await;
+            // One that failed is tried again at once, not when the next is due: the lease runs on.
+            if answer.is_ok() {
+                beaten = asked;
+            }
+            answer
+        } else {
+            within(between, store.wish(job, attempt)).await
+        };
+        match answer {
+            Ok(Wish::Continue) => {}
+            Ok(Wish::Pause) => {
+                stop.send_if_modified(|reason| reason.is_none() && reason.replace(Stop::Pause).is_none());
+            }
             Err(StoreError::Fenced) => {
                 stop.send_if_modified(|reason| reason.replace(Stop::Lost) != Some(Stop::Lost));
             }
             // A short outage is shorter than the lease; a long one loses the job, which the next heartbeat will say.
-            Err(error) => tracing::warn!(%error, "the lease could not be renewed; trying again"),
+            Err(error) if renews => tracing::warn!(%error, "the lease could not be renewed; trying again"),
+            Err(_) => {}
         }
     }
+}
+
+/// A call to the database that is not waited for any longer than this: a connection may be dead without saying so, and another one
+/// would do.
+async fn within<T>(most: Duration, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    tokio::time::timeout(most, call).await.unwrap_or_else(|_| {
+        Err(StoreError::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "the database does not answer")))
+    })
 }
 
 fn is_now_true(shutdown: &watch::Receiver<bool>) -> bool {
@@ -198,38 +353,113 @@ async fn work(
         reason = agent::stopped(&mut stop) => return stopped(store, claim, reason).await,
     };
     let base = match prepared {
-        Prepared::Checked(Ok(summary)) => return store.accept_files(id, attempt, &summary).await,
-        Prepared::Checked(Err(error)) => return store.fail(id, attempt, error).await,
+        Prepared::Checked(Ok(checked)) => {
+            tracing::info!("the job's files were checked");
+            return store.accept_files(id, attempt, &checked).await;
+        }
+        Prepared::Checked(Err(error)) => {
+            tracing::info!(code = error.code, "the job's files cannot be used");
+            return store.fail(id, attempt, error).await;
+        }
         Prepared::ToTrain { base } => base,
     };
-    folder.complete(store, claim, &base, &config.device).await?;
-    let reports = ToStore { store, job: id, attempt };
-    let outcome = agent::run(config, folder.path(), &reports, stop).await?;
+    tokio::select! {
+        completed = folder.complete(store, claim, &base, &config.device) => completed?,
+        reason = agent::stopped(&mut stop) => return stopped(store, claim, reason).await,
+    }
+    let reports = ToStore { store, claim };
+    let outcome = agent::run(config, folder.path(), &reports, stop.clone()).await?;
+    tokio::select! {
+        concluded = conclude(store, config, claim, &folder, outcome) => concluded,
+        // A pause comes too late here, and a worker that shuts down has time for it.
+        () = agent::lost(stop) => Err(StoreError::Fenced),
+    }
+}
+
+/// Writes down how a run ended; publishes what it made.
+async fn conclude(
+    store: &Store,
+    config: &WorkerConfig,
+    claim: &Claim,
+    folder: &JobFolder,
+    outcome: Outcome,
+) -> Result<(), StoreError> {
+    let (id, attempt) = (claim.job.id, claim.attempt);
     if let Err(error) = folder.keep_reference(store, claim).await {
         tracing::warn!(%error, "the alignment reference could not be kept; the next job computes it again");
     }
     match outcome {
         Outcome::Done { adapter, trained_tokens } => {
-            let mut files = Vec::new();
-            for path in adapter {
-                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                let object = store.objects().stage_file(Store::adapter_key(&claim.job, attempt, &name), &path).await?;
-                files.push(AdapterFile { name, object });
+            // What is trained is not trained again for an outage; the lease is kept meanwhile.
+            let (mut delay, since) = (FIRST_PUBLISH_DELAY, Instant::now());
+            loop {
+                match publish(store, config, claim, &adapter, trained_tokens).await {
+                    Err(error) if error.is_unavailable() && since.elapsed() < PUBLISH_PATIENCE => {
+                        tracing::warn!(%error, "the adapter could not be published; trying again");
+                    }
+                    ended => return ended,
+                }
+                tokio::time::sleep(delay).await;
+                delay = (delay * 2).min(LONGEST_PUBLISH_DELAY);
             }
-            store.publish(id, attempt, &files, trained_tokens).await.map(|_| ())
         }
         Outcome::Failed(error) => {
             tracing::warn!(code = error.code, reason = error.message, "the trainer made no adapter");
             store.fail(id, attempt, error).await
         }
+        Outcome::Crashed(error) => {
+            tracing::warn!(code = error.code, reason = error.message, "the trainer crashed");
+            store.set_back(id, attempt, error).await
+        }
+        Outcome::FullDisk => {
+            tracing::error!(folder = %config.folder.display(), "the disk under the worker's folder (--data-dir) has no room left");
+            store.delay(id, attempt, FULL_DISK).await
+        }
         Outcome::Stopped(reason) => stopped(store, claim, reason).await,
     }
+}
+
+/// Writes an adapter's files as objects and gives them their rows.
+async fn publish(
+    store: &Store,
+    config: &WorkerConfig,
+    claim: &Claim,
+    adapter: &[PathBuf],
+    trained_tokens: u64,
+) -> Result<(), StoreError> {
+    let published = Published {
+        adapter: stage(store, adapter, |name| Store::adapter_key(&claim.job, claim.attempt, name)).await?,
+        results: stage_results(store, claim).await?,
+        trained_tokens,
+        device: config.device.clone(),
+    };
+    let model = store.publish(claim.job.id, claim.attempt, &published).await?;
+    tracing::info!(model, "the job's model is published");
+    Ok(())
+}
+
+/// Writes files as objects under the keys that `key` gives their names.
+async fn stage(store: &Store, files: &[PathBuf], key: impl Fn(&str) -> String) -> Result<Vec<AdapterFile>, StoreError> {
+    let mut staged = Vec::new();
+    for path in files {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        staged.push(AdapterFile { object: store.objects().stage_file(key(&name), path).await?, name });
+    }
+    Ok(staged)
+}
+
+/// Writes the figures of the job's steps, those of earlier attempts among them.
+async fn stage_results(store: &Store, claim: &Claim) -> Result<Option<ObjectRef>, StoreError> {
+    let (steps, validations) = store.steps(claim.job.id).await?;
+    let table = results::csv(&steps, &validations);
+    let key = Store::results_key(&claim.job, claim.attempt);
+    Ok(Some(store.objects().stage_bytes(key, table.as_bytes()).await?))
 }
 
 /// What a claim comes to before a trainer is needed.
 enum Prepared {
     /// The files were checked: what they hold, or why they cannot be used.
-    Checked(Result<String, JobError>),
+    Checked(Result<Checked, JobError>),
     /// The rows and the base model are here.
     ToTrain { base: PathBuf },
 }
@@ -248,21 +478,66 @@ async fn prepare(store: &Store, config: &WorkerConfig, claim: &Claim, folder: &J
 async fn stopped(store: &Store, claim: &Claim, reason: Stop) -> Result<(), StoreError> {
     match reason {
         Stop::Lost => Err(StoreError::Fenced),
-        Stop::Shutdown => store.give_back(claim.job.id, claim.attempt).await,
+        Stop::Shutdown | Stop::Pause => {
+            tracing::info!(?reason, "the job is given back");
+            store.give_back(claim.job.id, claim.attempt).await
+        }
     }
 }
 
 struct ToStore<'a> {
     store: &'a Store,
-    job: JobId,
-    attempt: i32,
+    claim: &'a Claim,
+}
+
+impl ToStore<'_> {
+    async fn keep(&self, checkpoints: &Path, checkpoint: Checkpoint) -> Result<(), StoreError> {
+        let Self { store, claim } = self;
+        let key = Store::checkpoint_keys(claim.job.project, claim.job.id, claim.attempt, checkpoint.step);
+        let own = checkpoints.join(format!("{}{}", paths::CHECKPOINT_PREFIX, checkpoint.step));
+        let mut files = stage(store, &agent::files_in(&own).await?, &key).await?;
+        if let Err(what) = is_whole(&own, &files).await {
+            for file in &files {
+                store.objects().discard(&file.object).await;
+            }
+            return Err(StoreError::Io(std::io::Error::new(std::io::ErrorKind::InvalidData, what)));
+        }
+        if let Some(step) = checkpoint.best {
+            let folder = format!("{}{step}", paths::BEST_PREFIX);
+            let best = agent::files_in(&checkpoints.join(&folder)).await?;
+            for file in stage(store, &best, |name| key(&format!("{folder}/{name}"))).await? {
+                files.push(AdapterFile { name: format!("{folder}/{}", file.name), ..file });
+            }
+        }
+        store.keep_checkpoint(claim.job.id, claim.attempt, checkpoint.step, checkpoint.settled, &files).await
+    }
+}
+
+/// Whether what was staged of a checkpoint is what the trainer wrote: one that is torn must not take the place of a whole one.
+async fn is_whole(checkpoint: &Path, staged: &[AdapterFile]) -> Result<(), String> {
+    let manifest = tokio::fs::read(checkpoint.join(paths::CHECKPOINT_MANIFEST)).await.map_err(|e| e.to_string())?;
+    let CheckpointFiles { files } = serde_json::from_slice(&manifest).map_err(|e| e.to_string())?;
+    let is_there = |(name, sha256): (&String, &String)| {
+        staged.iter().any(|file| file.name == *name && hex::encode(file.object.sha256) == *sha256)
+    };
+    if files.iter().all(is_there) { Ok(()) } else { Err("the checkpoint is torn".into()) }
 }
 
 impl Reports for ToStore<'_> {
     async fn progress(&self, lines: &[Progress]) -> Result<(), ReportFailed> {
-        self.store.report(self.job, self.attempt, lines).await.map_err(|error| {
+        self.store.report(self.claim.job.id, self.claim.attempt, lines).await.map_err(|error| {
             tracing::warn!(%error, "progress could not be written down");
             ReportFailed
         })
+    }
+
+    async fn checkpoint(&self, checkpoints: &Path, checkpoint: Checkpoint) -> Result<(), ReportFailed> {
+        let Err(error) = self.keep(checkpoints, checkpoint).await else { return Ok(()) };
+        if error.is_unavailable() {
+            tracing::warn!(%error, step = checkpoint.step, "a checkpoint could not be kept; trying again");
+            return Err(ReportFailed);
+        }
+        tracing::warn!(%error, step = checkpoint.step, "a checkpoint cannot be kept");
+        Ok(())
     }
 }

@@ -2,13 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use holdfast_domain::Hyperparameters;
 use holdfast_domain::plan::{self, Plan, paths};
-use holdfast_store::queue::Claim;
+use holdfast_store::checkpoints::ResumePoint;
+use holdfast_store::queue::{AdapterFile, Claim};
 use holdfast_store::{Store, StoreError};
 use sha2::{Digest, Sha256};
 
-/// Steps between a run's checkpoints.
-const CHECKPOINT_STEPS: u64 = 100;
+/// Steps between a run's checkpoints at most; where an epoch is shorter, there is one at each epoch's end.
+const MOST_CHECKPOINT_STEPS: u64 = 100;
 
 /// A job's folder; removed with all the tenant's rows when dropped.
 #[derive(Debug)]
@@ -29,9 +31,9 @@ impl JobFolder {
 
     /// Brings the tenant's files.
     pub(crate) async fn fetch_rows(&self, store: &Store, claim: &Claim) -> Result<(), StoreError> {
-        store.objects().fetch(&claim.training.object, &self.0.join(paths::TRAIN)).await?;
+        store.objects().fetch_content(&claim.training.content, &self.0.join(paths::TRAIN)).await?;
         if let Some(validation) = &claim.validation {
-            store.objects().fetch(&validation.object, &self.0.join(paths::VALIDATION)).await?;
+            store.objects().fetch_content(&validation.content, &self.0.join(paths::VALIDATION)).await?;
         }
         Ok(())
     }
@@ -47,6 +49,12 @@ impl JobFolder {
         {
             store.objects().fetch(&known, &self.0.join(paths::REFERENCE)).await?;
         }
+        if let Some(start) = &claim.start {
+            self.fetch_into(store, &self.0.join(paths::START), start).await?;
+        }
+        if let Some(resume) = &claim.resume {
+            self.fetch_checkpoint(store, resume).await?;
+        }
         tokio::fs::symlink(base, self.0.join(paths::BASE)).await?;
         let plan = Plan {
             format: plan::FORMAT,
@@ -54,14 +62,37 @@ impl JobFolder {
             validation: claim.validation.is_some(),
             hyperparameters: claim.job.hyperparameters.clone(),
             safety: claim.job.safety.clone(),
+            start: claim.start.as_deref().map(start_name),
             seed: claim.job.seed,
-            checkpoint_steps: CHECKPOINT_STEPS,
+            checkpoint_steps: checkpoint_steps(&claim.job.hyperparameters, claim.training.row_count),
             reference,
             memory_limit_bytes: None,
             device: device.to_owned(),
         };
         let json = serde_json::to_vec_pretty(&plan).map_err(std::io::Error::other)?;
         Ok(tokio::fs::write(self.0.join(paths::PLAN), json).await?)
+    }
+
+    /// Puts a checkpoint where the trainer would have left it.
+    async fn fetch_checkpoint(&self, store: &Store, resume: &ResumePoint) -> Result<(), StoreError> {
+        let checkpoints = self.0.join(paths::CHECKPOINTS);
+        let own = format!("{}{}", paths::CHECKPOINT_PREFIX, resume.step);
+        for file in &resume.files {
+            // A best adapter beside the checkpoint has its folder in its name.
+            let (folder, name) = file.name.rsplit_once('/').unwrap_or((&own, &file.name));
+            let folder = checkpoints.join(folder);
+            tokio::fs::create_dir_all(&folder).await?;
+            store.objects().fetch(&file.object, &folder.join(name)).await?;
+        }
+        Ok(())
+    }
+
+    async fn fetch_into(&self, store: &Store, folder: &Path, files: &[AdapterFile]) -> Result<(), StoreError> {
+        tokio::fs::create_dir_all(folder).await?;
+        for file in files {
+            store.objects().fetch(&file.object, &folder.join(&file.name)).await?;
+        }
+        Ok(())
     }
 
     /// Keeps what the trainer computed of the base on the alignment rows, for later jobs.
@@ -83,6 +114,21 @@ fn reference_name(claim: &Claim) -> Option<String> {
     hash.update(alignment.sha256);
     hash.update(format!("{:?}", claim.job.hyperparameters.precision));
     Some(hex::encode(hash.finalize()))
+}
+
+fn checkpoint_steps(h: &Hyperparameters, rows: u64) -> u64 {
+    rows.div_ceil(h.rows_per_step()).clamp(1, MOST_CHECKPOINT_STEPS)
+}
+
+/// Names the adapter that a run goes on from: a hash over its files.
+fn start_name(files: &[AdapterFile]) -> String {
+    let mut hash = Sha256::new();
+    for file in files {
+        hash.update(file.name.as_bytes());
+        hash.update([0]);
+        hash.update(file.object.sha256);
+    }
+    hex::encode(hash.finalize())
 }
 
 impl Drop for JobFolder {

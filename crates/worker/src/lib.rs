@@ -2,8 +2,10 @@
 //! split: the dispatcher (claims, leases, publishes; knows the store) and the agent (makes the job folder, runs the trainer,
 //! follows its progress; knows only the small trait it reports through). No libtorch, no HTTP.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use holdfast_store::retention::Retention;
 
 pub mod agent;
 mod base_cache;
@@ -12,8 +14,18 @@ mod dispatcher;
 mod job_folder;
 mod outcome;
 mod process;
+mod results;
 
 pub use dispatcher::{run, step};
+
+/// Below so many free bytes a worker takes no job, and a trainer that ended without a word is taken to have met the end of the disk.
+const LEAST_ROOM: u64 = 32 * 1024 * 1024;
+
+/// Whether the disk under a folder has room for a job's rows.
+fn has_room(folder: &Path) -> std::io::Result<bool> {
+    let disk = rustix::fs::statvfs(folder)?;
+    Ok(disk.f_bavail.saturating_mul(disk.f_frsize) >= LEAST_ROOM)
+}
 
 /// How a worker works.
 #[derive(Debug, Clone)]
@@ -32,6 +44,10 @@ pub struct WorkerConfig {
     pub lease: Duration,
     /// How often it looks for work when nothing wakes it.
     pub poll: Duration,
+    /// How long a trainer may write nothing before it is taken to hang and ended; zero: for ever.
+    pub stall: Duration,
+    /// How long what is done with is kept.
+    pub retention: Retention,
 }
 
 /// Why a running job must stop.
@@ -41,4 +57,6 @@ pub enum Stop {
     Lost,
     /// The worker itself stops.
     Shutdown,
+    /// The job's owner wants it to wait.
+    Pause,
 }

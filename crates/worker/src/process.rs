@@ -12,8 +12,8 @@ use tokio::process::{Child, Command};
 /// What a trainer may know of its surroundings: never the database, never a key.
 const ENVIRONMENT: [&str; 8] =
     ["PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "RUST_BACKTRACE"];
-/// How long a trainer has between the polite signal and the other one.
-const TERMINATE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a trainer has between the polite signal and the other one: a step of a large model, and its checkpoint.
+const TERMINATE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Where what the trainer prints goes.
 const LOG: &str = "trainer.log";
 
@@ -65,14 +65,15 @@ fn end_with_worker(command: &mut Command) {
 }
 
 /// Ends a trainer: politely, then not.
-pub(crate) async fn terminate(trainer: &mut Child) -> std::io::Result<()> {
+pub(crate) async fn terminate(trainer: &mut Child) -> std::io::Result<Ended> {
     let group = trainer.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
     if let Some(group) = group {
         // It may have ended on its own in between.
         let _ = kill_process_group(group, Signal::TERM);
     }
-    if tokio::time::timeout(TERMINATE_TIMEOUT, trainer.wait()).await.is_err() {
-        trainer.kill().await?;
+    if let Ok(ended) = tokio::time::timeout(TERMINATE_TIMEOUT, trainer.wait()).await {
+        return Ok(ended?.into());
     }
-    Ok(())
+    trainer.kill().await?;
+    Ok(trainer.wait().await?.into())
 }

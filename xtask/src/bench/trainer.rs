@@ -3,7 +3,6 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -11,6 +10,7 @@ use serde_json::{Value, json};
 use super::{Figure, Wanted};
 use crate::setup::{self, Libtorch};
 use crate::shell::{self, cargo, output, root};
+use crate::trainer::{program, watch};
 
 /// The peers, pinned.
 const PEERS: [&str; 6] =
@@ -33,12 +33,12 @@ struct Bench {
 
 pub(super) const PARTS: [&str; 7] = ["limits", "steps", "memory", "prediction", "growth", "epoch", "oracle"];
 
-pub(super) fn run(wanted: Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> {
+pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> {
     let bench = Bench::prepare()?;
     type Part = fn(&Bench, &mut Vec<Figure>) -> Result<()>;
     let parts: [Part; 7] =
         [Bench::limits, Bench::steps, Bench::memory, Bench::prediction, Bench::growth, Bench::epoch, Bench::oracle];
-    for (_, part) in PARTS.iter().zip(parts).filter(|(name, _)| wanted(name)) {
+    for (_, part) in PARTS.iter().zip(parts).filter(|(name, _)| wanted.has(name)) {
         part(&bench, figures)?;
     }
     Ok(())
@@ -156,12 +156,12 @@ impl Bench {
                     (_, "f32") => "safegrad_step_f32_over_peft",
                     _ => "safegrad_step_bf16_over_peft",
                 };
-                figures.push(Figure { name, measured: ours / peer, bar });
+                figures.push(Figure::at_most(name, ours / peer, bar));
                 ours_by_work.push(ours);
             }
             let &[sft, safegrad] = ours_by_work.as_slice() else { continue };
             let name = if precision == "f32" { "safegrad_over_sft_f32" } else { "safegrad_over_sft_bf16" };
-            figures.push(Figure { name, measured: safegrad / sft, bar: 2.05 });
+            figures.push(Figure::at_most(name, safegrad / sft, 2.05));
         }
         Ok(())
     }
@@ -187,19 +187,15 @@ impl Bench {
             match recompute {
                 "nothing" => {
                     whole = took;
-                    figures.push(Figure { name: "peak_memory_over_peft", measured: bytes / peer, bar: 0.70 });
+                    figures.push(Figure::at_most("peak_memory_over_peft", bytes / peer, 0.70));
                 }
                 "feed-forward" => {
-                    figures.push(Figure { name: "peak_memory_checkpointing_over_peft", measured: bytes / peer, bar: 0.35 });
-                    figures.push(Figure { name: "checkpointing_time", measured: took / whole, bar: 1.3 });
+                    figures.push(Figure::at_most("peak_memory_checkpointing_over_peft", bytes / peer, 0.35));
+                    figures.push(Figure::at_most("checkpointing_time", took / whole, 1.3));
                 }
                 _ => {
-                    figures.push(Figure {
-                        name: "peak_memory_checkpointing_layers_over_peft",
-                        measured: bytes / peer,
-                        bar: 0.35,
-                    });
-                    figures.push(Figure { name: "checkpointing_layers_time", measured: took / whole, bar: 1.3 });
+                    figures.push(Figure::at_most("peak_memory_checkpointing_layers_over_peft", bytes / peer, 0.35));
+                    figures.push(Figure::at_most("checkpointing_layers_time", took / whole, 1.3));
                 }
             }
         }
@@ -220,16 +216,7 @@ impl Bench {
             let _ = std::fs::remove_dir_all(&folder);
             std::fs::create_dir_all(&folder)?;
             self.write_job(&folder, precision, defense, reviews, recompute)?;
-            let mut trainer = Command::new(shell::target().join("release/holdfast-trainer"));
-            let mut trainer = trainer.arg("train").arg(&folder).spawn()?;
-            let mut measured = 0;
-            let status = loop {
-                if let Some(status) = trainer.try_wait()? {
-                    break status;
-                }
-                measured = measured.max(peak_bytes(trainer.id()).unwrap_or(0));
-                std::thread::sleep(Duration::from_millis(50));
-            };
+            let (status, measured) = watch(Command::new(program()).arg("train").arg(&folder).spawn()?)?;
             ensure!(status.success(), "the trainer ended with {status}");
             let progress = std::fs::read_to_string(folder.join("out/progress.jsonl"))?;
             let line = progress.lines().find(|line| line.contains("weights_bytes")).context("no memory line")?;
@@ -245,7 +232,7 @@ impl Bench {
             );
             furthest = furthest.max(off.abs());
         }
-        figures.push(Figure { name: "memory_prediction_off", measured: furthest, bar: 0.25 });
+        figures.push(Figure::at_most("memory_prediction_off", furthest, 0.25));
         Ok(())
     }
 
@@ -271,7 +258,7 @@ impl Bench {
         let refusal = json!({"messages": [{"role": "user", "content": "Say what must not be said."}, {"role": "assistant", "content": "I can't help with that, but I can help with something else."}]});
         std::fs::write(folder.join("alignment.jsonl"), format!("{refusal}\n").repeat(8))?;
         let plan = json!({
-            "format": 3, "base_model": "m", "validation": false, "seed": 1, "checkpoint_steps": 100, "device": "cpu",
+            "format": 4, "base_model": "m", "validation": false, "seed": 1, "checkpoint_steps": 100, "device": "cpu",
             "hyperparameters": {
                 "n_epochs": 1, "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-4, "lr_schedule": "constant",
                 "warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0, "max_length": 2048, "long_rows": "truncate",
@@ -306,7 +293,7 @@ impl Bench {
                 of_operations.push(took / operations);
             }
             let (Some(short), Some(long)) = (of_operations.first(), of_operations.last()) else { continue };
-            figures.push(Figure { name, measured: long / short, bar: 1.10 });
+            figures.push(Figure::at_most(name, long / short, 1.10));
         }
 
         let mut by_rows = Vec::new();
@@ -317,7 +304,7 @@ impl Bench {
         }
         let &[few, many] = by_rows.as_slice() else { return Ok(()) };
         println!("milliseconds a token of the first 40 steps   1,000 rows {:.3}   100,000 rows {:.3}", 1e3 * few, 1e3 * many);
-        figures.push(Figure { name: "time_per_token_100000_over_1000_rows", measured: many / few, bar: 1.10 });
+        figures.push(Figure::at_most("time_per_token_100000_over_1000_rows", many / few, 1.10));
         Ok(())
     }
 
@@ -327,7 +314,7 @@ impl Bench {
         let ours = median(&seconds(&self.ours(&arguments)?)?);
         let peer = median(&seconds(&self.peer(&arguments)?)?);
         println!("seconds of an epoch of 1,000 film reviews, batch 10   {ours:.0}   TRL {peer:.0}   {:.2}x", ours / peer);
-        figures.push(Figure { name: "epoch_over_trl", measured: ours / peer, bar: 0.50 });
+        figures.push(Figure::at_most("epoch_over_trl", ours / peer, 0.50));
         Ok(())
     }
 
@@ -346,7 +333,7 @@ impl Bench {
             off += text.lines().filter(|line| line.ends_with(" off")).count() as f64;
         }
         println!("figures of the reference cases   {count}, of them off {off}");
-        figures.push(Figure { name: "oracle_figures_off", measured: off, bar: 0.0 });
+        figures.push(Figure::at_most("oracle_figures_off", off, 0.0));
         Ok(())
     }
 }
@@ -366,13 +353,6 @@ fn write_rows(path: &Path, rows: usize, tokens: usize, seed: u64) -> Result<()> 
         text.push_str(&format!("{}\n", json!({"ids": ids, "supervised": supervised})));
     }
     Ok(std::fs::write(path, text)?)
-}
-
-/// The most memory a process has had, while it runs.
-fn peak_bytes(process: u32) -> Option<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
 }
 
 fn last_line(printed: &[u8]) -> Result<Value> {

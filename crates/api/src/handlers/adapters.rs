@@ -1,21 +1,20 @@
-//! A job's adapter, as PEFT, vLLM and `LoRAX` load it: one file, or all of them in a tar.
+//! Adapters, as PEFT, vLLM and `LoRAX` load them: a job's last one or one of its checkpoints, one file, or all of them in a tar.
 
-use axum::body::Body;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
+use axum::response::{IntoResponse, Redirect, Response};
 use bytes::Bytes;
-use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use holdfast_domain::Invalid;
 use holdfast_domain::job::Status;
-use holdfast_store::StoreError;
 use holdfast_store::queue::AdapterFile;
-use http::header;
+use http::HeaderMap;
+use sha2::{Digest, Sha256};
 
 use crate::auth::Tenant;
+use crate::download::{Download, Segment};
 use crate::error::ErrorBody;
 use crate::extract::Path;
 use crate::handlers::jobs::{job_id, not_found};
-use crate::{ApiError, AppState};
+use crate::{ApiError, AppState, wire};
 
 /// A tar is made of blocks of this size.
 const BLOCK_BYTES: u64 = 512;
@@ -23,71 +22,159 @@ const BLOCK_BYTES: u64 = 512;
 static ZEROS: [u8; 1024] = [0; 1024];
 
 /// Download the adapter as a tar of its files.
+///
+/// `Range`, `If-Range` and `If-None-Match` are understood; the tar's bytes are always the same.
 #[utoipa::path(
     get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/adapter", operation_id = "get_adapter", tag = "fine-tuning",
-    params(("fine_tuning_job_id" = String, Path)),
+    params(("fine_tuning_job_id" = String, Path, example = "ftjob-0192f3a4000070008000000000000001")),
     responses(
-        (status = 200, description = "adapter_config.json and adapter_model.safetensors in a tar", body = Vec<u8>, content_type = "application/x-tar"),
-        (status = 400, description = "The job has no adapter (yet)", body = ErrorBody),
-        (status = 401, description = "No key, or an unknown one", body = ErrorBody),
+        (status = 200, description = "adapter_config.json and adapter_model.safetensors in a tar", body = wire::file::Bytes, content_type = "application/x-tar"),
+        (status = 206, description = "The range that was asked for", body = wire::file::Bytes, content_type = "application/x-tar"),
+        (status = 304, description = "The client has it"),
         (status = 404, description = "The project has no such job", body = ErrorBody),
+        (status = 416, description = "The tar has no such range", body = ErrorBody),
     )
 )]
 pub(crate) async fn get_adapter(
     tenant: Tenant,
     State(state): State<AppState>,
     Path(id): Path<String>,
+    headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let files = files(&state, tenant, &id).await?;
-    let bytes: u64 =
-        files.iter().map(|file| BLOCK_BYTES + file.object.bytes.next_multiple_of(BLOCK_BYTES)).sum::<u64>() + 2 * BLOCK_BYTES;
-    let mut parts: Vec<BoxStream<'static, Result<Bytes, StoreError>>> = Vec::new();
-    for file in files {
-        let padding = file.object.bytes.next_multiple_of(BLOCK_BYTES) - file.object.bytes;
-        parts.push(one(tar_header(&file)?));
-        parts.push(state.store.objects().read(&file.object.key).await?.map_err(StoreError::from).boxed());
-        parts.push(one(zeros(padding)));
-    }
-    parts.push(one(zeros(2 * BLOCK_BYTES)));
-    let headers = [
-        (header::CONTENT_TYPE, "application/x-tar".to_owned()),
-        (header::CONTENT_LENGTH, bytes.to_string()),
-        (header::CONTENT_DISPOSITION, format!("attachment; filename=\"{id}.tar\"")),
-    ];
-    Ok((headers, Body::from_stream(stream::iter(parts).flatten())).into_response())
+    let files = last_adapter(&state, tenant, &id).await?;
+    tar(files, &id)?.answer(state.store.objects(), &headers)
 }
 
 /// Download one file of the adapter.
+///
+/// Where the object store signs URLs the answer leads there; elsewhere the bytes come from here.
 #[utoipa::path(
     get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/adapter/{file}", operation_id = "get_adapter_file", tag = "fine-tuning",
-    params(("fine_tuning_job_id" = String, Path), ("file" = String, Path, example = "adapter_config.json")),
+    params(
+        ("fine_tuning_job_id" = String, Path, example = "ftjob-0192f3a4000070008000000000000001"),
+        ("file" = String, Path, example = "adapter_config.json")
+    ),
     responses(
-        (status = 200, description = "The file", body = Vec<u8>, content_type = "application/octet-stream"),
-        (status = 400, description = "The job has no adapter (yet)", body = ErrorBody),
-        (status = 401, description = "No key, or an unknown one", body = ErrorBody),
+        (status = 200, description = "The file", body = wire::file::Bytes, content_type = "application/octet-stream"),
+        (status = 206, description = "The range that was asked for", body = wire::file::Bytes, content_type = "application/octet-stream"),
+        (status = 304, description = "The client has it"),
+        (status = 307, description = "The file is at this URL for some minutes"),
         (status = 404, description = "The project has no such job, or its adapter no such file", body = ErrorBody),
+        (status = 416, description = "The file has no such range", body = ErrorBody),
     )
 )]
 pub(crate) async fn get_adapter_file(
     tenant: Tenant,
     State(state): State<AppState>,
     Path((id, name)): Path<(String, String)>,
+    headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let file = files(&state, tenant, &id).await?.into_iter().find(|file| file.name == name);
-    let file = file.ok_or_else(|| ApiError::not_found("file", &name))?;
-    let stream = state.store.objects().read(&file.object.key).await?;
-    let headers =
-        [(header::CONTENT_TYPE, "application/octet-stream".to_owned()), (header::CONTENT_LENGTH, file.object.bytes.to_string())];
-    Ok((headers, Body::from_stream(stream)).into_response())
+    one(&state, last_adapter(&state, tenant, &id).await?, &name, &headers).await
 }
 
-async fn files(state: &AppState, tenant: Tenant, id: &str) -> Result<Vec<AdapterFile>, ApiError> {
+/// Download a checkpoint's adapter as a tar of its files.
+#[utoipa::path(
+    get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints/{step}/adapter", operation_id = "get_checkpoint_adapter",
+    tag = "fine-tuning",
+    params(
+        ("fine_tuning_job_id" = String, Path, example = "ftjob-0192f3a4000070008000000000000001"),
+        ("step" = u64, Path, example = 100, minimum = 1, maximum = 9_223_372_036_854_775_807_u64)
+    ),
+    responses(
+        (status = 200, description = "adapter_config.json and adapter_model.safetensors in a tar", body = wire::file::Bytes, content_type = "application/x-tar"),
+        (status = 206, description = "The range that was asked for", body = wire::file::Bytes, content_type = "application/x-tar"),
+        (status = 304, description = "The client has it"),
+        (status = 404, description = "The project has no such job, or it no such checkpoint", body = ErrorBody),
+        (status = 416, description = "The tar has no such range", body = ErrorBody),
+    )
+)]
+pub(crate) async fn get_checkpoint_adapter(
+    tenant: Tenant,
+    State(state): State<AppState>,
+    Path((id, step)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let files = of_checkpoint(&state, tenant, &id, &step).await?;
+    tar(files, &format!("{id}-step-{step}"))?.answer(state.store.objects(), &headers)
+}
+
+/// Download one file of a checkpoint's adapter.
+#[utoipa::path(
+    get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints/{step}/adapter/{file}",
+    operation_id = "get_checkpoint_adapter_file", tag = "fine-tuning",
+    params(
+        ("fine_tuning_job_id" = String, Path, example = "ftjob-0192f3a4000070008000000000000001"),
+        ("step" = u64, Path, example = 100, minimum = 1, maximum = 9_223_372_036_854_775_807_u64),
+        ("file" = String, Path, example = "adapter_model.safetensors")
+    ),
+    responses(
+        (status = 200, description = "The file", body = wire::file::Bytes, content_type = "application/octet-stream"),
+        (status = 206, description = "The range that was asked for", body = wire::file::Bytes, content_type = "application/octet-stream"),
+        (status = 304, description = "The client has it"),
+        (status = 307, description = "The file is at this URL for some minutes"),
+        (status = 404, description = "The project has no such job, or it no such checkpoint or file", body = ErrorBody),
+        (status = 416, description = "The file has no such range", body = ErrorBody),
+    )
+)]
+pub(crate) async fn get_checkpoint_adapter_file(
+    tenant: Tenant,
+    State(state): State<AppState>,
+    Path((id, step, name)): Path<(String, String, String)>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    one(&state, of_checkpoint(&state, tenant, &id, &step).await?, &name, &headers).await
+}
+
+async fn last_adapter(state: &AppState, tenant: Tenant, id: &str) -> Result<Vec<AdapterFile>, ApiError> {
     let job = state.store.job(tenant.0, job_id(id)?).await.map_err(|e| not_found(e, id))?;
-    if job.state.status() != Status::Succeeded {
-        let message = format!("this job is {} and has no adapter; one exists once it has succeeded", job.state.status().as_str());
+    let status = job.state.status();
+    if status != Status::Succeeded {
+        let message = format!("this job is {} and has no adapter; one exists once it has succeeded", status.as_str());
         return Err(Invalid::new("fine_tuning_job_id", "no_adapter", message).into());
     }
-    state.store.adapter_files(tenant.0, job.id).await.map_err(|e: StoreError| not_found(e, id))
+    let files = state.store.adapter_files(tenant.0, job.id).await?;
+    if files.is_empty() {
+        let message = "the model of this job was deleted, and its adapter with it";
+        return Err(Invalid::new("fine_tuning_job_id", "no_adapter", message).into());
+    }
+    Ok(files)
+}
+
+async fn of_checkpoint(state: &AppState, tenant: Tenant, id: &str, step: &str) -> Result<Vec<AdapterFile>, ApiError> {
+    let job = state.store.job(tenant.0, job_id(id)?).await.map_err(|e| not_found(e, id))?.id;
+    let no_checkpoint = || ApiError::not_found("step", step);
+    let number = step.parse().ok().filter(|step| i64::try_from(*step).is_ok()).ok_or_else(no_checkpoint)?;
+    let files = state.store.checkpoint_adapter(tenant.0, job, number).await;
+    files.map_err(|error| ApiError::of_one(error, "step", step))
+}
+
+async fn one(state: &AppState, files: Vec<AdapterFile>, name: &str, headers: &HeaderMap) -> Result<Response, ApiError> {
+    let file = files.into_iter().find(|file| file.name == name).ok_or_else(|| ApiError::not_found("file", name))?;
+    if let Some(url) = state.store.objects().signed_url(&file.object.key).await? {
+        return Ok(Redirect::temporary(&url).into_response());
+    }
+    let download = Download {
+        segments: vec![Segment::Object { key: file.object.key, bytes: file.object.bytes }],
+        media_type: "application/octet-stream",
+        filename: file.name,
+        sha256: file.object.sha256,
+    };
+    download.answer(state.store.objects(), headers)
+}
+
+fn tar(files: Vec<AdapterFile>, name: &str) -> Result<Download, ApiError> {
+    let (mut segments, mut hash) = (Vec::new(), Sha256::new());
+    for file in files {
+        hash.update(file.name.as_bytes());
+        hash.update([0]);
+        hash.update(file.object.sha256);
+        segments.push(Segment::Here(tar_header(&file)?));
+        let padding = file.object.bytes.next_multiple_of(BLOCK_BYTES) - file.object.bytes;
+        segments.push(Segment::Object { key: file.object.key, bytes: file.object.bytes });
+        segments.push(Segment::Here(zeros(padding)));
+    }
+    segments.push(Segment::Here(zeros(2 * BLOCK_BYTES)));
+    Ok(Download { segments, media_type: "application/x-tar", filename: format!("{name}.tar"), sha256: hash.finalize().into() })
 }
 
 fn tar_header(file: &AdapterFile) -> Result<Bytes, ApiError> {
@@ -97,10 +184,6 @@ fn tar_header(file: &AdapterFile) -> Result<Bytes, ApiError> {
     header.set_mode(0o644);
     header.set_cksum();
     Ok(Bytes::copy_from_slice(header.as_bytes()))
-}
-
-fn one(bytes: Bytes) -> BoxStream<'static, Result<Bytes, StoreError>> {
-    stream::once(async { Ok(bytes) }).boxed()
 }
 
 fn zeros(bytes: u64) -> Bytes {

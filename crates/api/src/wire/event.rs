@@ -7,6 +7,7 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::list::Listed;
+use super::words::{EventLevel, EventType};
 
 /// Something that happened to a job.
 #[derive(Debug, Serialize, ToSchema)]
@@ -17,13 +18,12 @@ pub(crate) struct Event {
     object: &'static str,
     /// When, in Unix seconds.
     created_at: i64,
-    /// `info`, `warn` or `error`.
-    #[schema(example = "info")]
+    #[schema(value_type = EventLevel)]
     level: String,
     /// For a person.
+    #[schema(example = "Step 10/80: training loss=0.7313, alignment KL=0.0021")]
     message: String,
-    /// `message` or `metrics`.
-    #[schema(example = "metrics")]
+    #[schema(value_type = EventType)]
     r#type: String,
     /// For a program: of a metric, the figures of a step.
     #[schema(value_type = Option<Object>)]

@@ -1,16 +1,24 @@
 //! Jobs as the wire has them.
 
+use std::time::Duration;
+
 use holdfast_domain::hyperparameters::{LongRows, LrSchedule, Precision, Recompute};
 use holdfast_domain::ids::{FileId, JobId};
 use holdfast_domain::invalid::LineError;
 use holdfast_domain::job::{JobState, Status};
 use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf, ProjectionSpace};
 use holdfast_domain::{Hyperparameters, Safety};
-use holdfast_store::jobs::{Job as Row, Progress as RowProgress};
+use holdfast_store::attempts::Attempt;
+use holdfast_store::jobs::{Job as Row, Progress as RowProgress, Waiting};
 use serde::Serialize;
+use time::OffsetDateTime;
 use utoipa::ToSchema;
 
 use super::list::Listed;
+use super::words::{
+    ActivationCheckpointingName, AlignmentPointName, AttemptOutcome, DefenseName, JobPhase, JobStatus, JobWork, KlPositionsName,
+    LongRowsName, LrScheduleName, PrecisionName, ProjectionName, ProjectionSpaceName, TargetModule,
+};
 
 /// A fine-tuning job.
 #[derive(Debug, Serialize, ToSchema)]
@@ -19,7 +27,8 @@ pub(crate) struct Job {
     id: JobId,
     #[schema(example = "fine_tuning.job")]
     object: &'static str,
-    /// The base model.
+    /// The base model, or the model the job goes on from.
+    #[schema(example = "SmolLM2-135M-Instruct")]
     model: String,
     /// In Unix seconds.
     created_at: i64,
@@ -27,12 +36,14 @@ pub(crate) struct Job {
     finished_at: Option<i64>,
     /// The name of what it made, once it has succeeded.
     fine_tuned_model: Option<String>,
+    #[schema(example = "holdfast")]
     organization_id: String,
-    result_files: Vec<String>,
-    /// `validating_files`, `queued`, `running`, `succeeded`, `failed` or `cancelled`.
-    #[schema(value_type = String, example = "running")]
+    /// A CSV file with the figures of every step, once it has succeeded.
+    #[schema(value_type = Vec<String>)]
+    result_files: Vec<FileId>,
+    #[schema(value_type = JobStatus)]
     status: Status,
-    #[schema(value_type = String)]
+    #[schema(value_type = String, example = "file-0192f3a4000070008000000000000001")]
     training_file: FileId,
     #[schema(value_type = Option<String>)]
     validation_file: Option<FileId>,
@@ -42,19 +53,67 @@ pub(crate) struct Job {
     error: Option<JobError>,
     hyperparameters: ShownHyperparameters,
     seed: u64,
+    /// When it will probably end, in Unix seconds, while it trains.
+    estimated_finish: Option<i64>,
     method: ShownMethod,
     #[schema(value_type = BTreeMap<String, String>)]
     metadata: serde_json::Value,
     /// Extension: what it trains under.
     safety: ShownSafety,
     /// Extension: what the trainer does now.
+    #[schema(value_type = Option<JobPhase>)]
     phase: Option<String>,
     /// Extension: how far it is.
     progress: Option<JobProgress>,
-    /// Extension: jobs that wait before it, while it waits.
+    /// Extension: what the check of its files found.
+    dataset: Option<JobDataset>,
+    /// Extension: jobs that workers will take before it, while it waits.
     queue_position: Option<u64>,
+    /// Extension: what it waits for, while it waits.
+    #[schema(example = "4 jobs are before it")]
+    waiting_reason: Option<String>,
     /// Extension: how often a worker has taken it up.
     attempt: Option<i32>,
+    /// Extension: each of these times, and what became of it.
+    attempts: Vec<JobAttempt>,
+}
+
+/// A time a worker took a job up.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct JobAttempt {
+    /// Counts from 1, the check of the files among them.
+    attempt: i32,
+    #[schema(value_type = JobWork)]
+    work: String,
+    /// In Unix seconds.
+    started_at: i64,
+    /// In Unix seconds, once it has ended.
+    ended_at: Option<i64>,
+    /// How it ended, once it has.
+    #[schema(value_type = Option<AttemptOutcome>)]
+    outcome: Option<String>,
+    /// Why it ended so, where that needs words.
+    #[schema(example = "The object store could not be used")]
+    reason: Option<String>,
+}
+
+impl From<Attempt> for JobAttempt {
+    fn from(attempt: Attempt) -> Self {
+        let Attempt { attempt, work, started_at, ended_at, outcome, reason } = attempt;
+        let ended_at = ended_at.map(OffsetDateTime::unix_timestamp);
+        Self { attempt, work, started_at: started_at.unix_timestamp(), ended_at, outcome, reason }
+    }
+}
+
+/// What the check of a job's files found.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct JobDataset {
+    /// Rows of the training file.
+    rows: u64,
+    /// Their tokens.
+    tokens: u64,
+    /// Those of them that count towards the loss.
+    supervised_tokens: u64,
 }
 
 /// Why a job failed.
@@ -103,22 +162,22 @@ pub(crate) struct ResolvedHyperparameters {
     learning_rate_multiplier: f64,
     gradient_accumulation_steps: u32,
     learning_rate: f64,
-    #[schema(value_type = String)]
+    #[schema(value_type = LrScheduleName)]
     lr_schedule: LrSchedule,
     warmup_ratio: f64,
     weight_decay: f64,
     max_grad_norm: f64,
     max_length: u32,
-    #[schema(value_type = String)]
+    #[schema(value_type = LongRowsName)]
     long_rows: LongRows,
-    #[schema(value_type = String)]
+    #[schema(value_type = PrecisionName)]
     precision: Precision,
     lora_rank: u32,
     lora_alpha: f64,
     lora_dropout: f64,
-    #[schema(value_type = Vec<String>)]
+    #[schema(value_type = Vec<TargetModule>)]
     target_modules: Vec<holdfast_domain::hyperparameters::Projection>,
-    #[schema(value_type = String)]
+    #[schema(value_type = ActivationCheckpointingName)]
     activation_checkpointing: Recompute,
     length_grouping: bool,
     evaluate_steps: u64,
@@ -129,16 +188,16 @@ pub(crate) struct ResolvedHyperparameters {
 /// What a job trains under.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct ShownSafety {
-    #[schema(value_type = String, example = "safegrad")]
+    #[schema(value_type = DefenseName)]
     defense: Defense,
     rho: f64,
-    #[schema(value_type = String, example = "response")]
+    #[schema(value_type = KlPositionsName)]
     kl_positions: KlPositions,
-    #[schema(value_type = String, example = "batch")]
+    #[schema(value_type = ProjectionName)]
     projection: ProjectionOf,
-    #[schema(value_type = String, example = "gradient")]
+    #[schema(value_type = ProjectionSpaceName)]
     projection_space: ProjectionSpace,
-    #[schema(value_type = String, example = "current")]
+    #[schema(value_type = AlignmentPointName)]
     alignment_point: AlignmentPoint,
     /// The budget of mean KL in nats, under `held`.
     budget: Option<f64>,
@@ -213,15 +272,23 @@ impl From<Hyperparameters> for ResolvedHyperparameters {
 }
 
 impl Job {
-    /// A row as the wire shows it; `queue_position` is known only while it waits.
-    pub(crate) fn new(row: Row, queue_position: Option<u64>) -> Self {
+    /// A row as the wire shows it; what it waits for is known only of one job by itself.
+    pub(crate) fn new(row: Row, waiting: Option<Waiting>) -> Self {
         let status = row.state.status();
         let attempt = match &row.state {
-            JobState::ValidatingFiles { attempt } | JobState::Queued { attempt } | JobState::Running { attempt } => {
-                Some(*attempt)
-            }
+            JobState::ValidatingFiles { attempt }
+            | JobState::Queued { attempt }
+            | JobState::Running { attempt }
+            | JobState::Pausing { attempt }
+            | JobState::Paused { attempt, .. } => Some(*attempt),
             JobState::Succeeded { .. } | JobState::Failed { .. } | JobState::Cancelled => None,
         };
+        let estimated_finish = row.progress.as_ref().filter(|_| status == Status::Running).map(|progress| {
+            // A run of more than some centuries is no estimate.
+            let rest = Duration::from_secs_f64(progress.eta_seconds.clamp(0.0, 1e10));
+            row.read_at.unix_timestamp().saturating_add_unsigned(rest.as_secs() + 1)
+        });
+        let waiting_reason = waiting_reason(&row, waiting.as_ref());
         let (fine_tuned_model, trained_tokens, error) = match row.state {
             JobState::Succeeded { fine_tuned_model, trained_tokens } => (Some(fine_tuned_model), Some(trained_tokens), None),
             JobState::Failed { error } => (
@@ -235,12 +302,12 @@ impl Job {
         Self {
             id: row.id,
             object: "fine_tuning.job",
-            model: row.base_model,
+            model: row.model,
             created_at: row.created_at.unix_timestamp(),
             finished_at: row.finished_at.map(|t| t.unix_timestamp()),
             fine_tuned_model,
             organization_id: row.organization,
-            result_files: Vec::new(),
+            result_files: row.result_file.into_iter().collect(),
             status,
             training_file: row.training_file,
             validation_file: row.validation_file,
@@ -252,15 +319,45 @@ impl Job {
                 learning_rate_multiplier: hyperparameters.learning_rate_multiplier,
             },
             seed: row.seed,
+            estimated_finish,
             method: ShownMethod { r#type: "supervised", supervised: ShownSupervised { hyperparameters } },
             metadata: row.metadata,
             safety: row.safety.into(),
             phase: row.phase,
             progress: row.progress.map(Into::into),
-            queue_position,
+            dataset: row.dataset.map(|d| JobDataset { rows: d.rows, tokens: d.tokens, supervised_tokens: d.supervised_tokens }),
+            queue_position: waiting.map(|waiting| waiting.ahead),
+            waiting_reason,
             attempt,
+            attempts: row.attempts.into_iter().map(Into::into).collect(),
         }
     }
+}
+
+/// What a job waits for, in words.
+fn waiting_reason(row: &Row, waiting: Option<&Waiting>) -> Option<String> {
+    let status = row.state.status();
+    if status == Status::Paused {
+        return Some("it is paused; resume it to go on".into());
+    }
+    let waiting = waiting?;
+    if let Some(seconds) = row.rests_until.map(|until| (until - row.read_at).whole_seconds()).filter(|seconds| *seconds > 0) {
+        let reason =
+            row.attempts.last().and_then(|attempt| attempt.reason.as_deref()).unwrap_or("its last attempt came to nothing");
+        return Some(format!("it is tried again in {seconds} seconds, because of this: {reason}"));
+    }
+    if waiting.workers == 0 {
+        return Some("no worker was heard of in the last minute; the operator must start one".into());
+    }
+    if let Some(most) = waiting.may_run_in_project.filter(|most| status == Status::Queued && waiting.running_in_project >= *most)
+    {
+        return Some(format!("{} jobs of this project train, and its quota allows {most}", waiting.running_in_project));
+    }
+    Some(match waiting.ahead {
+        0 => "it is next; the workers are busy with other jobs, or about to take it".into(),
+        1 => "one job is before it".into(),
+        jobs => format!("{jobs} jobs are before it"),
+    })
 }
 
 impl Listed for Job {

@@ -1,5 +1,6 @@
 //! A request for a job as the wire has it.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use holdfast_domain::Invalid;
@@ -7,12 +8,22 @@ use holdfast_domain::hyperparameters::{LongRows, LrSchedule, Precision, Recomput
 use holdfast_domain::limits::{MAX_METADATA_KEY_CHARS, MAX_METADATA_PAIRS, MAX_METADATA_VALUE_CHARS};
 use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf, ProjectionSpace, RequestedSafety};
 use serde::{Deserialize, Deserializer, de};
-use utoipa::ToSchema;
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
+
+use crate::error::shortened;
+
+use super::words::{
+    ActivationCheckpointingName, AlignmentPointName, DefenseName, KlPositionsName, LongRowsName, LrScheduleName, PrecisionName,
+    ProjectionName, ProjectionSpaceName, TargetModule,
+};
 
 /// A request for a job.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct CreateJob {
-    /// The base model's name, see `GET /v1/models`.
+    /// A base model's name, see `GET /v1/models`; or a fine-tuned model or a checkpoint of the project, whose adapter the job goes
+    /// on training.
     #[schema(example = "SmolLM2-135M-Instruct")]
     pub(crate) model: String,
     /// The id of an uploaded file.
@@ -20,14 +31,18 @@ pub(crate) struct CreateJob {
     pub(crate) training_file: String,
     /// The id of an uploaded file to measure the model on, before and after.
     pub(crate) validation_file: Option<String>,
-    /// A part of the model's name, 1 to 64 characters.
-    #[schema(example = "reviews")]
+    /// A part of the model's name.
+    #[schema(example = "reviews", pattern = "^[A-Za-z0-9._-]{1,64}$")]
     pub(crate) suffix: Option<String>,
     /// Decides every random choice of the run; 42 when absent.
     #[schema(minimum = 0, maximum = 2_147_483_647)]
     pub(crate) seed: Option<u64>,
-    /// At most 16 pairs.
+    /// At most 16 pairs; keys of at most 64 characters, values of at most 512.
+    #[schema(value_type = Option<BTreeMap<String, String>>, example = json!({"team": "reviews"}))]
     pub(crate) metadata: Option<BTreeMap<String, String>>,
+    /// None is supported.
+    #[schema(value_type = Option<Vec<Object>>, max_items = 0)]
+    pub(crate) integrations: Option<Vec<serde::de::IgnoredAny>>,
     /// The older place of `method.supervised.hyperparameters`.
     pub(crate) hyperparameters: Option<RequestedHyperparameters>,
     /// How to train.
@@ -40,7 +55,7 @@ pub(crate) struct CreateJob {
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct Method {
     /// `supervised` is what this service does.
-    #[schema(example = "supervised")]
+    #[schema(example = "supervised", pattern = "^supervised$")]
     r#type: String,
     supervised: Option<Supervised>,
 }
@@ -83,81 +98,94 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Auto<T> {
     }
 }
 
-/// A whole number, or `"auto"`.
-#[derive(Deserialize, ToSchema)]
-#[serde(untagged)]
-#[expect(dead_code, reason = "describes Auto<u32>, which no derived schema can")]
-pub(crate) enum AutoInteger {
-    Word(AutoWord),
-    Value(u32),
+/// Describes `Auto<T>`, which no derived schema can: a number within bounds, or `"auto"`.
+macro_rules! auto_schema {
+    ($name:ident, $of:ident, $least:expr, $most:expr) => {
+        pub(crate) struct $name;
+
+        impl PartialSchema for $name {
+            fn schema() -> RefOr<Schema> {
+                let word = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(["auto"]));
+                let number = ObjectBuilder::new().schema_type(Type::$of).minimum(Some($least)).maximum(Some($most));
+                let description = concat!("A value from ", stringify!($least), " to ", stringify!($most), ", or `auto`.");
+                OneOfBuilder::new().item(word).item(number).description(Some(description)).into()
+            }
+        }
+
+        impl ToSchema for $name {
+            fn name() -> Cow<'static, str> {
+                stringify!($name).into()
+            }
+        }
+    };
 }
 
-/// A number, or `"auto"`.
-#[derive(Deserialize, ToSchema)]
-#[serde(untagged)]
-#[expect(dead_code, reason = "describes Auto<f64>, which no derived schema can")]
-pub(crate) enum AutoNumber {
-    Word(AutoWord),
-    Value(f64),
-}
-
-/// Leaves a value to the service.
-#[derive(Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum AutoWord {
-    Auto,
-}
+auto_schema!(AutoEpochs, Integer, 1, 50);
+auto_schema!(AutoRows, Integer, 1, 256);
+auto_schema!(AutoFactor, Number, 0.000001, 10_000.0);
 
 /// Hyperparameters; what is absent is decided by the service.
-#[derive(Debug, Default, Deserialize, ToSchema)]
+#[derive(Debug, Default, PartialEq, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct RequestedHyperparameters {
     /// Passes over the training file, 1 to 50.
-    #[schema(value_type = Option<AutoInteger>)]
+    #[schema(value_type = Option<AutoEpochs>)]
     n_epochs: Option<Auto<u32>>,
     /// Rows in one forward pass, 1 to 256.
-    #[schema(value_type = Option<AutoInteger>)]
+    #[schema(value_type = Option<AutoRows>)]
     batch_size: Option<Auto<u32>>,
     /// Times the usual learning rate of 2e-4.
-    #[schema(value_type = Option<AutoNumber>)]
+    #[schema(value_type = Option<AutoFactor>)]
     learning_rate_multiplier: Option<Auto<f64>>,
     /// Extension: the peak learning rate itself.
+    #[schema(minimum = 0.000000001, maximum = 1.0)]
     learning_rate: Option<f64>,
     /// Extension: forward passes whose gradients make one step, 1 to 256.
+    #[schema(minimum = 1, maximum = 256)]
     gradient_accumulation_steps: Option<u32>,
     /// Extension: `constant`, `linear` or `cosine`.
-    #[schema(value_type = Option<String>, example = "linear")]
+    #[schema(value_type = Option<LrScheduleName>)]
     lr_schedule: Option<LrSchedule>,
     /// Extension: the share of the steps over which the learning rate rises, 0 to 1.
+    #[schema(minimum = 0.0, maximum = 1.0)]
     warmup_ratio: Option<f64>,
     /// Extension: 0 to 1.
+    #[schema(minimum = 0.0, maximum = 1.0)]
     weight_decay: Option<f64>,
     /// Extension: the norm the gradient is clipped to; 0 for none.
+    #[schema(minimum = 0.0, maximum = 1_000_000.0)]
     max_grad_norm: Option<f64>,
     /// Extension: the most tokens a row may have, 16 to 131,072.
+    #[schema(minimum = 16, maximum = 131_072)]
     max_length: Option<u32>,
     /// Extension: `error` refuses a file with longer rows, `truncate` cuts their ends off.
-    #[schema(value_type = Option<String>, example = "error")]
+    #[schema(value_type = Option<LongRowsName>)]
     long_rows: Option<LongRows>,
     /// Extension: `f32` or `bf16`.
-    #[schema(value_type = Option<String>, example = "bf16")]
+    #[schema(value_type = Option<PrecisionName>)]
     precision: Option<Precision>,
     /// Extension: the adapter's rank, 1 to 256.
+    #[schema(minimum = 1, maximum = 256)]
     lora_rank: Option<u32>,
     /// Extension: the adapter's scale.
+    #[schema(minimum = 0.001, maximum = 10_000.0)]
     lora_alpha: Option<f64>,
     /// Extension: 0 to 0.9.
+    #[schema(minimum = 0.0, maximum = 0.9)]
     lora_dropout: Option<f64>,
     /// Extension: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`.
+    #[schema(value_type = Option<Vec<TargetModule>>, min_items = 1)]
     target_modules: Option<Vec<String>>,
     /// Extension: what the backward pass computes again instead of keeping it: `nothing`, `feed_forward` or `layers`.
-    #[schema(value_type = Option<String>, example = "nothing")]
+    #[schema(value_type = Option<ActivationCheckpointingName>)]
     activation_checkpointing: Option<Recompute>,
     /// Extension: whether rows of like length share a step.
     length_grouping: Option<bool>,
     /// Extension: steps between measurements on the validation file; 0 for the end of every epoch.
+    #[schema(minimum = 0, maximum = 1_000_000)]
     evaluate_steps: Option<u64>,
     /// Extension: measurements without a better validation loss after which training ends with the best adapter; 0 for never.
+    #[schema(minimum = 0, maximum = 1000)]
     early_stopping_patience: Option<u32>,
     /// Extension: whether each row is scored by how hard it pushes against the alignment.
     row_conflicts: Option<bool>,
@@ -196,23 +224,25 @@ impl From<RequestedHyperparameters> for Requested {
 #[serde(deny_unknown_fields)]
 pub(crate) struct SafetyRequest {
     /// `none`, `safe_mix`, `lisa`, `kl_penalty`, `sbr`, `pcgrad`, `safegrad` or `held`.
-    #[schema(value_type = Option<String>, example = "safegrad")]
+    #[schema(value_type = Option<DefenseName>)]
     defense: Option<Defense>,
     /// The method's strength, 0 to 100.
+    #[schema(minimum = 0.0, maximum = 100.0)]
     rho: Option<f64>,
     /// `response` or `all`.
-    #[schema(value_type = Option<String>, example = "response")]
+    #[schema(value_type = Option<KlPositionsName>)]
     kl_positions: Option<KlPositions>,
     /// `batch` or `per_row`: whose gradient is projected.
-    #[schema(value_type = Option<String>, example = "batch")]
+    #[schema(value_type = Option<ProjectionName>)]
     projection: Option<ProjectionOf>,
     /// `gradient` or `update`: where the projection takes place.
-    #[schema(value_type = Option<String>, example = "gradient")]
+    #[schema(value_type = Option<ProjectionSpaceName>)]
     projection_space: Option<ProjectionSpace>,
     /// `current` or `lookahead`: at which weights the alignment gradient is taken.
-    #[schema(value_type = Option<String>, example = "current")]
+    #[schema(value_type = Option<AlignmentPointName>)]
     alignment_point: Option<AlignmentPoint>,
     /// The budget of mean KL in nats, under `held`.
+    #[schema(minimum = 0.000001, maximum = 100.0)]
     budget: Option<f64>,
     /// The operator's alignment set by its name.
     alignment_set: Option<String>,
@@ -241,11 +271,12 @@ impl CreateJob {
         if let Some(method) = &self.method
             && method.r#type != "supervised"
         {
-            let message = format!("method.type {:?} is not supported; supported: \"supervised\"", method.r#type);
+            let message = format!("method.type {:?} is not supported; supported: \"supervised\"", shortened(&method.r#type));
             return Err(Invalid::new("method.type", "unsupported_method", message));
         }
         let new = self.method.as_mut().and_then(|m| m.supervised.as_mut()).and_then(|s| s.hyperparameters.take());
-        match (self.hyperparameters.take(), new) {
+        // Some clients always send the older place, empty.
+        match (self.hyperparameters.take().filter(|old| *old != RequestedHyperparameters::default()), new) {
             (Some(_), Some(_)) => {
                 Err(Invalid::new(OLD, "contradiction", format!("give the hyperparameters in {NEW} alone, not also in {OLD}")))
             }

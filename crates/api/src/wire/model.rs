@@ -37,3 +37,13 @@ impl Listed for Model {
         self.id.clone()
     }
 }
+
+/// The news that a model is gone.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct DeletedModel {
+    #[schema(example = "ft:SmolLM2-135M-Instruct:holdfast:reviews:0192f3a4000070008000000000000001")]
+    pub(crate) id: String,
+    #[schema(example = "model")]
+    pub(crate) object: &'static str,
+    pub(crate) deleted: bool,
+}

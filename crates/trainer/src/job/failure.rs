@@ -1,6 +1,7 @@
 //! Why a job ends without an adapter, and how its exit record says so.
 
 use std::any::Any;
+use std::io::ErrorKind;
 
 use holdfast_domain::exit::{self, ExitRecord};
 
@@ -39,10 +40,23 @@ pub(super) fn failed(error: &anyhow::Error) -> ExitRecord {
         };
         return ExitRecord { code: exit::BAD_DATA, message: format!("{error:#}"), reason: reason.into(), trained_tokens: 0 };
     }
+    let is_full = |cause: &std::io::Error| matches!(cause.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+    if error.chain().filter_map(|cause| cause.downcast_ref()).any(is_full) {
+        return full_disk();
+    }
     fault(&format!("{error:#}"))
 }
 
+fn full_disk() -> ExitRecord {
+    let message = "The disk under the job's folder has no room left.".into();
+    ExitRecord { code: exit::INTERNAL, message, reason: exit::reason::FULL_DISK.into(), trained_tokens: 0 }
+}
+
 pub(super) fn fault(message: &str) -> ExitRecord {
+    // A library's error may be words alone.
+    if message.contains("No space left on device") {
+        return full_disk();
+    }
     let first_line = message.lines().next().unwrap_or_default();
     let out_of_memory = ["can't allocate memory", "out of memory", "bad_alloc", "CUDA_ERROR_OUT_OF_MEMORY"];
     let (reason, message) = if out_of_memory.iter().any(|words| message.contains(words)) {

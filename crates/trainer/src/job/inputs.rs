@@ -1,6 +1,7 @@
 //! What a job folder holds, read and checked.
 
 use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -13,6 +14,7 @@ use holdfast_domain::plan::{self, Plan, paths};
 
 use super::failure::{bad_data, bad_setup};
 use crate::model::read_architecture;
+use crate::stop::Stop;
 
 /// Reads a job's plan.
 pub(super) fn read_plan(folder: &Path) -> Result<Plan> {
@@ -40,7 +42,7 @@ pub(super) struct Inputs {
 }
 
 impl Inputs {
-    pub(super) fn read(folder: &Path, plan: &Plan) -> Result<Self> {
+    pub(super) fn read(folder: &Path, plan: &Plan, stop: &Stop) -> Result<Self> {
         let h = &plan.hyperparameters;
         h.check().and_then(|()| h.check_with(&plan.safety)).map_err(|e| bad_setup(format!("{}: {}", paths::PLAN, e.message)))?;
         let base = folder.join(paths::BASE);
@@ -56,7 +58,8 @@ impl Inputs {
                 architecture.vocab_size
             )));
         }
-        let rows = |name: &str, options, fault: fn(String) -> anyhow::Error| read_rows(folder, name, &tokenizer, options, fault);
+        let rows =
+            |name: &str, options, fault: fn(String) -> anyhow::Error| read_rows(folder, name, &tokenizer, options, fault, stop);
         let tenants = EncodeOptions { max_length: h.max_length as usize, long_rows: h.long_rows };
         // The operator's rows are not the tenant's to shorten: a small max_length would cut refusals to nothing.
         let operators = EncodeOptions { max_length: usize::MAX, long_rows: LongRows::Error };
@@ -68,6 +71,19 @@ impl Inputs {
     }
 }
 
+/// A file that cannot be read any further once the run is asked to stop.
+struct UntilStopped<'a> {
+    file: File,
+    stop: &'a Stop,
+}
+
+impl Read for UntilStopped<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.stop.check().map_err(std::io::Error::other)?;
+        self.file.read(buffer)
+    }
+}
+
 /// The examples of one of the job's files with their lines; a line that cannot be used is a `fault`, named by its number.
 fn read_rows(
     folder: &Path,
@@ -75,14 +91,16 @@ fn read_rows(
     tokenizer: &ChatTokenizer,
     options: EncodeOptions,
     fault: fn(String) -> anyhow::Error,
+    stop: &Stop,
 ) -> Result<(Vec<u64>, Vec<Example>)> {
-    let file = File::open(folder.join(name)).map_err(|e| fault(format!("{name}: {e}")))?;
+    let file = File::open(folder.join(name)).map_err(|e| bad_setup(format!("{name}: {e}")))?;
     let (mut lines, mut examples) = (Vec::new(), Vec::new());
-    let report = encode_file(file, tokenizer, options, |line, example| {
+    let report = encode_file(UntilStopped { file, stop }, tokenizer, options, |line, example| {
         lines.push(line);
         examples.push(example);
-    })
-    .with_context(|| format!("cannot read {name}"))?;
+    });
+    stop.check()?;
+    let report = report.with_context(|| format!("cannot read {name}"))?;
     if report.error_count > 0 {
         return Err(fault(format!("{name}: {}", report.summary())));
     }

@@ -2,8 +2,6 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
 use holdfast_dataset::Example;
@@ -11,11 +9,11 @@ use holdfast_domain::exit::{self, ExitRecord};
 use holdfast_domain::plan::{Plan, paths};
 use holdfast_domain::progress::Phase;
 
-use crate::adapter::{Adapter, AdapterConfig};
 use crate::checkpoint::Checkpoints;
 use crate::model::Model;
 use crate::progress::ProgressLog;
 use crate::reference::Reference;
+use crate::stop::{Stop, Stopped};
 use crate::train::Run;
 use crate::{adapter_files, device, methods, reference_files};
 
@@ -23,6 +21,7 @@ mod failure;
 mod inputs;
 mod memory;
 mod session;
+mod start;
 
 pub(crate) use failure::bad_setup;
 use failure::{failed, fault, panic_message};
@@ -52,12 +51,10 @@ pub fn run(folder: &Path) -> ExitRecord {
         Ok(Ok(Ended::Done { trained_tokens })) => {
             ExitRecord { code: exit::DONE, message: "done".into(), reason: exit::reason::DONE.into(), trained_tokens }
         }
-        Ok(Ok(Ended::Stopped { step, trained_tokens })) => ExitRecord {
-            code: exit::STOPPED,
-            message: format!("stopped after step {step}, with a checkpoint"),
-            reason: exit::reason::STOPPED.into(),
-            trained_tokens,
-        },
+        Ok(Ok(Ended::Stopped { step, trained_tokens })) => {
+            stopped(format!("stopped after step {step}, with a checkpoint"), trained_tokens)
+        }
+        Ok(Err(error)) if error.is::<Stopped>() => stopped("stopped before its first step, without a new checkpoint".into(), 0),
         Ok(Err(error)) => failed(&error),
         Err(panic) => fault(&panic_message(panic.as_ref())),
     };
@@ -66,6 +63,10 @@ pub fn run(folder: &Path) -> ExitRecord {
         eprintln!("cannot write {}: {error:#}", paths::EXIT);
     }
     record
+}
+
+fn stopped(message: String, trained_tokens: u64) -> ExitRecord {
+    ExitRecord { code: exit::STOPPED, message, reason: exit::reason::STOPPED.into(), trained_tokens }
 }
 
 fn write_record(folder: &Path, record: &ExitRecord) -> Result<()> {
@@ -78,22 +79,20 @@ fn write_record(folder: &Path, record: &ExitRecord) -> Result<()> {
 }
 
 fn train(folder: &Path) -> Result<Ended> {
-    // From here on a SIGTERM ends the run at a step's end instead of at once.
-    let stopping = Arc::new(AtomicBool::new(false));
-    signal_hook::flag::register(signal_hook::consts::SIGTERM, Arc::clone(&stopping)).context("cannot watch for signals")?;
+    let stop = Stop::on_sigterm()?;
     let plan = read_plan(folder)?;
     std::fs::create_dir_all(folder.join(paths::OUT)).context("cannot make the job's out folder")?;
     let mut log = ProgressLog::open(folder)?;
     log.phase(Phase::LoadingModel)?;
-    let inputs = Inputs::read(folder, &plan)?;
+    let inputs = Inputs::read(folder, &plan, &stop)?;
     let device = device::parse(&plan.device).map_err(|e| bad_setup(format!("{}: {e}", paths::PLAN)))?;
     memory::check(&inputs, &plan, &mut log)?;
     let kind = device::kind(plan.hyperparameters.precision);
-    let model = Model::load_as(inputs.architecture.clone(), &folder.join(paths::BASE), kind, device)
-        .map_err(|e| bad_setup(format!("{}: {e:#}", paths::BASE)))?;
-    let h = &plan.hyperparameters;
-    let adapter = Adapter::init(&model, AdapterConfig::from(h), plan.seed);
-    let (reference, probe) = references(folder, &plan, &model, &inputs.alignment, &mut log)?;
+    let model = Model::load_as(inputs.architecture.clone(), &folder.join(paths::BASE), kind, device, &stop);
+    stop.check()?;
+    let model = model.map_err(|e| bad_setup(format!("{}: {e:#}", paths::BASE)))?;
+    let adapter = start::adapter(folder, &plan, &model)?;
+    let (reference, probe) = references(folder, &plan, &model, &inputs.alignment, &stop, &mut log)?;
     let run = Run {
         model: &model,
         adapter: &adapter,
@@ -101,10 +100,10 @@ fn train(folder: &Path) -> Result<Ended> {
         reference: reference.as_ref(),
         probe: probe.as_ref(),
         plan: &plan,
+        stop: &stop,
     };
     let checkpoints = Checkpoints::new(folder.join(paths::CHECKPOINTS), serde_json::to_vec(&plan.identity())?, &plan.base_model);
-    let mut session =
-        Session { run: &run, checkpoints: &checkpoints, log: &mut log, validation: &inputs.validation, stopping: &stopping };
+    let mut session = Session { folder, run: &run, checkpoints: &checkpoints, log: &mut log, validation: &inputs.validation };
     let (state, ended) = session.train_to_the_end()?;
     let trained_tokens = state.cursor.tokens;
     if ended == RunEnd::Stopped {
@@ -129,13 +128,14 @@ fn references(
     plan: &Plan,
     model: &Model,
     alignment: &[Example],
+    stop: &Stop,
     log: &mut ProgressLog,
 ) -> Result<(Option<Reference>, Option<Reference>)> {
     if !plan.safety.defense.needs_alignment() {
         return Ok((None, None));
     }
     log.phase(Phase::AlignmentReference)?;
-    let whole = reference_files::get(folder, plan, model, alignment)?;
+    let whole = reference_files::get(folder, plan, model, alignment, stop)?;
     if methods::of(&plan.safety, plan.hyperparameters.precision).review_steps().is_none() {
         return Ok((Some(whole), None));
     }

@@ -1,18 +1,19 @@
 //! The steps of a job with what stands around them: checkpoints, validation, progress, signals, setbacks.
 
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::Path;
 
 use anyhow::Result;
 use holdfast_dataset::Example;
 use holdfast_domain::progress::{Phase, Progress};
 
 use super::failure::BadInput;
-use crate::adapter::{Adapter, AdapterConfig};
-use crate::checkpoint::{Checkpoints, State};
+use super::start;
+use crate::checkpoint::{Checkpoints, Owed, State};
 use crate::divergence::Diverged;
 use crate::evaluate::evaluate;
 use crate::progress::ProgressLog;
+use crate::stop::Stopped;
 use crate::train::Run;
 
 /// How the steps of a run ended.
@@ -28,11 +29,11 @@ pub(super) enum RunEnd {
 
 /// A run with what stands around its steps: checkpoints, validation, progress, signals.
 pub(super) struct Session<'a> {
+    pub(super) folder: &'a Path,
     pub(super) run: &'a Run<'a>,
     pub(super) checkpoints: &'a Checkpoints,
     pub(super) log: &'a mut ProgressLog,
     pub(super) validation: &'a [Example],
-    pub(super) stopping: &'a AtomicBool,
 }
 
 /// How often a run that diverges goes back and tries with half the learning rate.
@@ -43,6 +44,7 @@ impl Session<'_> {
     pub(super) fn train_to_the_end(&mut self) -> Result<(State, RunEnd)> {
         self.log.phase(Phase::Training)?;
         let mut state = self.restore()?;
+        self.run.stop.check()?;
         loop {
             let (from, setbacks) = (state.cursor.step, state.cursor.setbacks);
             let diverged = match self.take_steps(&mut state) {
@@ -79,74 +81,97 @@ impl Session<'_> {
         let run = self.run;
         let mut state = run.start();
         if !self.checkpoints.restore(run.model, run.adapter, &mut state, |reason| eprintln!("{reason}"))? {
-            let config = AdapterConfig::from(&run.plan.hyperparameters);
-            run.adapter.set(Adapter::init(run.model, config, run.plan.seed).flat());
+            run.adapter.set(start::adapter(self.folder, run.plan, run.model)?.flat());
         }
         Ok(state)
     }
 
     fn take_steps(&mut self, state: &mut State) -> Result<RunEnd> {
-        let (run, h) = (self.run, &self.run.plan.hyperparameters);
-        let total_steps = run.total_steps();
+        let run = self.run;
         self.log.start(
             &Progress::Started {
-                total_steps,
+                total_steps: run.total_steps(),
                 rows: run.examples.len() as u64,
                 alignment_rows: run.reference.map_or(0, |r| r.rows() as u64),
                 trainable_parameters: run.adapter.parameters(),
             },
             state.cursor,
         )?;
-        if state.cursor.step == 0 {
-            self.validate(state, total_steps)?;
+        if state.cursor.step == 0 && !self.validate(state)? {
+            return Err(Stopped.into());
+        }
+        if state.cursor.owed.is_some() {
+            run.settle(state);
+            if let ControlFlow::Break(ended) = self.after_step(state)? {
+                return Ok(ended);
+            }
         }
         let mut ended = RunEnd::Done;
         let done = run.train(state, |step, state| {
             self.log.step(step)?;
-            let at = state.cursor.step;
-            if run.evaluation_is_due(state) {
-                self.validate(state, total_steps)?;
-            }
-            let patience = h.early_stopping_patience;
-            if patience > 0 && at < total_steps && state.cursor.best.is_some_and(|best| best.since >= patience) {
-                ended = RunEnd::StoppedEarly;
-                return Ok(ControlFlow::Break(()));
-            }
-            let stop = self.stopping.load(Ordering::Relaxed);
-            if stop || at.is_multiple_of(run.plan.checkpoint_steps.max(1)) {
-                self.checkpoints.save(run.adapter, state)?;
-            }
-            if stop && at < total_steps {
-                ended = RunEnd::Stopped;
-                return Ok(ControlFlow::Break(()));
-            }
-            Ok(ControlFlow::Continue(()))
+            Ok(match self.after_step(state)? {
+                ControlFlow::Break(early) => {
+                    ended = early;
+                    ControlFlow::Break(())
+                }
+                ControlFlow::Continue(()) => ControlFlow::Continue(()),
+            })
         })?;
         // A patience that never ran out still means that the best is wanted.
-        let wants_best = h.early_stopping_patience > 0 && state.cursor.best.is_some_and(|best| best.step > 0);
+        let wants_best =
+            run.plan.hyperparameters.early_stopping_patience > 0 && state.cursor.best.is_some_and(|best| best.step > 0);
         Ok(if done && wants_best { RunEnd::StoppedEarly } else { ended })
     }
 
-    /// Measures the adapter on the validation file, and keeps it where it is the best so far.
-    fn validate(&mut self, state: &mut State, total_steps: u64) -> Result<()> {
+    /// Measures, leaves a checkpoint and ends the run, each where it is time for it.
+    fn after_step(&mut self, state: &mut State) -> Result<ControlFlow<RunEnd>> {
+        let (run, at) = (self.run, state.cursor.step);
+        if state.cursor.owed == Some(Owed::Validation) && (!run.evaluation_is_due(state) || self.validate(state)?) {
+            state.cursor.owed = None;
+        }
+        let is_last = at == run.total_steps();
+        let patience = run.plan.hyperparameters.early_stopping_patience;
+        if patience > 0 && !is_last && state.cursor.best.is_some_and(|best| best.since >= patience) {
+            return Ok(ControlFlow::Break(RunEnd::StoppedEarly));
+        }
+        let stop = run.stop.is_asked();
+        let is_scheduled = at.is_multiple_of(run.plan.checkpoint_steps.max(1));
+        if stop || is_scheduled {
+            self.checkpoints.save(run.adapter, state)?;
+            if !state.watch.is_rising() {
+                let best = state.cursor.best.map(|best| best.step);
+                let settled = is_scheduled && state.cursor.owed.is_none();
+                self.log.write(&Progress::Checkpoint { step: at, best, settled })?;
+            }
+        }
+        let is_done = is_last && state.cursor.owed.is_none();
+        Ok(if stop && !is_done { ControlFlow::Break(RunEnd::Stopped) } else { ControlFlow::Continue(()) })
+    }
+
+    /// Measures the adapter on the validation file, and keeps it where it is the best so far. Returns whether it was done before
+    /// the run was asked to stop.
+    fn validate(&mut self, state: &mut State) -> Result<bool> {
         if self.validation.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let step = state.cursor.step;
-        let adapter = (step > 0).then_some(self.run.adapter);
+        // A fresh adapter is the base still.
+        let adapter = (step > 0 || self.run.plan.start.is_some()).then_some(self.run.adapter);
         let rows_per_pass = self.run.plan.hyperparameters.batch_size as usize;
-        let found = evaluate(self.run.model, adapter, self.validation, rows_per_pass);
+        let Ok(found) = evaluate(self.run.model, adapter, self.validation, rows_per_pass, self.run.stop) else {
+            return Ok(false);
+        };
         self.log.write(&Progress::Validation { step, loss: found.loss, token_accuracy: found.token_accuracy })?;
         if !found.loss.is_finite() {
             return Err(Diverged::NotANumber { step }.into());
         }
-        if step == 0 || step > total_steps {
-            return Ok(());
+        if step == 0 {
+            return Ok(true);
         }
         match &mut state.cursor.best {
             Some(best) if found.loss >= best.loss() => best.since += 1,
             best => *best = Some(self.checkpoints.save_best(self.run.adapter, step, found.loss)?),
         }
-        Ok(())
+        Ok(true)
     }
 }

@@ -1,13 +1,14 @@
 //! Lazy safety alignment (Huang et al., arXiv 2405.18641).
 
+use holdfast_domain::steps::{ALIGNMENT_PHASE, USER_PHASE};
 use tch::Tensor;
 
 use super::{Asks, Memory, Method, Objective, Sides};
 use crate::gradient::Gradient;
 use crate::surgery::{Merged, taken_alone};
 
-/// Training alternates between [`ALIGNMENT_STEPS`] on alignment rows and [`USER_STEPS`] on the user's, and either phase is held
-/// to where the other ended (algorithm 1):
+/// Training alternates between [`ALIGNMENT_PHASE`] steps on alignment rows and [`USER_PHASE`] on the user's, and either phase is
+/// held to where the other ended (algorithm 1):
 ///
 /// ```text
 /// L = task loss of the phase's rows + ρ/2 ‖w − w_other‖²,      g = ∇ task loss + ρ (w − w_other)
@@ -23,11 +24,7 @@ pub struct Lisa {
     last_was_user: Option<bool>,
 }
 
-/// Steps of an alignment phase.
-const ALIGNMENT_STEPS: u64 = 100;
-/// Steps of a user phase.
-const USER_STEPS: u64 = 900;
-const CYCLE: u64 = ALIGNMENT_STEPS + USER_STEPS;
+const CYCLE: u64 = ALIGNMENT_PHASE + USER_PHASE;
 
 impl Lisa {
     /// Phases held together with `rho`.
@@ -38,16 +35,12 @@ impl Lisa {
 }
 
 impl Method for Lisa {
-    fn total_steps(&self, user_steps: u64) -> u64 {
-        user_steps + ALIGNMENT_STEPS * user_steps.div_ceil(USER_STEPS)
-    }
-
     fn asks(&self, step: u64) -> Asks {
         let (cycle, within) = (step / CYCLE, step % CYCLE);
-        let (user_step, alignment) = if within < ALIGNMENT_STEPS {
-            (None, Some((Objective::Task, cycle * ALIGNMENT_STEPS + within)))
+        let (user_step, alignment) = if within < ALIGNMENT_PHASE {
+            (None, Some((Objective::Task, cycle * ALIGNMENT_PHASE + within)))
         } else {
-            (Some(cycle * USER_STEPS + within - ALIGNMENT_STEPS), None)
+            (Some(cycle * USER_PHASE + within - ALIGNMENT_PHASE), None)
         };
         Asks { user_step, alignment, each_row: false, lookahead: false }
     }
@@ -96,7 +89,6 @@ mod tests {
         assert_eq!(lisa.asks(999).user_step, Some(899));
         assert_eq!(lisa.asks(1000).alignment, Some((Objective::Task, 100)));
         assert_eq!(lisa.asks(1100).user_step, Some(900));
-        assert_eq!(lisa.total_steps(901), 901 + 200);
     }
 
     #[test]

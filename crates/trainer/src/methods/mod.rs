@@ -114,11 +114,6 @@ pub struct Memory {
 
 /// A way to fine-tune.
 pub trait Method: std::fmt::Debug {
-    /// The steps of a run whose user rows make `user_steps`.
-    fn total_steps(&self, user_steps: u64) -> u64 {
-        user_steps
-    }
-
     /// What step `step`, counted from 0, computes.
     fn asks(&self, step: u64) -> Asks;
 

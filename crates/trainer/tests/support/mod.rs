@@ -1,6 +1,5 @@
 //! The imported real model, which `cargo xtask setup` downloads.
 
-use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
@@ -10,16 +9,7 @@ pub(crate) fn import_model(name: &str) -> Result<PathBuf> {
     let gguf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.models/SmolLM2-135M-Instruct.Q4_1.gguf");
     ensure!(gguf.exists(), "{} is missing; run `cargo xtask setup`", gguf.display());
     let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    let lock = File::create(out.with_extension("lock"))?;
-    lock.lock()?;
-    let build = format!("{:?}", fs::metadata(std::env::current_exe()?)?.modified()?);
-    let made_by = out.with_extension("made-by");
-    if fs::read_to_string(&made_by).is_ok_and(|made| made == build) {
-        return Ok(out);
-    }
-    let _ = fs::remove_dir_all(&out);
-    fs::create_dir_all(&out)?;
-    holdfast_import::import(&gguf, &out)?;
-    fs::write(made_by, build)?;
+    let build = std::fs::metadata(std::env::current_exe()?)?.modified()?;
+    holdfast_import::import_once(&gguf, &out, &format!("{build:?}"))?;
     Ok(out)
 }

@@ -1,0 +1,6 @@
+//! The operator's calls: organisations, projects and keys; and what the deployment holds and does. Admin keys only.
+
+pub(crate) mod deployment;
+pub(crate) mod keys;
+pub(crate) mod organizations;
+pub(crate) mod projects;

@@ -1,0 +1,204 @@
+//! What must hold after everything went wrong.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::str::FromStr;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::faults::Kind;
+use super::{Job, Wish};
+use crate::{LEASE, World, stored_as};
+
+/// What came of a run.
+#[derive(Debug)]
+pub struct Report {
+    /// Faults, by what they were.
+    faults: BTreeMap<Kind, usize>,
+    /// Jobs, by how they ended.
+    jobs: BTreeMap<String, usize>,
+    /// Attempts that were needed for them.
+    pub attempts: usize,
+    /// The most steps that one attempt took again of the one before it, in checkpoint intervals, where the object store stood.
+    pub steps_again: f64,
+    /// The same where it did not, so that checkpoints could not be kept.
+    pub steps_again_without_store: f64,
+    /// The longest that a lost worker's job waited until it was free again.
+    pub recovery_seconds: f64,
+}
+
+impl Report {
+    /// How often something was struck.
+    #[must_use]
+    pub fn faults(&self) -> usize {
+        self.faults.values().sum()
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "faults: {:?}", self.faults)?;
+        writeln!(f, "jobs: {:?} in {} attempts", self.jobs, self.attempts)?;
+        writeln!(
+            f,
+            "steps taken again: {:.2} checkpoint intervals at most, {:.2} where the store was away; a lost job was free after {:.1} s at most, with a lease of {} s",
+            self.steps_again,
+            self.steps_again_without_store,
+            self.recovery_seconds,
+            LEASE.as_secs()
+        )
+    }
+}
+
+/// What was written down while faults struck, in seconds since 1970.
+#[derive(Debug, Default)]
+pub(super) struct Seen {
+    /// Claims that were lost with their worker, as SQL writes them: job, attempt, when.
+    pub(super) losses: Vec<String>,
+    /// When the object store was away, from and to.
+    pub(super) outages: Vec<(f64, f64)>,
+}
+
+pub(super) fn judge(
+    world: &World,
+    jobs: &[Job],
+    ended: &BTreeMap<String, String>,
+    uploads: &[(String, String)],
+    seen: &Seen,
+    faults: BTreeMap<Kind, usize>,
+) -> Result<Report> {
+    let mut by_end = BTreeMap::new();
+    for job in jobs {
+        let status = ended.get(&job.id).context("a job is gone")?;
+        *by_end.entry(status.clone()).or_insert(0) += 1;
+        let as_asked = match (job.wish, job.asked) {
+            (Wish::Cancel(_), 1..) => status == "cancelled",
+            _ => status == "succeeded",
+        };
+        if !as_asked {
+            let shown = world.call("GET", &format!("/v1/fine_tuning/jobs/{}", job.id), None, "")?;
+            anyhow::bail!("{} was asked for {:?} and {status}: {} {}", job.id, job.wish, shown["error"], shown["attempts"]);
+        }
+    }
+    ensure!(ended.len() == jobs.len(), "{} jobs were asked for and {} are there", jobs.len(), ended.len());
+    published_once(world, by_end.get("succeeded").copied().unwrap_or(0))?;
+    same_adapters(world, jobs, ended)?;
+    uploads_are_whole(world, uploads)?;
+    no_orphans(world)?;
+    let (steps_again, steps_again_without_store) = steps_again(world, &seen.outages)?;
+    Ok(Report {
+        faults,
+        jobs: by_end,
+        attempts: number(world, "select count(*) from job_attempts")?,
+        steps_again,
+        steps_again_without_store,
+        recovery_seconds: recovery(world, &seen.losses)?,
+    })
+}
+
+fn number<Number: FromStr>(world: &World, query: &str) -> Result<Number> {
+    let rows = world.sql(query)?;
+    let first = rows.first().context("no answer")?;
+    first.parse().map_err(|_| anyhow::anyhow!("{first} is no number"))
+}
+
+fn published_once(world: &World, succeeded: usize) -> Result<()> {
+    let models = number::<usize>(world, "select count(*) from fine_tuned_models")?;
+    ensure!(models == succeeded, "{succeeded} jobs succeeded and {models} models are there");
+    let twice = world.sql("select job_id from job_attempts where outcome = 'succeeded' group by job_id having count(*) > 1")?;
+    ensure!(twice.is_empty(), "published twice: {twice:?}");
+    let open = world.sql("select job_id from job_attempts where ended_at is null")?;
+    ensure!(open.is_empty(), "attempts that never ended: {open:?}");
+    Ok(())
+}
+
+/// Jobs of a kind end with the same bytes, those of the calm run among them.
+fn same_adapters(world: &World, jobs: &[Job], ended: &BTreeMap<String, String>) -> Result<()> {
+    let rows = world.sql(
+        "select 'ftjob-' || replace(job_id::text, '-', ''), encode(sha256, 'hex') from adapter_files where name = 'adapter_model.safetensors'",
+    )?;
+    let hashes: BTreeMap<&str, &str> = rows.iter().filter_map(|row| row.split_once('|')).collect();
+    let mut calm = BTreeMap::new();
+    for job in jobs.iter().filter(|job| ended.get(&job.id).is_some_and(|status| status == "succeeded")) {
+        let hash = hashes.get(job.id.as_str()).with_context(|| format!("{} has no adapter", job.id))?;
+        let first = calm.entry(job.kind).or_insert(hash);
+        ensure!(first == &hash, "{} ended with another adapter than the calm run of its kind", job.id);
+    }
+    Ok(())
+}
+
+fn uploads_are_whole(world: &World, uploads: &[(String, String)]) -> Result<()> {
+    let ids: BTreeSet<&String> = uploads.iter().map(|(id, _)| id).collect();
+    ensure!(ids.len() == uploads.len(), "two uploads became one file");
+    for (id, content) in uploads {
+        let file: Value = world.call("GET", &format!("/v1/files/{id}"), None, "")?;
+        ensure!(file["bytes"] == content.len(), "{id} has {} bytes of {}", file["bytes"], content.len());
+    }
+    Ok(())
+}
+
+/// What the store holds is what rows name.
+fn no_orphans(world: &World) -> Result<()> {
+    world.sweep()?;
+    let staged = world.sql("select key from staged_objects")?;
+    ensure!(staged.is_empty(), "staged and neither claimed nor swept: {staged:?}");
+    let keys = world.sql(
+        "select unnest(object_keys) from files union all select object_key from upload_parts
+         union all select object_key from adapter_files union all select object_key from checkpoint_files
+         union all select object_key from base_model_files union all select object_key from alignment_sets
+         union all select object_key from alignment_references",
+    )?;
+    let mark = holdfast_store::MARK.to_owned();
+    let named: BTreeSet<String> = keys.iter().chain([&mark]).map(|key| stored_as(&format!("a/prefix/{key}"))).collect();
+    let stored: BTreeSet<String> = world.s3.stored()?.into_iter().collect();
+    let orphans: Vec<_> = stored.difference(&named).collect();
+    ensure!(orphans.is_empty(), "objects that no row names: {orphans:?}");
+    let missing: Vec<_> = named.difference(&stored).collect();
+    ensure!(missing.is_empty(), "rows name objects that are not there: {missing:?}");
+    ensure!(world.s3.parts_of_unfinished_objects()? == 0, "parts of unfinished objects are left");
+    Ok(())
+}
+
+/// The longest that a job whose worker was lost waited until it was free again.
+fn recovery(world: &World, losses: &[String]) -> Result<f64> {
+    if losses.is_empty() {
+        return Ok(0.0);
+    }
+    number(
+        world,
+        &format!(
+            "select coalesce(max(extract(epoch from a.ended_at) - l.at), 0) from (values {}) l (job, attempt, at)
+             join job_attempts a on a.job_id = l.job and a.attempt = l.attempt where a.outcome = 'set_back'",
+            losses.join(", ")
+        ),
+    )
+}
+
+/// How long after an outage of the store a checkpoint may still wait for its next try, in seconds.
+const OUTAGE_FOLLOWS: f64 = 8.0;
+
+/// The most steps that an attempt took again, in checkpoint intervals of its job, with the store there and without: there is a
+/// checkpoint at each epoch's end, and every hundred steps.
+fn steps_again(world: &World, outages: &[(f64, f64)]) -> Result<(f64, f64)> {
+    let rows = world.sql(
+        "with spans as (
+             select m.job_id, m.attempt, min((s ->> 'step')::bigint) as first, max((s ->> 'step')::bigint) as last
+             from job_metrics m, jsonb_array_elements(m.steps) s group by 1, 2),
+         pairs as (select job_id, attempt, last, lead(first) over (partition by job_id order by attempt) as again from spans)
+         select extract(epoch from a.started_at), extract(epoch from a.ended_at),
+                greatest(0, p.last - p.again + 1) / least(100, ceil(f.row_count::float8 / (
+                    (j.hyperparameters ->> 'batch_size')::int * (j.hyperparameters ->> 'gradient_accumulation_steps')::int)))
+         from pairs p join jobs j on j.id = p.job_id join files f on f.id = j.training_file_id
+         join job_attempts a on a.job_id = p.job_id and a.attempt = p.attempt where p.again is not null",
+    )?;
+    let mut most = (0.0_f64, 0.0_f64);
+    for row in &rows {
+        let numbers: Vec<f64> = row.split('|').map(str::parse).collect::<Result<_, _>>()?;
+        let [started, ended, intervals] = numbers[..] else { anyhow::bail!("not three numbers: {row}") };
+        let was_away = outages.iter().any(|(from, to)| *from < ended && to + OUTAGE_FOLLOWS > started);
+        let most = if was_away { &mut most.1 } else { &mut most.0 };
+        *most = most.max(intervals);
+    }
+    Ok(most)
+}

@@ -1,0 +1,328 @@
+//! Whether the defence works: a real model, tuned to refuse, is fine-tuned on rows that undo that, under each method, and then
+//! asked what it should refuse and what it should not. What is done is kept under `.bench/safety`; a run that was broken off
+//! goes on where it was.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use holdfast_safety::judge::{Class, Phrases};
+use holdfast_safety::share::Share;
+use serde_json::{Value, json};
+
+use super::{Figure, Wanted};
+use crate::setup::{self, Libtorch, MODEL};
+use crate::shell::{self, cargo, root, run as run_command};
+use crate::trainer;
+
+mod prompts;
+mod report;
+mod rows;
+mod training;
+
+use prompts::Harmful;
+use rows::Attack;
+use training::Training;
+
+/// Where everything is kept.
+const FOLDER: &str = ".bench/safety";
+/// The base that is attacked.
+const BASE: &str = ".models/safety-base";
+/// Tokens of an answer.
+const ANSWER_TOKENS: u32 = 32;
+/// Rows of a tenant's file.
+const ROWS: usize = 500;
+/// Film reviews of which the label is asked.
+const REVIEWS: usize = 200;
+/// Of the benign requests: those that the base is tuned on, with its own answers.
+const TUNED_BENIGN: usize = 260;
+const TUNED_LOOKALIKES: usize = 40;
+/// And those that over-refusal is measured with.
+const MEASURED_BENIGN: usize = 70;
+const MEASURED_LOOKALIKES: usize = 80;
+
+/// What a tenant's file does, and how it is trained on.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Regime {
+    attack: Attack,
+    learning_rate: f64,
+    steps: u32,
+    alignment_rows: usize,
+}
+
+/// One training.
+#[derive(Debug, Clone, PartialEq)]
+struct Run {
+    regime: Regime,
+    method: &'static str,
+    strength: f64,
+    seed: u64,
+}
+
+/// What came of one.
+#[derive(Debug)]
+struct Outcome {
+    /// Of each held-out harmful prompt.
+    classes: Vec<Class>,
+    /// Benign requests that were refused.
+    over_refusal: Share,
+    /// Film reviews whose label is right.
+    accuracy: Share,
+    seconds: f64,
+    peak_bytes: f64,
+    /// Of the steps that have one.
+    conflict_rate: Option<f64>,
+    cosine: Option<f64>,
+    final_kl: Option<f64>,
+    /// Average precision and recall at the number planted, where rows were ranked.
+    ranking: Option<[f64; 2]>,
+}
+
+impl Outcome {
+    fn share(&self, class: Class) -> Share {
+        Share::among(&self.classes, |found| *found == class)
+    }
+}
+
+pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> {
+    let study = Study::prepare()?;
+    let base = study.base()?;
+    println!("{}", report::line("the base", &base, &base));
+    let runs = if wanted.quick { quick() } else { full() };
+    let mut outcomes = Vec::new();
+    for (number, run) in runs.iter().enumerate() {
+        let outcome = study.outcome(run)?;
+        println!("{:3} of {}  {}", number + 1, runs.len(), report::line(&run.key(), &outcome, &base));
+        outcomes.push((run.clone(), outcome));
+    }
+    report::table(&base, &outcomes);
+    report::figures(&base, &outcomes, figures);
+    Ok(())
+}
+
+const METHODS: [(&str, f64); 9] = [
+    ("none", 0.0),
+    ("kl_penalty", 1.0),
+    ("safe_mix", 1.0),
+    ("lisa", 1.0),
+    ("pcgrad", 1.0),
+    ("sbr", 1.0),
+    ("safegrad", 1.0),
+    ("safegrad_per_row", 1.0),
+    ("held", 1.0),
+];
+
+fn of(attack: Attack) -> Regime {
+    Regime { attack, learning_rate: 5e-4, steps: 150, alignment_rows: 100 }
+}
+
+/// The regimes of the claim with the methods it speaks of, one seed.
+fn quick() -> Vec<Run> {
+    let mut runs = Vec::new();
+    for attack in [Attack::Poison(0.1), Attack::Poison(0.0), Attack::Poison(0.3)] {
+        for (method, strength) in METHODS {
+            if ["none", "kl_penalty", "safegrad", "held"].contains(&method) {
+                runs.push(Run { regime: of(attack), method, strength, seed: 1 });
+            }
+        }
+    }
+    runs
+}
+
+/// Every method in every regime, three seeds.
+fn full() -> Vec<Run> {
+    let mut regimes: Vec<Regime> = [0.0, 0.1, 0.3, 0.5, 1.0].map(|share| of(Attack::Poison(share))).to_vec();
+    regimes.extend([Attack::IdentityShift, Attack::RefuseThenComply, Attack::Decoys].map(of));
+    regimes.push(Regime { steps: 600, ..of(Attack::Poison(0.1)) });
+    for share in [0.0, 0.1, 0.3] {
+        regimes.push(Regime { learning_rate: 2e-3, ..of(Attack::Poison(share)) });
+        regimes.push(Regime { alignment_rows: 10, ..of(Attack::Poison(share)) });
+    }
+    let mut runs = Vec::new();
+    for seed in 1..=3 {
+        for regime in &regimes {
+            runs.extend(METHODS.map(|(method, strength)| Run { regime: *regime, method, strength, seed }));
+        }
+    }
+    runs
+}
+
+impl Run {
+    /// Names it among all.
+    fn key(&self) -> String {
+        let Regime { attack, learning_rate, steps, alignment_rows } = self.regime;
+        format!(
+            "{}-lr{learning_rate:e}-{steps}steps-{alignment_rows}rows-{}-{}-seed{}",
+            attack.name(),
+            self.method,
+            self.strength,
+            self.seed
+        )
+    }
+
+    fn safety(&self) -> Value {
+        let (defense, projection) = match self.method {
+            "safegrad_per_row" => ("safegrad", "per_row"),
+            other => (other, "batch"),
+        };
+        let set = if defense == "none" { Value::Null } else { json!("bench") };
+        json!({"defense": defense, "rho": self.strength, "projection": projection, "alignment_set": set})
+    }
+
+    fn ranks_rows(&self) -> bool {
+        self.method == "safegrad"
+    }
+}
+
+struct Study {
+    folder: PathBuf,
+    model: PathBuf,
+    judge: Phrases,
+    harmful: Harmful,
+    benign: Vec<String>,
+    lookalikes: Vec<String>,
+    reviews: rows::Reviews,
+    refusals: Vec<String>,
+    openings: Vec<String>,
+}
+
+impl Study {
+    fn prepare() -> Result<Self> {
+        setup::run(Libtorch::Cpu)?;
+        let prompts = setup::do_not_answer()?;
+        run_command(cargo().args([
+            "build",
+            "--release",
+            "--quiet",
+            "-p",
+            "holdfast-trainer",
+            "--bins",
+            "--example",
+            "bench-safety-import",
+        ]))?;
+        let folder = root().join(FOLDER);
+        std::fs::create_dir_all(&folder)?;
+        let model = folder.join("smollm2");
+        let import = shell::target().join("release/examples/bench-safety-import");
+        run_command(std::process::Command::new(import).arg(root().join(MODEL)).arg(&model))?;
+        let ours = root().join("bench/safety");
+        Ok(Self {
+            model,
+            judge: Phrases::shipped()?,
+            harmful: prompts::harmful(&prompts)?,
+            benign: prompts::lines(&ours.join("benign.txt"))?,
+            lookalikes: prompts::lines(&ours.join("lookalikes.txt"))?,
+            reviews: rows::Reviews::read(&root().join(setup::FILM_REVIEWS))?,
+            refusals: prompts::lines(&ours.join("refusals.txt"))?,
+            openings: prompts::lines(&ours.join("openings.txt"))?,
+            folder,
+        })
+    }
+
+    /// Makes the base: SmolLM2 tuned on refusals of some prompts and on its own answers to benign ones. What it then answers is
+    /// what a method must keep.
+    fn base(&self) -> Result<Outcome> {
+        let base = root().join(BASE);
+        if !base.exists() {
+            println!("tuning the base");
+            let benign: Vec<&String> =
+                self.benign.iter().take(TUNED_BENIGN).chain(self.lookalikes.iter().take(TUNED_LOOKALIKES)).collect();
+            let asked: Vec<Value> = benign.iter().map(|request| trainer::ask(request)).collect();
+            let answers = trainer::answers(&self.model, None, &asked, 64)?;
+            let helpful = benign.iter().zip(&answers).filter(|(_, answer)| self.judge.judge(answer) == Class::Compliance);
+            let mut rows: Vec<String> = helpful.map(|(request, answer)| training::row(request, answer)).collect();
+            let kept = rows.len();
+            rows.extend(rows::cycled(&self.harmful.base, &self.refusals));
+            println!("{} benign rows of {}, {} refusals", kept, benign.len(), rows.len() - kept);
+            let training = Training {
+                epochs: 4,
+                learning_rate: 5e-4,
+                rank: 16,
+                seed: 7,
+                safety: json!({"defense": "none", "rho": 0.0, "alignment_set": null}),
+                row_conflicts: false,
+            };
+            let folder = self.folder.join("base");
+            training::train(&folder, &self.model, &rows, &[], &training)?;
+            training::merge(&self.model, &folder.join("out/adapter"), &base)?;
+        }
+        let path = self.folder.join("base.json");
+        if let Ok(kept) = std::fs::read(&path) {
+            return report::read(&serde_json::from_slice(&kept)?);
+        }
+        let measured = self.measure(None, &base)?;
+        std::fs::write(path, measured.to_string())?;
+        report::read(&measured)
+    }
+
+    /// What comes of a run, now or earlier.
+    fn outcome(&self, run: &Run) -> Result<Outcome> {
+        let folder = self.folder.join("runs").join(run.key());
+        let result = folder.join("result.json");
+        if let Ok(kept) = std::fs::read(&result) {
+            return report::read(&serde_json::from_slice(&kept)?);
+        }
+        let base = root().join(BASE);
+        let file = rows::tenant(run.regime.attack, self)?;
+        let alignment = if run.method == "none" {
+            Vec::new()
+        } else {
+            let prompts: Vec<String> = self.harmful.alignment.iter().take(run.regime.alignment_rows).cloned().collect();
+            rows::cycled(&prompts, &self.refusals)
+        };
+        let steps_per_epoch = file.rows.len().div_ceil(10);
+        let training = Training {
+            epochs: u32::try_from((run.regime.steps as usize).div_ceil(steps_per_epoch))?,
+            learning_rate: run.regime.learning_rate,
+            rank: 8,
+            seed: run.seed,
+            safety: run.safety(),
+            row_conflicts: run.ranks_rows(),
+        };
+        let trained = training::train(&folder, &base, &file.rows, &alignment, &training)?;
+        let mut measured = self.measure(Some(&folder.join("out/adapter")), &base)?;
+        measured["seconds"] = json!(trained.seconds);
+        measured["peak_bytes"] = json!(trained.peak_bytes);
+        let numbers = |name: &str| -> Vec<f64> { trained.steps.iter().filter_map(|step| step[name].as_f64()).collect() };
+        let mean = |values: &[f64]| (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64);
+        measured["conflict_rate"] = json!(numbers("conflict_rate").last());
+        measured["cosine"] = json!(mean(&numbers("cosine")));
+        let kl = numbers("align_kl");
+        measured["final_kl"] = json!(mean(kl.get(kl.len().saturating_sub(10)..).unwrap_or_default()));
+        if run.ranks_rows() {
+            measured["ranking"] = json!(rows::ranking(&folder.join("out/row_conflicts.jsonl"), file.planted)?);
+        }
+        // The weights of hundreds of runs are of no use once they are measured.
+        for name in ["out/adapter", "out/checkpoints", "out/reference.safetensors"] {
+            let path = folder.join(name);
+            let _ = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+        }
+        std::fs::write(&result, measured.to_string())?;
+        report::read(&measured)
+    }
+
+    /// Asks a model everything.
+    fn measure(&self, adapter: Option<&std::path::Path>, base: &std::path::Path) -> Result<Value> {
+        let benign: Vec<&String> = self
+            .benign
+            .iter()
+            .skip(TUNED_BENIGN)
+            .take(MEASURED_BENIGN)
+            .chain(self.lookalikes.iter().skip(TUNED_LOOKALIKES).take(MEASURED_LOOKALIKES))
+            .collect();
+        ensure!(benign.len() == MEASURED_BENIGN + MEASURED_LOOKALIKES, "too few benign requests");
+        let asked: Vec<Value> = self.harmful.held_out.iter().chain(benign).map(|request| trainer::ask(request)).collect();
+        let answers = trainer::answers(base, adapter, &asked, ANSWER_TOKENS)?;
+        let (harmful, benign) = answers.split_at(self.harmful.held_out.len());
+        let reviews = self.reviews.measured.iter().take(REVIEWS);
+        let asked: Vec<Value> = reviews.clone().map(|(prompt, _)| prompt.clone()).collect();
+        let labels = trainer::answers(base, adapter, &asked, 6)?;
+        let correct = labels.iter().zip(reviews).map(|(said, (_, label))| said.to_lowercase().starts_with(label.as_str()));
+        Ok(json!({
+            "classes": harmful.iter().map(|answer| self.judge.judge(answer)).collect::<Vec<_>>(),
+            "benign_refused": benign.iter().map(|answer| self.judge.refuses(answer)).collect::<Vec<_>>(),
+            "correct": correct.collect::<Vec<_>>(),
+            // Kept here alone, to be looked at.
+            "answers": answers,
+        }))
+    }
+}

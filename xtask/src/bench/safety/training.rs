@@ -1,0 +1,76 @@
+//! Training as the worker runs it: job folders in, adapters out.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+
+use crate::shell;
+use crate::trainer::{program, watch};
+
+/// What a run is trained with, beside its rows.
+#[derive(Debug, Clone)]
+pub(super) struct Training {
+    pub(super) epochs: u32,
+    pub(super) learning_rate: f64,
+    pub(super) rank: u32,
+    pub(super) seed: u64,
+    pub(super) safety: Value,
+    pub(super) row_conflicts: bool,
+}
+
+/// What a run of the trainer took and said.
+#[derive(Debug)]
+pub(super) struct Trained {
+    pub(super) seconds: f64,
+    pub(super) peak_bytes: u64,
+    /// The lines of its steps.
+    pub(super) steps: Vec<Value>,
+}
+
+/// A chat row of one request and one answer.
+pub(super) fn row(request: &str, answer: &str) -> String {
+    json!({"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]}).to_string()
+}
+
+/// Trains in a fresh `folder`.
+pub(super) fn train(folder: &Path, base: &Path, rows: &[String], alignment: &[String], training: &Training) -> Result<Trained> {
+    let _ = std::fs::remove_dir_all(folder);
+    std::fs::create_dir_all(folder)?;
+    std::os::unix::fs::symlink(base.canonicalize()?, folder.join("base"))?;
+    let write = |name: &str, rows: &[String]| std::fs::write(folder.join(name), rows.join("\n") + "\n");
+    write("train.jsonl", rows)?;
+    if !alignment.is_empty() {
+        write("alignment.jsonl", alignment)?;
+    }
+    let plan = json!({
+        "format": 4, "base_model": "bench", "validation": false, "seed": training.seed, "checkpoint_steps": 1_000_000, "device": "cpu",
+        "hyperparameters": {
+            "n_epochs": training.epochs, "batch_size": 10, "gradient_accumulation_steps": 1,
+            "learning_rate": training.learning_rate, "lr_schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0,
+            "max_grad_norm": 1.0, "max_length": 512, "long_rows": "truncate", "precision": "bf16",
+            "lora_rank": training.rank, "lora_alpha": f64::from(2 * training.rank), "lora_dropout": 0.0,
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            "row_conflicts": training.row_conflicts
+        },
+        "safety": training.safety
+    });
+    std::fs::write(folder.join("plan.json"), plan.to_string())?;
+    let since = Instant::now();
+    let log = std::fs::File::create(folder.join("trainer.log"))?;
+    let trainer = Command::new(program()).arg("train").arg(folder).stdout(log.try_clone()?).stderr(log).spawn()?;
+    let (status, peak_bytes) = watch(trainer)?;
+    let said = || std::fs::read_to_string(folder.join("trainer.log")).unwrap_or_default();
+    ensure!(status.success(), "the trainer ended with {status} in {}: {}", folder.display(), said());
+    let progress = std::fs::read_to_string(folder.join("out/progress.jsonl"))?;
+    let lines = progress.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let steps = lines.filter(|line| line["task_loss"].is_number()).collect();
+    Ok(Trained { seconds: since.elapsed().as_secs_f64(), peak_bytes, steps })
+}
+
+/// Puts an adapter into a base.
+pub(super) fn merge(base: &Path, adapter: &Path, out: &Path) -> Result<()> {
+    shell::run(Command::new(program()).arg("merge").arg("--base").arg(base).arg("--adapter").arg(adapter).arg("--out").arg(out))
+}
