@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use holdfast_api::Settings;
@@ -56,6 +56,9 @@ pub fn one_at_a_time() -> MutexGuard<'static, ()> {
     static MACHINE: Mutex<()> = Mutex::new(());
     MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// How long a test waits for what must come, where its time is not what is tested: a busy machine is no failure.
+pub const PATIENCE: Duration = Duration::from_secs(600);
 
 /// A dataset row that every check accepts.
 pub const ROW: &str = r#"{"messages":[{"role":"user","content":"a film of grace"},{"role":"assistant","content":"positive"}]}"#;
@@ -415,15 +418,15 @@ impl TestApp {
         Ok(job.body)
     }
 
-    /// Lets a worker of its own run until `done`, at most two minutes.
+    /// Lets a worker of its own run until `done`, at most [`PATIENCE`].
     ///
     /// # Errors
     /// When the worker fails, or it takes longer.
     pub fn work_until(&self, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
         let (stop, shutdown) = watch::channel(false);
         let worker = self.runtime.spawn(holdfast_worker::run(self.store.clone(), self.worker()?, shutdown));
-        let mut outcome = Err(anyhow::anyhow!("it took too long"));
-        for _ in 0..1200 {
+        let (since, mut outcome) = (Instant::now(), Err(anyhow::anyhow!("it took too long")));
+        while since.elapsed() < PATIENCE {
             match done() {
                 Ok(false) => std::thread::sleep(Duration::from_millis(100)),
                 other => {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use holdfast_store::keys::NewKey;
-use holdfast_tests::{ROW, TestApp};
+use holdfast_tests::{PATIENCE, ROW, TestApp};
 use serde_json::{Value, json};
 
 /// What a receiver was sent: the headers of Standard Webhooks, and the body.
@@ -74,8 +74,8 @@ fn a_job_that_ends_is_told_once_signed_and_tried_again_until_it_is_taken() -> Re
     let secret = webhook["signing_secret"].as_str().context("no secret")?;
     let job = app.create_job(ROW, &json!({}))?;
     app.call("POST", &format!("/v1/fine_tuning/jobs/{job}/cancel"), None)?;
-    let first = received.recv_timeout(Duration::from_secs(10))?;
-    let second = received.recv_timeout(Duration::from_secs(30))?;
+    let first = received.recv_timeout(PATIENCE)?;
+    let second = received.recv_timeout(PATIENCE)?;
     assert_eq!((&first.id, &first.body), (&second.id, &second.body), "a try again is the same notice");
     let told: Value = serde_json::from_str(&second.body)?;
     assert_eq!((&told["type"], &told["data"]["id"]), (&json!("fine_tuning.job.cancelled"), &json!(job)));
@@ -87,7 +87,7 @@ fn a_job_that_ends_is_told_once_signed_and_tried_again_until_it_is_taken() -> Re
     let delivery = || -> Result<Value> { Ok(app.call("GET", &path, None)?.body["data"][0].clone()) };
     let since = Instant::now();
     while delivery()?["state"] != "delivered" {
-        ensure!(since.elapsed() < Duration::from_secs(10), "{}", delivery()?);
+        ensure!(since.elapsed() < PATIENCE, "{}", delivery()?);
         std::thread::sleep(Duration::from_millis(50));
     }
     assert_eq!((&delivery()?["tries"], &delivery()?["last_status"]), (&json!(2), &json!(200)));
@@ -112,7 +112,7 @@ fn a_notice_that_nobody_takes_is_given_up_and_can_be_sent_anew() -> Result<()> {
     app.call("POST", &format!("/v1/fine_tuning/jobs/{job}/cancel"), None)?;
     // As if it had been tried for two days.
     app.sql("update webhook_deliveries set tries = 10")?;
-    let notice = received.recv_timeout(Duration::from_secs(10))?.id;
+    let notice = received.recv_timeout(PATIENCE)?.id;
     let since = Instant::now();
     loop {
         let dead = app.call("GET", &format!("/v1/webhook_endpoints/{id}/deliveries?state=dead"), None)?;
@@ -120,12 +120,12 @@ fn a_notice_that_nobody_takes_is_given_up_and_can_be_sent_anew() -> Result<()> {
             assert_eq!(dead.body["data"][0]["last_error"], "the receiver answered 500");
             break;
         }
-        ensure!(since.elapsed() < Duration::from_secs(10), "{}", dead.body);
+        ensure!(since.elapsed() < PATIENCE, "{}", dead.body);
         std::thread::sleep(Duration::from_millis(50));
     }
     let replay = app.call("POST", &format!("/v1/webhook_endpoints/{id}/deliveries/{notice}/replay"), None)?;
     assert_eq!(replay.status, 204);
-    assert_eq!(received.recv_timeout(Duration::from_secs(10))?.id, notice);
+    assert_eq!(received.recv_timeout(PATIENCE)?.id, notice);
     Ok(())
 }
 
@@ -137,7 +137,7 @@ fn events_come_as_they_happen_and_a_reader_goes_on_where_it_was() -> Result<()> 
     let address = app.url.strip_prefix("http://").context("no address")?;
     let follow = |last: Option<&str>| -> Result<BufReader<TcpStream>> {
         let mut stream = TcpStream::connect(address)?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
         let last = last.map_or_else(String::new, |id| format!("last-event-id: {id}\r\n"));
         write!(
             stream,
@@ -196,7 +196,7 @@ fn a_stream_ends_with_the_key_that_opened_it() -> Result<()> {
         .runtime
         .block_on(app.store.create_key(&NewKey { project: Some(project), read_only: true, ..NewKey::default() }, None))?;
     let mut stream = TcpStream::connect(app.url.strip_prefix("http://").context("no address")?)?;
-    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
     let key = key.reveal();
     write!(
         stream,
@@ -224,7 +224,7 @@ fn a_secret_that_was_kept_for_a_day_signs_beside_the_new_one() -> Result<()> {
     let rotated = app.call("POST", &format!("/v1/webhook_endpoints/{id}/rotate_secret"), Some(&keep))?.body;
     let body = json!({"event_type": "fine_tuning.job.failed"}).to_string();
     assert_eq!(app.call("POST", &format!("/v1/webhook_endpoints/{id}/test"), Some(&body))?.status, 200);
-    let told = received.recv_timeout(Duration::from_secs(10))?;
+    let told = received.recv_timeout(PATIENCE)?;
     for secret in [&rotated["signing_secret"], &webhook["signing_secret"]] {
         let key = base64(secret.as_str().and_then(|secret| secret.strip_prefix("whsec_")).context("no secret")?)?;
         let signature = holdfast_webhooks::sign(&key, &told.id, told.timestamp, &told.body);

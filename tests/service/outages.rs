@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use holdfast_tests::{LEASE, ROW, World};
+use holdfast_tests::{LEASE, PATIENCE, ROW, World};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::{Value, json};
 
@@ -30,7 +30,7 @@ fn wait_until(world: &World, job: &str, mut is_so: impl FnMut(&Value) -> bool) -
         if is_so(&now) {
             return Ok(now);
         }
-        ensure!(since.elapsed() < Duration::from_secs(90), "it took too long: {now}");
+        ensure!(since.elapsed() < PATIENCE, "it took too long: {now}");
         std::thread::sleep(Duration::from_millis(50));
     }
 }
@@ -91,7 +91,7 @@ fn a_worker_that_stood_still_past_its_lease_changes_nothing() -> Result<()> {
     assert_eq!(weights(&world, &job)?, calm);
     let since = Instant::now();
     while test_kill_process(trainer).is_ok() || first.jobs().read_dir()?.next().is_some() {
-        ensure!(since.elapsed() < Duration::from_secs(10), "the first worker does not let go");
+        ensure!(since.elapsed() < PATIENCE, "the first worker does not let go");
         std::thread::sleep(Duration::from_millis(50));
     }
     assert_eq!(shown(&world, &job)?["fine_tuned_model"], done["fine_tuned_model"]);
@@ -109,7 +109,7 @@ fn a_worker_that_is_told_to_stop_leaves_a_checkpoint_of_its_last_step() -> Resul
         if let Some(status) = process.try_wait()? {
             break status;
         }
-        ensure!(since.elapsed() < Duration::from_secs(20), "it does not end");
+        ensure!(since.elapsed() < PATIENCE, "it does not end");
         std::thread::sleep(Duration::from_millis(20));
     };
     assert!(status.success(), "{status}");

@@ -103,6 +103,44 @@ fn an_expired_lease_gives_the_job_to_another_and_the_first_worker_changes_nothin
 }
 
 #[test]
+fn whatever_a_worker_writes_past_its_lease_is_refused() -> Result<()> {
+    let (app, project, job) = app_with_job()?;
+    app.runtime.block_on(async {
+        let late = running(&app, SHORT).await?;
+        let (id, attempt, store) = (job.id, late.attempt, &app.store);
+        tokio::time::sleep(SHORT * 2).await;
+        // Before anyone noticed, and after the job went to another.
+        for is_claimed_again in [false, true] {
+            if is_claimed_again {
+                assert_eq!(store.reap().await?, 1);
+                end_rest(&app)?;
+                claim(&app, LONG).await?;
+            }
+            let before = store.job(project, id).await?;
+            let error = || JobError::new("server_error", "late");
+            let refused = [
+                ("heartbeat", store.heartbeat(id, attempt, LONG).await.err()),
+                ("wish", store.wish(id, attempt).await.err()),
+                ("accept_files", store.accept_files(id, attempt, &checked()).await.err()),
+                ("report", store.report(id, attempt, &[]).await.err()),
+                ("keep_checkpoint", store.keep_checkpoint(id, attempt, 1, true, &[]).await.err()),
+                ("give_back", store.give_back(id, attempt).await.err()),
+                ("set_back", store.set_back(id, attempt, error()).await.err()),
+                ("delay", store.delay(id, attempt, "late").await.err()),
+                ("fail", store.fail(id, attempt, error()).await.err()),
+                ("publish", store.publish(id, attempt, &nothing()).await.err()),
+            ];
+            for (what, error) in refused {
+                assert!(matches!(error, Some(StoreError::Fenced)), "{what} gave {error:?}");
+            }
+            let after = store.job(project, id).await?;
+            assert_eq!((before.state, before.attempts), (after.state, after.attempts));
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn a_job_whose_workers_are_lost_again_and_again_fails_with_the_reason() -> Result<()> {
     let (app, project, job) = app_with_job()?;
     app.runtime.block_on(async {

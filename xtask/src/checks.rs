@@ -17,7 +17,8 @@ pub(crate) fn run() -> Result<()> {
     // One build serves the tests and the programs they start.
     timed("build", || shell::run(cargo().args(["build", "--workspace", "--all-targets"])))?;
     timed("openapi.yaml", || contract::openapi(true))?;
-    timed("tests", || shell::run(cargo().args(["test", "--workspace"])))?;
+    // Tests run side by side, and their trainers with them: two that take both cores each wait for each other at every step.
+    timed("tests", || shell::run(cargo().args(["test", "--workspace"]).env("OMP_NUM_THREADS", "1").env("MKL_NUM_THREADS", "1")))?;
     timed("lints", || shell::run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])))
 }
 

@@ -401,8 +401,8 @@ impl Store {
         // One that is pausing stays its worker's until the checkpoint is written.
         match next.status() {
             Status::Pausing => {}
-            Status::Cancelled => attempts::end(&mut transaction, id, AttemptEnd::Cancelled, None).await?,
-            _ => attempts::end(&mut transaction, id, AttemptEnd::Paused, None).await?,
+            Status::Cancelled => attempts::end(&mut transaction, id, AttemptEnd::Cancelled, Some(message)).await?,
+            _ => attempts::end(&mut transaction, id, AttemptEnd::Paused, Some(message)).await?,
         }
         events::message(&mut transaction, id, Level::Info, message).await?;
         queue::notify(&mut transaction).await?;

@@ -352,7 +352,7 @@ impl Store {
             Status::Paused => (AttemptEnd::Paused, "The job is paused; it goes on from its last checkpoint once it is resumed"),
             _ => (AttemptEnd::Returned, "The worker was stopped; the job waits for another"),
         };
-        attempts::end(&mut transaction, id, end, None).await?;
+        attempts::end(&mut transaction, id, end, Some(message)).await?;
         events::message(&mut transaction, id, Level::Info, message).await?;
         notify(&mut transaction).await?;
         Ok(transaction.commit().await?)

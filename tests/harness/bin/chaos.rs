@@ -28,7 +28,7 @@ fn main() -> ExitCode {
                 serde_json::json!({
                     "faults": report.faults(),
                     "steps_again": report.steps_again,
-                    "steps_again_without_store": report.steps_again_without_store,
+                    "steps_again_held_up": report.steps_again_held_up,
                     "lease_seconds": LEASE.as_secs(),
                     "recovery_seconds": report.recovery_seconds,
                 })

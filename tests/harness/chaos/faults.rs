@@ -48,7 +48,12 @@ impl Kind {
         self == other || (self.strikes_store() && other.strikes_store())
     }
 
-    pub(super) fn strikes_store(self) -> bool {
+    /// Whether no checkpoint can be kept while it lasts.
+    pub(super) fn holds_up_checkpoints(self) -> bool {
+        self.strikes_store() || matches!(self, Self::PostgresKilled | Self::WorkerStopped)
+    }
+
+    fn strikes_store(self) -> bool {
         matches!(self, Self::StoreDown | Self::StoreSlow)
     }
 }

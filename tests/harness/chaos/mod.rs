@@ -10,13 +10,15 @@ use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 
 mod faults;
+mod steps;
 mod verdict;
 
 use faults::{Fault, Kind};
+use steps::{Standstill, Watcher};
 pub use verdict::Report;
 use verdict::Seen;
 
-use crate::{LEASE, World};
+use crate::{LEASE, Worker, World};
 
 /// Workers.
 const WORKERS: usize = 3;
@@ -57,6 +59,14 @@ fn kinds() -> [Value; 3] {
 
 /// Rows of each kind's file: an epoch, and so the interval between checkpoints, takes longer than an upload.
 const ROWS: usize = 240;
+
+/// Steps between the checkpoints of such a job: one at each epoch's end, and every hundred.
+fn checkpoint_interval(kind: usize) -> Option<u64> {
+    let kinds = kinds();
+    let hyperparameters = &kinds.get(kind)?["hyperparameters"];
+    let of_step = hyperparameters["batch_size"].as_u64()? * hyperparameters["gradient_accumulation_steps"].as_u64().unwrap_or(1);
+    Some(u64::try_from(ROWS).ok()?.div_ceil(of_step).min(100))
+}
 
 fn rows(kind: usize) -> String {
     let row = |i: usize| {
@@ -104,6 +114,7 @@ fn strike(world: &mut World, seed: u64, length: Length, say: &mut dyn FnMut(&str
     let calm = wait_for_all(world, &mut jobs, Duration::from_secs(180))?;
     ensure!(calm.values().all(|status| status == "succeeded"), "a calm job did not succeed: {calm:?}");
 
+    let watcher = Watcher::start(world.workers.iter().map(Worker::jobs).collect());
     let (since, mut struck, mut by_kind) = (Instant::now(), 0, BTreeMap::new());
     let mut healing: VecDeque<(Instant, Fault)> = VecDeque::new();
     let (mut uploads, mut seen) = (Vec::new(), Seen::default());
@@ -119,9 +130,9 @@ fn strike(world: &mut World, seed: u64, length: Length, say: &mut dyn FnMut(&str
         while let Some(at) = healing.iter().position(|(at, _)| *at <= Instant::now()) {
             if let Some((_, fault)) = healing.remove(at) {
                 fault.heal(world)?;
-                if fault.kind.strikes_store() {
+                if fault.kind.holds_up_checkpoints() {
                     let now = seconds_since_1970()?;
-                    seen.outages.push((now - fault.lasts.as_secs_f64() - 1.0, now));
+                    seen.standstills.push(Standstill { from: now - fault.lasts.as_secs_f64() - 1.0, to: now });
                 }
             }
         }
@@ -174,6 +185,7 @@ fn strike(world: &mut World, seed: u64, length: Length, say: &mut dyn FnMut(&str
     }
     world.mend()?;
     let ended = wait_for_all(world, &mut jobs, CALM)?;
+    seen.steps = Some(watcher.stop()?);
     verdict::judge(world, &jobs, &ended, &uploads, &seen, by_kind)
 }
 

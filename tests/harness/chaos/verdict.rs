@@ -8,7 +8,8 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::faults::Kind;
-use super::{Job, Wish};
+use super::steps::{Standstill, Steps};
+use super::{Job, Wish, checkpoint_interval};
 use crate::{LEASE, World, stored_as};
 
 /// What came of a run.
@@ -20,10 +21,11 @@ pub struct Report {
     jobs: BTreeMap<String, usize>,
     /// Attempts that were needed for them.
     pub attempts: usize,
-    /// The most steps that one attempt took again of the one before it, in checkpoint intervals, where the object store stood.
+    /// The most steps that one attempt took again of the one before it, in checkpoint intervals.
     pub steps_again: f64,
-    /// The same where it did not, so that checkpoints could not be kept.
-    pub steps_again_without_store: f64,
+    /// The same where the store, the database or the worker itself stood still while a checkpoint was due, so that it could not
+    /// be kept.
+    pub steps_again_held_up: f64,
     /// The longest that a lost worker's job waited until it was free again.
     pub recovery_seconds: f64,
 }
@@ -42,9 +44,9 @@ impl fmt::Display for Report {
         writeln!(f, "jobs: {:?} in {} attempts", self.jobs, self.attempts)?;
         writeln!(
             f,
-            "steps taken again: {:.2} checkpoint intervals at most, {:.2} where the store was away; a lost job was free after {:.1} s at most, with a lease of {} s",
+            "steps taken again: {:.2} checkpoint intervals at most, {:.2} where a checkpoint was held up; a lost job was free after {:.1} s at most, with a lease of {} s",
             self.steps_again,
-            self.steps_again_without_store,
+            self.steps_again_held_up,
             self.recovery_seconds,
             LEASE.as_secs()
         )
@@ -56,8 +58,10 @@ impl fmt::Display for Report {
 pub(super) struct Seen {
     /// Claims that were lost with their worker, as SQL writes them: job, attempt, when.
     pub(super) losses: Vec<String>,
-    /// When the object store was away, from and to.
-    pub(super) outages: Vec<(f64, f64)>,
+    /// When no checkpoint could be kept.
+    pub(super) standstills: Vec<Standstill>,
+    /// What was trained.
+    pub(super) steps: Option<Steps>,
 }
 
 pub(super) fn judge(
@@ -86,13 +90,15 @@ pub(super) fn judge(
     same_adapters(world, jobs, ended)?;
     uploads_are_whole(world, uploads)?;
     no_orphans(world)?;
-    let (steps_again, steps_again_without_store) = steps_again(world, &seen.outages)?;
+    let kinds: BTreeMap<&str, usize> = jobs.iter().map(|job| (job.id.as_str(), job.kind)).collect();
+    let steps = seen.steps.as_ref().context("nobody watched the steps")?;
+    let again = steps.again(&seen.standstills, |job| checkpoint_interval(*kinds.get(job)?));
     Ok(Report {
         faults,
         jobs: by_end,
         attempts: number(world, "select count(*) from job_attempts")?,
-        steps_again,
-        steps_again_without_store,
+        steps_again: again.most,
+        steps_again_held_up: again.held_up,
         recovery_seconds: recovery(world, &seen.losses)?,
     })
 }
@@ -173,32 +179,4 @@ fn recovery(world: &World, losses: &[String]) -> Result<f64> {
             losses.join(", ")
         ),
     )
-}
-
-/// How long after an outage of the store a checkpoint may still wait for its next try, in seconds.
-const OUTAGE_FOLLOWS: f64 = 8.0;
-
-/// The most steps that an attempt took again, in checkpoint intervals of its job, with the store there and without: there is a
-/// checkpoint at each epoch's end, and every hundred steps.
-fn steps_again(world: &World, outages: &[(f64, f64)]) -> Result<(f64, f64)> {
-    let rows = world.sql(
-        "with spans as (
-             select m.job_id, m.attempt, min((s ->> 'step')::bigint) as first, max((s ->> 'step')::bigint) as last
-             from job_metrics m, jsonb_array_elements(m.steps) s group by 1, 2),
-         pairs as (select job_id, attempt, last, lead(first) over (partition by job_id order by attempt) as again from spans)
-         select extract(epoch from a.started_at), extract(epoch from a.ended_at),
-                greatest(0, p.last - p.again + 1) / least(100, ceil(f.row_count::float8 / (
-                    (j.hyperparameters ->> 'batch_size')::int * (j.hyperparameters ->> 'gradient_accumulation_steps')::int)))
-         from pairs p join jobs j on j.id = p.job_id join files f on f.id = j.training_file_id
-         join job_attempts a on a.job_id = p.job_id and a.attempt = p.attempt where p.again is not null",
-    )?;
-    let mut most = (0.0_f64, 0.0_f64);
-    for row in &rows {
-        let numbers: Vec<f64> = row.split('|').map(str::parse).collect::<Result<_, _>>()?;
-        let [started, ended, intervals] = numbers[..] else { anyhow::bail!("not three numbers: {row}") };
-        let was_away = outages.iter().any(|(from, to)| *from < ended && to + OUTAGE_FOLLOWS > started);
-        let most = if was_away { &mut most.1 } else { &mut most.0 };
-        *most = most.max(intervals);
-    }
-    Ok(most)
 }
