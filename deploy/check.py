@@ -25,7 +25,7 @@ BIN = Path(sys.executable).parent
 # The oldest cluster the manifests are meant for, and the newest whose schemas are at hand.
 VERSIONS = ("1.29", kubernetes_validate.latest_version())
 # What a worker needs at least: the trainer's minute, and the upload of a checkpoint.
-WORKER_GRACE_SECONDS = 120
+WORKER_GRACE_SECONDS = 300
 PROVIDERS = ("AWS_", "AZURE_", "GOOGLE_", "OMP_NUM_THREADS")
 # Labels that the scrape gives every series.
 SCRAPED = {"job", "instance", "namespace", "pod"}

@@ -153,7 +153,7 @@ impl TestApp {
         let (store, key) = runtime.block_on(async {
             let store = Store::connect(&database.url, &location).await?;
             store.migrate().await?;
-            store.objects().probe().await?;
+            store.objects().take().await?;
             // A few of the rows, so that what the base says on them is computed in a moment.
             let rows: String =
                 include_str!("../../examples/alignment.jsonl").split_inclusive('\n').take(ALIGNMENT_ROWS).collect();
@@ -287,6 +287,7 @@ impl TestApp {
             lease: Duration::from_secs(30),
             poll: Duration::from_millis(100),
             stall: Duration::ZERO,
+            drain: Duration::from_secs(60),
             retention: Retention::default(),
         })
     }
@@ -453,6 +454,12 @@ impl TestApp {
         Ok(answer.body["id"].as_str().context("no id")?.to_owned())
     }
 
+    /// The folder its objects are in, unless they are in a bucket.
+    #[must_use]
+    pub fn objects(&self) -> PathBuf {
+        self.folder.path().join(OBJECTS)
+    }
+
     /// Objects in the object store, for tests that nothing is left behind.
     #[must_use]
     pub fn object_count(&self, prefix: &str) -> usize {
@@ -460,7 +467,7 @@ impl TestApp {
             let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
             entries.map(|e| if e.path().is_dir() { files(&e.path()) } else { 1 }).sum()
         }
-        files(&self.folder.path().join(OBJECTS).join(prefix))
+        files(&self.objects().join(prefix))
     }
 }
 

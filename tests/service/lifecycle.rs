@@ -100,6 +100,30 @@ fn a_paused_job_goes_on_where_it_was_and_ends_with_the_same_adapter() -> Result<
 }
 
 #[test]
+fn a_checkpoint_that_cannot_be_read_back_costs_its_steps_and_not_the_job() -> Result<()> {
+    let app = TestApp::start()?.with_small_model()?;
+    let more = hyperparameters(&json!({"n_epochs": 100, "batch_size": 4, "lora_dropout": 0.1}));
+    let calm = app.create_job(&rows(), &more)?;
+    app.work_until(|| has_ended(&app, &calm))?;
+    let job = app.create_job(&rows(), &more)?;
+    app.work_until(|| Ok(app.job(&job)?["progress"]["step"].as_u64().unwrap_or(0) > 20))?;
+    let kept = app.sql(&format!(
+        "select object_key from checkpoint_files f join job_checkpoints c on c.id = f.checkpoint_id
+         where 'ftjob-' || replace(c.job_id::text, '-', '') = '{job}' and f.name = 'state.safetensors'"
+    ))?;
+    let kept: Vec<&str> = kept.lines().collect();
+    assert!(!kept.is_empty(), "there is nothing to damage");
+    for key in kept {
+        std::fs::write(app.objects().join(key), "what a broken disk gives")?;
+    }
+    app.work_until(|| has_ended(&app, &job))?;
+    let done = app.job(&job)?;
+    assert_eq!((&done["status"], done["attempts"].as_array().map(Vec::len)), (&json!("succeeded"), Some(3)), "{done}");
+    assert!(weights(&app, &calm)? == weights(&app, &job)?, "the adapter is another one");
+    Ok(())
+}
+
+#[test]
 fn a_job_goes_on_from_an_earlier_one_s_adapter() -> Result<()> {
     let app = TestApp::with_model()?;
     let first = app.create_job(&rows(), &hyperparameters(&json!({"lora_rank": 4})))?;

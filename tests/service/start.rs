@@ -29,6 +29,7 @@ fn a_store_that_cannot_be_used_is_named_with_its_setting() -> Result<()> {
     let (s3, data) = (S3Server::start()?, tempfile::tempdir()?);
     for (store, expected) in [
         ("ftp://somewhere/else", "ftp:// is no object store"),
+        ("s3:/bucket/x", "is s3:// meant?"),
         ("s3://no-such-bucket/x", "no-such-bucket"),
         ("/proc/nothing/here", "/proc/nothing/here"),
     ] {
@@ -37,6 +38,21 @@ fn a_store_that_cannot_be_used_is_named_with_its_setting() -> Result<()> {
     }
     let said = refusal(migrate(&app, &data, "s3://bucket/x")?.envs(s3.settings()).env("AWS_SECRET_ACCESS_KEY", "wrong"))?;
     assert!(said.contains("HOLDFAST_OBJECT_STORE"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn a_store_that_holds_nothing_of_what_the_database_names_is_not_taken_into_use() -> Result<()> {
+    let app = TestApp::start()?;
+    let (other, data) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let said = refusal(&mut migrate(&app, &data, &other.path().to_string_lossy())?)?;
+    assert!(said.contains("HOLDFAST_OBJECT_STORE") && said.contains("not mounted"), "{said}");
+    assert_eq!(other.path().read_dir()?.count(), 0, "it was marked all the same");
+    // One that lost its mark is known by what it holds.
+    std::fs::remove_file(app.objects().join(holdfast_store::MARK))?;
+    assert_eq!(app.call("GET", "/readyz", None)?.status, 503);
+    assert!(migrate(&app, &data, &app.objects().to_string_lossy())?.status()?.success());
+    assert_eq!(app.call("GET", "/readyz", None)?.status, 200);
     Ok(())
 }
 
@@ -55,7 +71,7 @@ fn a_second_worker_of_the_same_name_does_not_start() -> Result<()> {
     let held = app.runtime.block_on(app.store.take_worker_name("gpu-1"))?.context("the name is free")?;
     assert!(app.runtime.block_on(app.store.take_worker_name("gpu-1"))?.is_none());
     let data = tempfile::tempdir()?;
-    let command = migrate(&app, &data, &data.path().join("objects").to_string_lossy())?;
+    let command = migrate(&app, &data, &app.objects().to_string_lossy())?;
     let mut second = Command::new(program("holdfast")?);
     second.args(["worker", "--worker-name", "gpu-1"]).envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
     let said = refusal(&mut second)?;
@@ -98,9 +114,8 @@ fn a_folder_that_cannot_be_written_is_named_with_its_setting() -> Result<()> {
     assert!(said.contains("HOLDFAST_OBJECT_STORE") && said.lines().count() == 1, "{said}");
 
     let mut worker = Command::new(program("holdfast")?);
-    let objects = data.path().join("objects");
     worker.args(["worker", "--worker-name", "w"]).env("DATABASE_URL", app.database_url());
-    worker.env("HOLDFAST_OBJECT_STORE", objects).env("HOLDFAST_DATA_DIR", read_only.path());
+    worker.env("HOLDFAST_OBJECT_STORE", app.objects()).env("HOLDFAST_DATA_DIR", read_only.path());
     let said = refusal(&mut worker)?;
     assert!(said.contains("--data-dir") && said.contains(&*read_only.path().to_string_lossy()), "{said}");
     Ok(())

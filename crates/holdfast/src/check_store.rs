@@ -28,7 +28,7 @@ pub async fn run(args: &StoreArgs) -> Result<()> {
         try_out("an object in parts, written and read", round_trip(store, "large", &large)).await?;
         try_out("a range of an object", range(objects, &large)).await?;
         try_out("an upload that is given up", give_up(objects, &large)).await?;
-        let signed = try_out("a signed URL", objects.signed_url(&key("signed"))).await?;
+        let signed = objects.signed_url(&key("signed")).await;
         if signed.is_none() {
             println!("this store signs no URLs: downloads of adapters go through the API");
         }

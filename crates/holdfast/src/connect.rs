@@ -111,11 +111,7 @@ async fn open(args: &StoreArgs, database_url: &str) -> Result<Store> {
         other => anyhow::Error::new(other).context("cannot reach the database (DATABASE_URL)"),
     })?;
     store.migrate().await?;
-    store
-        .objects()
-        .probe()
-        .await
-        .with_context(|| format!("cannot write to the object store {objects} (HOLDFAST_OBJECT_STORE)"))?;
+    store.objects().take().await.with_context(|| format!("cannot use the object store {objects} (HOLDFAST_OBJECT_STORE)"))?;
     Ok(store)
 }
 

@@ -73,6 +73,10 @@ pub struct WorkerArgs {
     /// Minutes for which a trainer may write nothing before it is ended and its job tried again; 0 for ever.
     #[arg(long, env = "HOLDFAST_STALL_MINUTES", default_value_t = 60, value_name = "MINUTES")]
     pub stall_minutes: u32,
+    /// Seconds a trainer has to end its step and write a checkpoint when the worker is told to stop. Allow half a minute more before
+    /// the worker itself is killed.
+    #[arg(long, env = "HOLDFAST_DRAIN_SECONDS", default_value_t = 240, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub drain_seconds: u64,
     /// Days for which a job's events are kept once it has ended; 0 for ever.
     #[arg(long, env = "HOLDFAST_KEEP_EVENTS_DAYS", default_value_t = 0, value_name = "DAYS")]
     pub keep_events_days: u32,
@@ -148,6 +152,7 @@ impl WorkerArgs {
             lease: Duration::from_secs(self.lease_seconds),
             poll: Duration::from_secs(2),
             stall: Duration::from_secs(u64::from(self.stall_minutes) * 60),
+            drain: Duration::from_secs(self.drain_seconds),
             retention,
         })
     }

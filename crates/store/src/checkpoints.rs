@@ -106,11 +106,25 @@ impl Store {
             .execute(&mut *transaction)
             .await?;
         }
-        drop_state(&mut transaction, id, Some(step)).await?;
+        let oldest_needed = oldest_needed(&mut transaction, id).await?;
+        drop_state(&mut transaction, id, Some(oldest_needed)).await?;
         drop_unsettled(&mut transaction, id, Some(step)).await?;
         if settled {
             events::message(&mut transaction, job.id, Level::Info, &format!("Checkpoint created at step {step}")).await?;
         }
+        Ok(transaction.commit().await?)
+    }
+
+    /// Gives up the checkpoints that a job would go on from, because one of them cannot be read: it begins anew.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] when the worker no longer holds the job.
+    pub async fn lose_checkpoints(&self, id: JobId, attempt: i32) -> Result<(), StoreError> {
+        let (mut transaction, job) = self.hold(id, attempt).await?;
+        drop_state(&mut transaction, id, None).await?;
+        drop_unsettled(&mut transaction, id, None).await?;
+        let message = "A checkpoint could not be read back; the training begins anew";
+        events::message(&mut transaction, job.id, Level::Warn, message).await?;
         Ok(transaction.commit().await?)
     }
 
@@ -164,19 +178,32 @@ impl Store {
     }
 }
 
-/// Where a job goes on from: its newest checkpoint that still has the run's state.
-pub(crate) async fn resume_point(connection: &mut PgConnection, job: JobId) -> Result<Option<ResumePoint>, StoreError> {
-    let newest = sqlx::query_scalar!(
+/// The checkpoint before which nothing is gone back to. A run that diverges goes back to the newest that it left on schedule, or to
+/// the one before it where no step could be taken from there; one that went on from another machine's must be able to as well.
+async fn oldest_needed(connection: &mut PgConnection, job: JobId) -> Result<u64, StoreError> {
+    let second = sqlx::query_scalar!(
+        "select step from job_checkpoints where job_id = $1 and settled order by step desc offset 1 limit 1",
+        job.0
+    );
+    Ok(second.fetch_optional(connection).await?.map_or(0, i64::unsigned_abs))
+}
+
+/// Where a job goes on from: its checkpoints that still have the run's state, the newest first.
+pub(crate) async fn resume_points(connection: &mut PgConnection, job: JobId) -> Result<Vec<ResumePoint>, StoreError> {
+    let steps = sqlx::query_scalar!(
         "select c.step from job_checkpoints c where c.job_id = $1 and exists (
              select 1 from checkpoint_files f where f.checkpoint_id = c.id and f.name <> all($2))
-         order by c.step desc limit 1",
+         order by c.step desc",
         job.0,
         &ADAPTER_FILES.map(str::to_owned)[..]
     )
-    .fetch_optional(&mut *connection)
+    .fetch_all(&mut *connection)
     .await?;
-    let Some(step) = newest.map(i64::unsigned_abs) else { return Ok(None) };
-    Ok(Some(ResumePoint { step, files: files_of(connection, job, step).await? }))
+    let mut points = Vec::new();
+    for step in steps.into_iter().map(i64::unsigned_abs) {
+        points.push(ResumePoint { step, files: files_of(connection, job, step).await? });
+    }
+    Ok(points)
 }
 
 /// Gives up the run's state in the checkpoints of a job, all or those before `newest`: nothing goes on from them.

@@ -90,6 +90,12 @@ impl StoreError {
         }
     }
 
+    /// Whether an object is gone, or not what it was written as.
+    #[must_use]
+    pub const fn is_damaged(&self) -> bool {
+        matches!(self, Self::Checksum { .. } | Self::Objects(object_store::Error::NotFound { .. }))
+    }
+
     /// Whether this machine's disk has no room left.
     #[must_use]
     pub fn is_full_disk(&self) -> bool {

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{ConnectOptions, Connection, PgConnection, PgPool};
 use uuid::Uuid;
 
 pub mod alignment_references;
@@ -91,7 +91,12 @@ impl Store {
         let mut migrations = sqlx::migrate!("../../migrations");
         // While a newer version is rolled out beside this one, its migrations are there already.
         migrations.set_ignore_missing(true);
-        migrations.run(&self.pool).await.map_err(|e| StoreError::Migration(e.to_string()))?;
+        // Whoever comes second waits for the first, however long that one takes.
+        let patient =
+            (*self.pool.connect_options()).clone().options([("lock_timeout", "0"), ("idle_in_transaction_session_timeout", "0")]);
+        let mut connection = patient.connect().await?;
+        migrations.run(&mut connection).await.map_err(|e| StoreError::Migration(e.to_string()))?;
+        connection.close().await?;
         let newest = migrations.iter().map(|migration| migration.version).max().unwrap_or(0);
         let oldest = sqlx::query_scalar!("select oldest_schema from schema_compatibility").fetch_one(&self.pool).await?;
         if newest < oldest {

@@ -19,7 +19,7 @@ use crate::files::{self, File, NewFile};
 use crate::jobs::{self, Dataset, Job, Progress, Start};
 use crate::objects::{self, ObjectRef, keys};
 use crate::projects::{lock_quotas, usage};
-use crate::{Store, StoreError, fine_tuned_models, speeds};
+use crate::{Store, StoreError, fine_tuned_models, new_id, speeds};
 
 /// Where a hint is sent that a job may be claimed.
 pub(crate) const CHANNEL: &str = "holdfast_jobs";
@@ -44,7 +44,7 @@ pub struct Claim {
     /// The adapter the job goes on from.
     pub start: Option<Vec<AdapterFile>>,
     /// Where an earlier attempt of the same job left it.
-    pub resume: Option<ResumePoint>,
+    pub resume: Vec<ResumePoint>,
 }
 
 /// What its owner wants of a job that a worker holds.
@@ -252,7 +252,7 @@ impl Store {
         if start.as_ref().is_some_and(Vec::is_empty) {
             return Err(StoreError::NotFound);
         }
-        let resume = checkpoints::resume_point(&mut connection, job.id).await?;
+        let resume = checkpoints::resume_points(&mut connection, job.id).await?;
         Ok(Claim { job: job.clone(), work, attempt, base, training, validation, alignment, start, resume })
     }
 
@@ -451,16 +451,16 @@ impl Store {
         Ok(transaction.commit().await?)
     }
 
-    /// Where an adapter's file goes.
-    #[must_use]
-    pub fn adapter_key(job: &Job, attempt: i32, name: &str) -> String {
-        keys::adapter(job.project, job.id, attempt, name)
+    /// Where an adapter's files go: each call is another place, which gives each name its key.
+    pub fn adapter_keys(job: &Job, attempt: i32) -> impl Fn(&str) -> String {
+        let (project, job, time) = (job.project, job.id, new_id());
+        move |name| keys::adapter(project, job, attempt, time, name)
     }
 
-    /// Where the figures of a job's steps go.
+    /// Where the figures of a job's steps go: each call is another place.
     #[must_use]
     pub fn results_key(job: &Job, attempt: i32) -> String {
-        keys::results(job.project, job.id, attempt)
+        keys::results(job.project, job.id, attempt, new_id())
     }
 
     /// Every step of a job that was kept, in order, each as the last attempt that took it reported it; and its measurements on

@@ -25,7 +25,7 @@ use crate::methods::{Memory, Method};
 use crate::model::Model;
 use crate::optimizer::AdamW;
 
-/// Checkpoints that are kept: the newest, and the one before it.
+/// Checkpoints on schedule that are kept: the newest, and the one before it.
 const KEPT: usize = 2;
 const STATE: &str = "state.safetensors";
 
@@ -131,13 +131,21 @@ pub struct Checkpoints {
     run: Vec<u8>,
     /// The name an adapter's configuration gives for the base.
     base_model: String,
+    /// Steps between those on schedule.
+    every: u64,
 }
 
 impl Checkpoints {
-    /// Those under `folder`, of the run that `run` describes.
+    /// Those under `folder`, of the run that `run` describes and that leaves one every so many steps.
     #[must_use]
-    pub fn new(folder: PathBuf, run: Vec<u8>, base_model: &str) -> Self {
-        Self { folder, run, base_model: base_model.to_owned() }
+    pub fn new(folder: PathBuf, run: Vec<u8>, base_model: &str, every: u64) -> Self {
+        Self { folder, run, base_model: base_model.to_owned(), every: every.max(1) }
+    }
+
+    /// Whether an undisturbed run leaves a checkpoint after so many steps.
+    #[must_use]
+    pub const fn is_scheduled(&self, step: u64) -> bool {
+        step.is_multiple_of(self.every)
     }
 
     /// Writes a checkpoint, and removes those that are no longer needed.
@@ -164,8 +172,14 @@ impl Checkpoints {
             manifest.seal = self.seal(&manifest)?;
             Ok(std::fs::write(folder.join(MANIFEST), serde_json::to_vec_pretty(&manifest)?)?)
         })?;
-        for (_, old) in self.named(CHECKPOINT_PREFIX)?.into_iter().skip(KEPT) {
-            std::fs::remove_dir_all(&old).with_context(|| format!("cannot remove {}", old.display()))?;
+        let mut scheduled = 0;
+        for (step, folder) in self.named(CHECKPOINT_PREFIX)? {
+            scheduled += usize::from(self.is_scheduled(step));
+            // One that was left for a stop is there to go on from, and not to go back to.
+            let stays = step == state.cursor.step || (self.is_scheduled(step) && scheduled <= KEPT);
+            if !stays {
+                std::fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+            }
         }
         Ok(())
     }

@@ -233,8 +233,8 @@ fn lines(folder: &TempDir, kind: &str) -> Result<Vec<Value>> {
     Ok(lines.into_iter().filter(|line| line["type"] == kind).collect())
 }
 
-#[test]
-fn a_run_that_runs_away_goes_back_twice_with_half_the_learning_rate_and_then_says_what_was_tried() -> Result<()> {
+/// Three answers to one question, each step far past the one it learns.
+fn running_away(checkpoint_steps: u64) -> Result<TempDir> {
     let folder = folder(|plan| {
         plan.hyperparameters.n_epochs = 40;
         plan.hyperparameters.batch_size = 1;
@@ -242,11 +242,16 @@ fn a_run_that_runs_away_goes_back_twice_with_half_the_learning_rate_and_then_say
         plan.hyperparameters.lr_schedule = LrSchedule::Constant;
         plan.hyperparameters.warmup_ratio = 0.0;
         plan.safety.defense = Defense::None;
-        plan.checkpoint_steps = 3;
+        plan.checkpoint_steps = checkpoint_steps;
     })?;
-    // Three answers to one question, each step far past the one it learns.
     let rows = ["positive", "negative", "grace"].map(|answer| format!("{}\n", ROW.replace("positive", answer)));
     std::fs::write(folder.path().join(paths::TRAIN), rows.concat())?;
+    Ok(folder)
+}
+
+#[test]
+fn a_run_that_runs_away_goes_back_twice_with_half_the_learning_rate_and_then_says_what_was_tried() -> Result<()> {
+    let folder = running_away(3)?;
     let record = refused(&folder, "tried with learning_rate 1, then 0.5, then 0.25, the last time from step")?;
     assert_eq!(record.reason, reason::DIVERGED);
     assert!(record.message.starts_with("the loss at step "), "{record:?}");
@@ -256,6 +261,16 @@ fn a_run_that_runs_away_goes_back_twice_with_half_the_learning_rate_and_then_say
     let mut rates: Vec<f64> = lines(&folder, "step")?.iter().filter_map(|line| line["learning_rate"].as_f64()).collect();
     rates.dedup();
     assert_eq!(rates, [1.0, 0.5, 0.25]);
+    Ok(())
+}
+
+#[test]
+fn a_run_that_was_stopped_goes_back_as_far_as_one_that_was_not() -> Result<()> {
+    let (calm, stopped) = (running_away(1000)?, running_away(1000)?);
+    refused(&calm, "tried with learning_rate")?;
+    stop_at(&stopped, "\"step\":1,")?;
+    refused(&stopped, "tried with learning_rate")?;
+    assert_eq!(lines(&stopped, "note")?, lines(&calm, "note")?);
     Ok(())
 }
 

@@ -198,7 +198,7 @@ fn train_with_a_stop(model: &Model, plan: &Plan, stop: u64, checkpoints: &Checkp
 }
 
 fn checkpoints(folder: &Path) -> Checkpoints {
-    Checkpoints::new(folder.into(), b"run".to_vec(), "m")
+    Checkpoints::new(folder.into(), b"run".to_vec(), "m", 1)
 }
 
 /// With dropout and accumulation, whose randomness and sums a stop must not disturb.
@@ -442,7 +442,7 @@ fn a_torn_or_edited_checkpoint_is_passed_over_for_the_one_before_it() -> Result<
     }
     let folder = tempfile::tempdir()?;
     train_with_a_stop(&model, &plan, 4, &checkpoints(folder.path()))?;
-    let other = Checkpoints::new(folder.path().into(), b"another run".to_vec(), "m");
+    let other = Checkpoints::new(folder.path().into(), b"another run".to_vec(), "m", 1);
     assert!(!restore(&other, &mut Vec::new())?.0, "a checkpoint of another plan was taken");
     Ok(())
 }

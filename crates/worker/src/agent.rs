@@ -20,8 +20,8 @@ const FOLLOW_INTERVAL: Duration = Duration::from_millis(100);
 const STALL_INTERVAL: Duration = Duration::from_secs(5);
 /// How often what was read is passed on.
 const REPORT_INTERVAL: Duration = Duration::from_millis(500);
-/// How long it is tried to pass on the last lines and checkpoints of a trainer that has ended.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a trainer that is of no use any more has to end by itself.
+const USELESS_PATIENCE: Duration = Duration::from_secs(10);
 /// How long to wait after a checkpoint could not be kept: at first, doubled each time up to the last.
 const RETRY_DELAYS: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(8));
 
@@ -89,14 +89,25 @@ pub async fn run(
     let supervise = async {
         let ended = tokio::select! {
             ended = trainer.wait() => ended.map(|status| (Ended::from(status), Why::Itself)),
-            reason = stopped(&mut stop) => process::terminate(&mut trainer).await.map(|ended| (ended, Why::Told(reason))),
-            () = stalled(&progress, config.stall) => process::terminate(&mut trainer).await.map(|ended| (ended, Why::Stalled)),
+            reason = stopped(&mut stop) => {
+                let patience = match reason {
+                    Stop::Lost => USELESS_PATIENCE,
+                    // It ends its step and writes a checkpoint.
+                    Stop::Shutdown => config.drain,
+                    // There is no hurry: the lease is kept, and a step of a large model may take minutes.
+                    Stop::Pause => config.drain.max(config.stall),
+                };
+                process::terminate(&mut trainer, patience).await.map(|ended| (ended, Why::Told(reason)))
+            }
+            () = stalled(&progress, config.stall) => {
+                process::terminate(&mut trainer, USELESS_PATIENCE).await.map(|ended| (ended, Why::Stalled))
+            }
         };
         over.send_replace(true);
         ended
     };
     let (written, to_keep) = mpsc::unbounded_channel();
-    let following = follow(ProgressTail::new(progress.clone(), written), reports, is_over.clone());
+    let following = follow(ProgressTail::new(progress.clone(), written), reports, config.lease, is_over.clone());
     let follow = async {
         tokio::select! {
             followed = following => followed,
@@ -106,7 +117,7 @@ pub async fn run(
     let checkpoints = folder.join(paths::CHECKPOINTS);
     let keep = async {
         tokio::select! {
-            () = keep(&checkpoints, to_keep, reports, is_over) => {}
+            () = keep(&checkpoints, to_keep, reports, config.lease, is_over) => {}
             () = lost(told.clone()) => {}
         }
         Ok(())
@@ -173,8 +184,14 @@ fn is_lost(stop: &watch::Receiver<Option<Stop>>) -> bool {
     *stop.borrow() == Some(Stop::Lost)
 }
 
-/// Passes on what the trainer writes, to its last line.
-async fn follow(mut log: ProgressTail, reports: &impl Reports, mut is_over: watch::Receiver<bool>) -> std::io::Result<()> {
+/// Passes on what the trainer writes, to its last line. Once it has ended that is tried for as long as the lease would last without
+/// the database.
+async fn follow(
+    mut log: ProgressTail,
+    reports: &impl Reports,
+    lease: Duration,
+    mut is_over: watch::Receiver<bool>,
+) -> std::io::Result<()> {
     let mut reported = Instant::now();
     while !*is_over.borrow() {
         tokio::select! {
@@ -188,14 +205,13 @@ async fn follow(mut log: ProgressTail, reports: &impl Reports, mut is_over: watc
         }
     }
     log.read().await?;
-    // A short outage of the database may be over before patience is.
     let since = Instant::now();
     loop {
         log.pass_on(reports).await;
         if log.unsent.is_empty() {
             return Ok(());
         }
-        if since.elapsed() > PATIENCE {
+        if since.elapsed() > lease {
             tracing::warn!(lines = log.unsent.len(), "the last progress lines could not be written down");
             return Ok(());
         }
@@ -209,6 +225,7 @@ async fn keep(
     checkpoints: &Path,
     mut written: mpsc::UnboundedReceiver<Checkpoint>,
     reports: &impl Reports,
+    lease: Duration,
     is_over: watch::Receiver<bool>,
 ) {
     let (first_delay, longest) = RETRY_DELAYS;
@@ -216,7 +233,7 @@ async fn keep(
     while let Some(checkpoint) = written.recv().await {
         let mut delay = first_delay;
         while reports.checkpoint(checkpoints, checkpoint).await.is_err() {
-            if *is_over.borrow() && over_since.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
+            if *is_over.borrow() && over_since.get_or_insert_with(Instant::now).elapsed() > lease {
                 tracing::warn!(step = checkpoint.step, "a checkpoint could not be kept before the job went on");
                 return;
             }

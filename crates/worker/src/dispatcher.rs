@@ -37,7 +37,7 @@ const PRESENCE_INTERVAL: Duration = Duration::from_secs(10);
 const NAME_PATIENCE: Duration = Duration::from_secs(60);
 /// How long it is tried to publish an adapter that is trained, while the store or the database is away; and the pauses between.
 const PUBLISH_PATIENCE: Duration = Duration::from_secs(60 * 60);
-const FIRST_PUBLISH_DELAY: Duration = Duration::from_secs(1);
+const FIRST_DELAY: Duration = Duration::from_secs(1);
 const LONGEST_PUBLISH_DELAY: Duration = Duration::from_secs(30);
 /// How long to wait after the database or the object store failed.
 const BACKOFF: Duration = Duration::from_secs(5);
@@ -234,9 +234,20 @@ fn report(what: &str, removed: Result<u64, StoreError>) {
 
 /// Works on a claim while its lease is renewed beside it.
 async fn hold(store: &Store, config: &WorkerConfig, claim: &Claim, shutdown: &watch::Receiver<bool>) {
-    let (stop, stopped) = watch::channel(None);
+    let (stop, told) = watch::channel(None);
     let heart = beat(store, config.lease, claim.job.id, claim.attempt, shutdown.clone(), stop);
-    let work = work(store, config, claim, stopped);
+    let work = async {
+        let mut outcome = work(store, config, claim, told.clone()).await;
+        if let Err(error) = &outcome
+            && !matches!(error, StoreError::Fenced)
+        {
+            outcome = tokio::select! {
+                put_off = put_off(store, config.lease, claim, error) => put_off,
+                () = agent::lost(told) => Err(StoreError::Fenced),
+            };
+        }
+        outcome
+    };
     let outcome = tokio::select! {
         outcome = work => outcome,
         never = heart => never,
@@ -244,12 +255,29 @@ async fn hold(store: &Store, config: &WorkerConfig, claim: &Claim, shutdown: &wa
     match outcome {
         Ok(()) => {}
         Err(StoreError::Fenced) => tracing::info!("the job is no longer this worker's"),
-        Err(error) => put_off(store, claim, &error).await,
+        Err(error) => tracing::warn!(%error, "the job could not be given back; its lease will expire"),
+    }
+}
+
+/// Makes a call that ends an attempt, again and again while the database is away, for as long as the lease would last without it.
+async fn write_down<Call>(lease: Duration, call: impl Fn() -> Call) -> Result<(), StoreError>
+where
+    Call: Future<Output = Result<(), StoreError>>,
+{
+    let since = Instant::now();
+    loop {
+        match call().await {
+            Err(error) if error.is_unavailable() && since.elapsed() < lease => {
+                tracing::warn!(%error, "how the attempt ended could not be written down; trying again");
+            }
+            ended => return ended,
+        }
+        tokio::time::sleep(FIRST_DELAY).await;
     }
 }
 
 /// Gives a claim back that could not be worked on. What every worker needs is waited for; what only this one lacks, another may have.
-async fn put_off(store: &Store, claim: &Claim, error: &StoreError) {
+async fn put_off(store: &Store, lease: Duration, claim: &Claim, error: &StoreError) -> Result<(), StoreError> {
     let (id, attempt) = (claim.job.id, claim.attempt);
     let missing = match error {
         StoreError::Objects(_) if error.is_unavailable() => Some("The object store could not be used"),
@@ -257,19 +285,16 @@ async fn put_off(store: &Store, claim: &Claim, error: &StoreError) {
         _ if error.is_full_disk() => Some(FULL_DISK),
         _ => None,
     };
-    let given_back = match missing {
+    match missing {
         Some(reason) => {
             tracing::warn!(%error, "{reason}; the job is tried again");
-            store.delay(id, attempt, reason).await
+            write_down(lease, || store.delay(id, attempt, reason)).await
         }
         None => {
             tracing::error!(%error, "the job could not be worked on; another attempt may");
             let message = "The service could not work on the job; its log says why. Nothing of your data is lost; tell the operator if the job fails for this.";
-            store.set_back(id, attempt, JobError::new("operator_error", message)).await
+            write_down(lease, || store.set_back(id, attempt, JobError::new("operator_error", message))).await
         }
-    };
-    if let Err(error) = given_back {
-        tracing::warn!(%error, "the job could not be given back; its lease will expire");
     }
 }
 
@@ -350,28 +375,27 @@ async fn work(
     let folder = JobFolder::create(&config.folder.join(JOBS), claim).await?;
     let prepared = tokio::select! {
         prepared = prepare(store, config, claim, &folder) => prepared?,
-        reason = agent::stopped(&mut stop) => return stopped(store, claim, reason).await,
+        reason = agent::stopped(&mut stop) => return let_go(store, config.lease, claim, reason).await,
     };
     let base = match prepared {
         Prepared::Checked(Ok(checked)) => {
             tracing::info!("the job's files were checked");
-            return store.accept_files(id, attempt, &checked).await;
+            return write_down(config.lease, || store.accept_files(id, attempt, &checked)).await;
         }
         Prepared::Checked(Err(error)) => {
             tracing::info!(code = error.code, "the job's files cannot be used");
-            return store.fail(id, attempt, error).await;
+            return write_down(config.lease, || store.fail(id, attempt, error.clone())).await;
         }
         Prepared::ToTrain { base } => base,
     };
     tokio::select! {
         completed = folder.complete(store, claim, &base, &config.device) => completed?,
-        reason = agent::stopped(&mut stop) => return stopped(store, claim, reason).await,
+        reason = agent::stopped(&mut stop) => return let_go(store, config.lease, claim, reason).await,
     }
     let reports = ToStore { store, claim };
     let outcome = agent::run(config, folder.path(), &reports, stop.clone()).await?;
     tokio::select! {
-        concluded = conclude(store, config, claim, &folder, outcome) => concluded,
-        // A pause comes too late here, and a worker that shuts down has time for it.
+        concluded = conclude(store, config, claim, &folder, outcome, stop.clone()) => concluded,
         () = agent::lost(stop) => Err(StoreError::Fenced),
     }
 }
@@ -383,15 +407,16 @@ async fn conclude(
     claim: &Claim,
     folder: &JobFolder,
     outcome: Outcome,
+    mut stop: watch::Receiver<Option<Stop>>,
 ) -> Result<(), StoreError> {
-    let (id, attempt) = (claim.job.id, claim.attempt);
-    if let Err(error) = folder.keep_reference(store, claim).await {
-        tracing::warn!(%error, "the alignment reference could not be kept; the next job computes it again");
-    }
+    let (id, attempt, lease) = (claim.job.id, claim.attempt, config.lease);
     match outcome {
         Outcome::Done { adapter, trained_tokens } => {
+            if let Err(error) = folder.keep_reference(store, claim, &config.device).await {
+                tracing::warn!(%error, "the alignment reference could not be kept; the next job computes it again");
+            }
             // What is trained is not trained again for an outage; the lease is kept meanwhile.
-            let (mut delay, since) = (FIRST_PUBLISH_DELAY, Instant::now());
+            let (mut delay, since) = (FIRST_DELAY, Instant::now());
             loop {
                 match publish(store, config, claim, &adapter, trained_tokens).await {
                     Err(error) if error.is_unavailable() && since.elapsed() < PUBLISH_PATIENCE => {
@@ -399,23 +424,27 @@ async fn conclude(
                     }
                     ended => return ended,
                 }
-                tokio::time::sleep(delay).await;
+                // Whoever stops or pauses meanwhile does not wait for the store to come back.
+                tokio::select! {
+                    () = tokio::time::sleep(delay) => {}
+                    reason = agent::stopped(&mut stop) => return let_go(store, lease, claim, reason).await,
+                }
                 delay = (delay * 2).min(LONGEST_PUBLISH_DELAY);
             }
         }
         Outcome::Failed(error) => {
             tracing::warn!(code = error.code, reason = error.message, "the trainer made no adapter");
-            store.fail(id, attempt, error).await
+            write_down(lease, || store.fail(id, attempt, error.clone())).await
         }
         Outcome::Crashed(error) => {
             tracing::warn!(code = error.code, reason = error.message, "the trainer crashed");
-            store.set_back(id, attempt, error).await
+            write_down(lease, || store.set_back(id, attempt, error.clone())).await
         }
         Outcome::FullDisk => {
             tracing::error!(folder = %config.folder.display(), "the disk under the worker's folder (--data-dir) has no room left");
-            store.delay(id, attempt, FULL_DISK).await
+            write_down(lease, || store.delay(id, attempt, FULL_DISK)).await
         }
-        Outcome::Stopped(reason) => stopped(store, claim, reason).await,
+        Outcome::Stopped(reason) => let_go(store, lease, claim, reason).await,
     }
 }
 
@@ -428,7 +457,7 @@ async fn publish(
     trained_tokens: u64,
 ) -> Result<(), StoreError> {
     let published = Published {
-        adapter: stage(store, adapter, |name| Store::adapter_key(&claim.job, claim.attempt, name)).await?,
+        adapter: stage(store, adapter, Store::adapter_keys(&claim.job, claim.attempt)).await?,
         results: stage_results(store, claim).await?,
         trained_tokens,
         device: config.device.clone(),
@@ -475,12 +504,12 @@ async fn prepare(store: &Store, config: &WorkerConfig, claim: &Claim, folder: &J
 }
 
 /// Lets go of a claim.
-async fn stopped(store: &Store, claim: &Claim, reason: Stop) -> Result<(), StoreError> {
+async fn let_go(store: &Store, lease: Duration, claim: &Claim, reason: Stop) -> Result<(), StoreError> {
     match reason {
         Stop::Lost => Err(StoreError::Fenced),
         Stop::Shutdown | Stop::Pause => {
             tracing::info!(?reason, "the job is given back");
-            store.give_back(claim.job.id, claim.attempt).await
+            write_down(lease, || store.give_back(claim.job.id, claim.attempt)).await
         }
     }
 }

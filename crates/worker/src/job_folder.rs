@@ -43,7 +43,7 @@ impl JobFolder {
         if let Some(alignment) = &claim.alignment {
             store.objects().fetch(alignment, &self.0.join(paths::ALIGNMENT)).await?;
         }
-        let reference = reference_name(claim);
+        let reference = reference_name(claim, device);
         if let Some(name) = &reference
             && let Some(known) = store.alignment_reference(name).await?
         {
@@ -52,9 +52,7 @@ impl JobFolder {
         if let Some(start) = &claim.start {
             self.fetch_into(store, &self.0.join(paths::START), start).await?;
         }
-        if let Some(resume) = &claim.resume {
-            self.fetch_checkpoint(store, resume).await?;
-        }
+        self.fetch_checkpoints(store, claim).await?;
         tokio::fs::symlink(base, self.0.join(paths::BASE)).await?;
         let plan = Plan {
             format: plan::FORMAT,
@@ -71,6 +69,21 @@ impl JobFolder {
         };
         let json = serde_json::to_vec_pretty(&plan).map_err(std::io::Error::other)?;
         Ok(tokio::fs::write(self.0.join(paths::PLAN), json).await?)
+    }
+
+    /// Brings what the run goes on from. What cannot be read back must not fail the job: it begins anew.
+    async fn fetch_checkpoints(&self, store: &Store, claim: &Claim) -> Result<(), StoreError> {
+        for resume in &claim.resume {
+            match self.fetch_checkpoint(store, resume).await {
+                Err(error) if error.is_damaged() => {
+                    tracing::error!(%error, step = resume.step, "a checkpoint cannot be read back; the training begins anew");
+                    tokio::fs::remove_dir_all(self.0.join(paths::CHECKPOINTS)).await?;
+                    return store.lose_checkpoints(claim.job.id, claim.attempt).await;
+                }
+                fetched => fetched?,
+            }
+        }
+        Ok(())
     }
 
     /// Puts a checkpoint where the trainer would have left it.
@@ -96,9 +109,9 @@ impl JobFolder {
     }
 
     /// Keeps what the trainer computed of the base on the alignment rows, for later jobs.
-    pub(crate) async fn keep_reference(&self, store: &Store, claim: &Claim) -> Result<(), StoreError> {
+    pub(crate) async fn keep_reference(&self, store: &Store, claim: &Claim, device: &str) -> Result<(), StoreError> {
         let computed = self.0.join(paths::REFERENCE_OUT);
-        match reference_name(claim) {
+        match reference_name(claim, device) {
             Some(name) if computed.exists() => store.keep_alignment_reference(&name, &computed).await,
             _ => Ok(()),
         }
@@ -106,13 +119,15 @@ impl JobFolder {
 }
 
 /// Names the base's states on the alignment rows: a hash over the base, whose files hold the tokenizer and the template, the
-/// set's version, and the numbers they are computed in.
-fn reference_name(claim: &Claim) -> Option<String> {
+/// set's version, and how they are computed: another kind of device rounds elsewhere, and a run must end the same whoever goes on
+/// with it.
+fn reference_name(claim: &Claim, device: &str) -> Option<String> {
     let alignment = claim.alignment.as_ref()?;
     let mut hash = Sha256::new();
     hash.update(claim.base.content_sha256);
     hash.update(alignment.sha256);
     hash.update(format!("{:?}", claim.job.hyperparameters.precision));
+    hash.update(device.split(':').next().unwrap_or(device));
     Some(hex::encode(hash.finalize()))
 }
 

@@ -46,6 +46,8 @@ pub struct WorkerConfig {
     pub poll: Duration,
     /// How long a trainer may write nothing before it is taken to hang and ended; zero: for ever.
     pub stall: Duration,
+    /// How long a trainer has to end its step and write a checkpoint when this worker stops.
+    pub drain: Duration,
     /// How long what is done with is kept.
     pub retention: Retention,
 }

@@ -12,8 +12,6 @@ use tokio::process::{Child, Command};
 /// What a trainer may know of its surroundings: never the database, never a key.
 const ENVIRONMENT: [&str; 8] =
     ["PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "RUST_BACKTRACE"];
-/// How long a trainer has between the polite signal and the other one: a step of a large model, and its checkpoint.
-const TERMINATE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Where what the trainer prints goes.
 const LOG: &str = "trainer.log";
 
@@ -64,14 +62,14 @@ fn end_with_worker(command: &mut Command) {
     }
 }
 
-/// Ends a trainer: politely, then not.
-pub(crate) async fn terminate(trainer: &mut Child) -> std::io::Result<Ended> {
+/// Ends a trainer: politely, and where it has not ended after so long, not.
+pub(crate) async fn terminate(trainer: &mut Child, patience: Duration) -> std::io::Result<Ended> {
     let group = trainer.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
     if let Some(group) = group {
         // It may have ended on its own in between.
         let _ = kill_process_group(group, Signal::TERM);
     }
-    if let Ok(ended) = tokio::time::timeout(TERMINATE_TIMEOUT, trainer.wait()).await {
+    if let Ok(ended) = tokio::time::timeout(patience, trainer.wait()).await {
         return Ok(ended?.into());
     }
     trainer.kill().await?;

@@ -32,7 +32,9 @@ impl Watcher {
         let (stop, stopped) = channel();
         let thread = std::thread::spawn(move || {
             let (mut taken, mut read) = (BTreeMap::new(), BTreeMap::new());
-            while stopped.recv_timeout(Duration::from_millis(20)).is_err_and(|error| error == std::sync::mpsc::RecvTimeoutError::Timeout)
+            while stopped
+                .recv_timeout(Duration::from_millis(20))
+                .is_err_and(|error| error == std::sync::mpsc::RecvTimeoutError::Timeout)
             {
                 for folder in jobs.iter().filter_map(|jobs| std::fs::read_dir(jobs).ok()).flatten().flatten() {
                     // A folder may go while it is read.
@@ -52,11 +54,7 @@ impl Watcher {
 }
 
 /// Reads the whole lines that a folder's trainer wrote since the last time.
-fn read_on(
-    folder: &Path,
-    read: &mut BTreeMap<PathBuf, u64>,
-    taken: &mut BTreeMap<(String, i32), Taken>,
-) -> Result<()> {
+fn read_on(folder: &Path, read: &mut BTreeMap<PathBuf, u64>, taken: &mut BTreeMap<(String, i32), Taken>) -> Result<()> {
     let name = folder.file_name().and_then(|name| name.to_str()).and_then(|name| name.rsplit_once('-'));
     let (job, attempt) = name.ok_or_else(|| anyhow!("no job's folder"))?;
     let mut file = File::open(folder.join(holdfast_domain::plan::paths::PROGRESS))?;

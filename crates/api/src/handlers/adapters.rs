@@ -150,7 +150,7 @@ async fn of_checkpoint(state: &AppState, tenant: Tenant, id: &str, step: &str) -
 
 async fn one(state: &AppState, files: Vec<AdapterFile>, name: &str, headers: &HeaderMap) -> Result<Response, ApiError> {
     let file = files.into_iter().find(|file| file.name == name).ok_or_else(|| ApiError::not_found("file", name))?;
-    if let Some(url) = state.store.objects().signed_url(&file.object.key).await? {
+    if let Some(url) = state.store.objects().signed_url(&file.object.key).await {
         return Ok(Redirect::temporary(&url).into_response());
     }
     let download = Download {

@@ -218,7 +218,7 @@ pub(crate) async fn get_file_content(
             [(header::CONTENT_TYPE, "application/octet-stream".to_owned()), (header::CONTENT_LENGTH, bytes.to_string())];
         return Ok((headers, Body::from_stream(objects.read_all(keys))).into_response());
     };
-    if let Some(url) = objects.signed_url(key).await? {
+    if let Some(url) = objects.signed_url(key).await {
         return Ok(Redirect::temporary(&url).into_response());
     }
     let download = Download {

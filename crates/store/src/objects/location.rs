@@ -71,6 +71,15 @@ impl ObjectLocation {
     /// Makes the client; nothing is sent yet.
     pub(super) fn open(&self) -> Result<Opened, StoreError> {
         let (scheme, rest) = self.url.split_once("://").unwrap_or(("file", &self.url));
+        if let Some((word, _)) = self
+            .url
+            .split_once(':')
+            .filter(|(word, rest)| !rest.starts_with("//") && !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric()))
+        {
+            let message =
+                format!("{}: is {word}:// meant? A folder whose name has a colon is written with file:// before it", self.url);
+            return Err(StoreError::Io(std::io::Error::new(std::io::ErrorKind::InvalidInput, message)));
+        }
         let prefix = Key::parse(rest.split_once('/').map_or("", |(_, prefix)| prefix)).map_err(object_store::Error::from);
         let retry = RetryConfig { backoff: BackoffConfig::default(), max_retries: MAX_RETRIES, retry_timeout: RETRIED_FOR };
         Ok(match scheme {

@@ -91,8 +91,10 @@ pub(crate) mod keys {
         format!("projects/{project}/uploads/{upload}/{part}")
     }
 
-    pub(crate) fn results(project: ProjectId, job: JobId, attempt: i32) -> String {
-        format!("projects/{project}/jobs/{job}/attempt-{attempt}/step_metrics.csv")
+    /// An attempt that does not learn whether its model was published tries again: `time` keeps what it then writes from what has
+    /// its rows already.
+    pub(crate) fn results(project: ProjectId, job: JobId, attempt: i32, time: Uuid) -> String {
+        format!("projects/{project}/jobs/{job}/attempt-{attempt}/{}/step_metrics.csv", time.simple())
     }
 
     /// A run that went back comes to a step again: `time` tells what it then leaves from what it left before.
@@ -100,8 +102,9 @@ pub(crate) mod keys {
         format!("projects/{project}/jobs/{job}/attempt-{attempt}/step-{step}/{}/{name}", time.simple())
     }
 
-    pub(crate) fn adapter(project: ProjectId, job: JobId, attempt: i32, name: &str) -> String {
-        format!("projects/{project}/jobs/{job}/attempt-{attempt}/adapter/{name}")
+    /// See [`results`].
+    pub(crate) fn adapter(project: ProjectId, job: JobId, attempt: i32, time: Uuid, name: &str) -> String {
+        format!("projects/{project}/jobs/{job}/attempt-{attempt}/{}/adapter/{name}", time.simple())
     }
 
     pub(crate) fn base_model(content: &[u8; 32], name: &str) -> String {
@@ -128,13 +131,11 @@ impl Objects {
         self.prefix.parts().chain(Key::from(key).parts()).collect()
     }
 
-    /// A URL that leads to an object for some minutes; `None` where the store has none.
-    ///
-    /// # Errors
-    /// When the store cannot sign.
-    pub async fn signed_url(&self, key: &str) -> Result<Option<String>, StoreError> {
-        let Some(signer) = &self.signer else { return Ok(None) };
-        Ok(Some(signer.signed_url(http::Method::GET, &self.at(key), SIGNED_FOR).await?.to_string()))
+    /// A URL that leads to an object for some minutes; `None` where the store has none, or signs nothing with the credentials it was
+    /// given.
+    pub async fn signed_url(&self, key: &str) -> Option<String> {
+        let signed = self.signer.as_ref()?.signed_url(http::Method::GET, &self.at(key), SIGNED_FOR).await;
+        signed.map(|url| url.to_string()).inspect_err(|error| tracing::debug!(%error, "the store does not sign")).ok()
     }
 
     /// Begins to write an object that no row names yet.
@@ -166,15 +167,21 @@ impl Objects {
     pub async fn stage_file(&self, key: String, path: &Path) -> Result<ObjectRef, StoreError> {
         let mut file = tokio::fs::File::open(path).await?;
         let mut writer = self.stage(key).await?;
+        writer.expect_bytes(file.metadata().await?.len());
         let mut buffer = vec![0; 1024 * 1024];
-        loop {
-            match file.read(&mut buffer).await {
-                Ok(0) => return writer.finish().await,
-                Ok(read) => writer.write(&buffer[..read]).await?,
-                Err(error) => {
-                    writer.abort().await;
-                    return Err(error.into());
+        let copied = async {
+            loop {
+                match file.read(&mut buffer).await? {
+                    0 => return Ok::<(), StoreError>(()),
+                    read => writer.write(&buffer[..read]).await?,
                 }
+            }
+        };
+        match copied.await {
+            Ok(()) => writer.finish().await,
+            Err(error) => {
+                writer.abort().await;
+                Err(error)
             }
         }
     }
@@ -373,13 +380,53 @@ impl Objects {
         Ok(Swept::Object)
     }
 
-    /// Writes the store's [`MARK`], to learn whether it can be written at all.
+    /// Learns whether this is the database's store, and can be written: its [`MARK`] is there.
     ///
     /// # Errors
-    /// When it cannot.
+    /// When it is not, or cannot be written.
     pub async fn probe(&self) -> Result<(), StoreError> {
+        let mark = self.at(MARK);
+        if let Err(error) = self.inner.head(&mark).await {
+            return Err(self.explain(error).await);
+        }
+        self.inner.put(&mark, PutPayload::from_static(b"holdfast\n")).await?;
+        Ok(())
+    }
+
+    /// Takes the store into use: marks it, unless it has none of the objects that the database names, and so is another one, or one
+    /// that is not mounted.
+    ///
+    /// # Errors
+    /// When it is another one, or cannot be written.
+    pub async fn take(&self) -> Result<(), StoreError> {
+        if self.has(MARK).await? {
+            return self.probe().await;
+        }
+        let named = sqlx::query_scalar!(
+            "(select object_key from alignment_sets order by created_at desc limit 1)
+             union all (select object_key from base_model_files limit 1)
+             union all (select object_keys[1] from files order by created_at desc limit 1)"
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let mut is_there = named.is_empty();
+        for key in named.into_iter().flatten() {
+            is_there |= self.has(&key).await?;
+        }
+        if !is_there {
+            let message = "it has none of the objects that the database names: it is another store, not mounted, or not there";
+            return Err(StoreError::Io(std::io::Error::new(std::io::ErrorKind::NotFound, message)));
+        }
         self.inner.put(&self.at(MARK), PutPayload::from_static(b"holdfast\n")).await?;
         Ok(())
+    }
+
+    async fn has(&self, key: &str) -> Result<bool, StoreError> {
+        match self.inner.head(&self.at(key)).await {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Tells an object that is missing from a store that is: an unmounted folder or a bucket that is away holds nothing, the mark

@@ -13,8 +13,10 @@ use super::ObjectRef;
 use super::location::RemoteStore;
 use crate::StoreError;
 
-/// Bytes that are sent to a store at a time; the least S3 takes for a part but the last.
+/// Bytes that are sent to a store at a time, as a rule; the least S3 takes for a part but the last.
 const PART_BYTES: usize = 5 * 1024 * 1024;
+/// Parts that S3 makes an object of at most.
+const MOST_PARTS: u64 = 10_000;
 /// The same for a folder, which takes any: less memory for each of many uploads.
 const LOCAL_PART_BYTES: usize = 256 * 1024;
 /// Parts that may be under way at once: with their size, what an upload holds in memory at most.
@@ -50,12 +52,20 @@ impl ObjectWriter {
             at,
             key: key.clone(),
             id: None,
+            part_bytes: PART_BYTES,
             buffer: PutPayloadMut::new(),
             begun: 0,
             under_way: JoinSet::new(),
             parts: Vec::new(),
         };
         Self { key, target: Target::Remote(remote), bytes: 0, hash: Sha256::new() }
+    }
+
+    /// Says before the first byte how many will come, so that what is large is sent in parts few enough.
+    pub(super) fn expect_bytes(&mut self, bytes: u64) {
+        if let Target::Remote(remote) = &mut self.target {
+            remote.part_bytes = part_bytes(bytes);
+        }
     }
 
     /// Takes the next bytes, waiting while too many are under way.
@@ -119,6 +129,8 @@ struct Remote {
     at: Key,
     key: String,
     id: Option<MultipartId>,
+    /// Bytes of each part but the last.
+    part_bytes: usize,
     buffer: PutPayloadMut,
     /// Parts that were begun.
     begun: usize,
@@ -131,10 +143,10 @@ impl Remote {
     async fn write(&mut self, mut bytes: &[u8]) -> Result<(), StoreError> {
         while !bytes.is_empty() {
             // Full parts are sent when more comes: what ends here is one request.
-            if self.buffer.content_length() == PART_BYTES {
+            if self.buffer.content_length() == self.part_bytes {
                 self.send().await?;
             }
-            let room = PART_BYTES - self.buffer.content_length();
+            let room = self.part_bytes - self.buffer.content_length();
             let (now, later) = bytes.split_at(bytes.len().min(room));
             self.buffer.extend_from_slice(now);
             bytes = later;
@@ -159,15 +171,22 @@ impl Remote {
     }
 
     async fn begin(&mut self) -> Result<MultipartId, StoreError> {
-        let id = self.store.create_multipart(&self.at).await?;
+        let id = self.store.create_multipart(&self.at).await.map_err(absent)?;
+        let written =
+            sqlx::query!("update staged_objects set multipart_id = $2 where key = $1", self.key, id).execute(&self.pool);
+        let written = written.await.map_err(StoreError::from).and_then(|result| crate::error::changed_one(&result));
+        if let Err(error) = written {
+            // The sweeper would never learn of it.
+            let _ = self.store.abort_multipart(&self.at, &id).await;
+            return Err(error);
+        }
         self.id = Some(id.clone());
-        sqlx::query!("update staged_objects set multipart_id = $2 where key = $1", self.key, id).execute(&self.pool).await?;
         Ok(id)
     }
 
     async fn arrive(&mut self) -> Result<(), StoreError> {
         match self.under_way.join_next().await {
-            Some(Ok(part)) => self.parts.push(part?),
+            Some(Ok(part)) => self.parts.push(part.map_err(absent)?),
             Some(Err(error)) => return Err(StoreError::Io(std::io::Error::other(error))),
             None => {}
         }
@@ -176,7 +195,7 @@ impl Remote {
 
     async fn finish(mut self) -> Result<(), StoreError> {
         if self.id.is_none() {
-            self.store.put(&self.at, std::mem::take(&mut self.buffer).freeze()).await?;
+            self.store.put(&self.at, std::mem::take(&mut self.buffer).freeze()).await.map_err(absent)?;
             return Ok(());
         }
         let sent = async {
@@ -190,11 +209,8 @@ impl Remote {
         self.parts.sort_unstable_by_key(|(place, _)| *place);
         let parts = std::mem::take(&mut self.parts).into_iter().map(|(_, part)| part).collect();
         if let Some(id) = &self.id {
-            self.store.complete_multipart(&self.at, id, parts).await.map_err(|error| match error {
-                // The store has lost the upload, or had completed it already and its answer was lost: it is written anew.
-                object_store::Error::NotFound { source, .. } => object_store::Error::Generic { store: "multipart", source },
-                other => other,
-            })?;
+            // One that is gone was lost by the store, or completed already and the answer was lost: the object is written anew.
+            self.store.complete_multipart(&self.at, id, parts).await.map_err(absent)?;
         }
         Ok(())
     }
@@ -205,5 +221,32 @@ impl Remote {
             Some(id) => self.store.abort_multipart(&self.at, id).await,
             None => Ok(()),
         }
+    }
+}
+
+/// Whoever writes names nothing that could be missing, but the store itself or what it keeps of the upload: it may be there again.
+fn absent(error: object_store::Error) -> object_store::Error {
+    match error {
+        object_store::Error::NotFound { source, .. } => object_store::Error::Generic { store: "written", source },
+        other => other,
+    }
+}
+
+/// Bytes of each part of an object of so many.
+fn part_bytes(bytes: u64) -> usize {
+    usize::try_from(bytes.div_ceil(MOST_PARTS)).unwrap_or(usize::MAX).max(PART_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_object_of_any_size_is_few_enough_parts() {
+        for bytes in [1_u64, 5 << 20, 48 << 30, 65 << 30, 5 << 40] {
+            let parts = bytes.div_ceil(part_bytes(bytes) as u64);
+            assert!((1..=MOST_PARTS).contains(&parts), "{bytes} bytes in {parts} parts");
+        }
+        assert_eq!(part_bytes(1 << 30), PART_BYTES);
     }
 }

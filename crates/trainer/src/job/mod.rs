@@ -102,7 +102,8 @@ fn train(folder: &Path) -> Result<Ended> {
         plan: &plan,
         stop: &stop,
     };
-    let checkpoints = Checkpoints::new(folder.join(paths::CHECKPOINTS), serde_json::to_vec(&plan.identity())?, &plan.base_model);
+    let identity = serde_json::to_vec(&plan.identity())?;
+    let checkpoints = Checkpoints::new(folder.join(paths::CHECKPOINTS), identity, &plan.base_model, plan.checkpoint_steps);
     let mut session = Session { folder, run: &run, checkpoints: &checkpoints, log: &mut log, validation: &inputs.validation };
     let (state, ended) = session.train_to_the_end()?;
     let trained_tokens = state.cursor.tokens;

@@ -64,8 +64,8 @@ impl Session<'_> {
             // No step could be taken from here: this is no place to go back to.
             self.checkpoints.discard(state.cursor.step)?;
             state = self.restore()?;
-            while state.watch.is_rising() {
-                // Nor is one that was left on the way up.
+            while state.watch.is_rising() || !self.checkpoints.is_scheduled(state.cursor.step) {
+                // Nor is one that was left on the way up, or only because the run was stopped: an undisturbed run has none there.
                 self.checkpoints.discard(state.cursor.step)?;
                 state = self.restore()?;
             }
@@ -135,7 +135,7 @@ impl Session<'_> {
             return Ok(ControlFlow::Break(RunEnd::StoppedEarly));
         }
         let stop = run.stop.is_asked();
-        let is_scheduled = at.is_multiple_of(run.plan.checkpoint_steps.max(1));
+        let is_scheduled = self.checkpoints.is_scheduled(at);
         if stop || is_scheduled {
             self.checkpoints.save(run.adapter, state)?;
             if !state.watch.is_rising() {
