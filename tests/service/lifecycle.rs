@@ -102,7 +102,7 @@ fn a_paused_job_goes_on_where_it_was_and_ends_with_the_same_adapter() -> Result<
 #[test]
 fn a_checkpoint_that_cannot_be_read_back_costs_its_steps_and_not_the_job() -> Result<()> {
     let app = TestApp::start()?.with_small_model()?;
-    let more = hyperparameters(&json!({"n_epochs": 100, "batch_size": 4, "lora_dropout": 0.1}));
+    let more = hyperparameters(&json!({"n_epochs": 50, "batch_size": 2, "lora_dropout": 0.1}));
     let calm = app.create_job(&rows(), &more)?;
     app.work_until(|| has_ended(&app, &calm))?;
     let job = app.create_job(&rows(), &more)?;

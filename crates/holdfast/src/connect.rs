@@ -78,7 +78,9 @@ pub async fn connect(args: &StoreArgs) -> Result<Connection> {
             (postgres.url(), Some(postgres))
         }
     };
-    Ok(Connection { store: open(args, &url).await?, postgres: postgres.map(Supervised::new) })
+    let store = open(args, &url).await?;
+    take(&store, args).await?;
+    Ok(Connection { store, postgres: postgres.map(Supervised::new) })
 }
 
 /// Connects for a short command: to the private Postgres of a service that runs on the same folder, else as [`connect`].
@@ -89,30 +91,51 @@ pub async fn connect_beside(args: &StoreArgs) -> Result<Connection> {
     if args.database_url.is_none()
         && let Some(url) = LocalPostgres::running(&args.data_dir.join("postgres"))?
     {
-        return Ok(Connection { store: open(args, &url).await?, postgres: None });
+        let store = open(args, &url).await?;
+        take(&store, args).await?;
+        return Ok(Connection { store, postgres: None });
     }
     connect(args).await
 }
 
-async fn open(args: &StoreArgs, database_url: &str) -> Result<Store> {
-    let objects = match args.object_store.as_deref() {
-        None => args.data_dir.join("objects").to_string_lossy().into_owned(),
-        Some(url) => url.strip_prefix("file://").unwrap_or(url).to_owned(),
-    };
-    if !objects.contains("://") {
-        make_folder(Path::new(&objects))
-            .and_then(|()| keep_private(Path::new(&objects)))
-            .with_context(|| format!("cannot use the object store {objects} (HOLDFAST_OBJECT_STORE)"))?;
+/// Connects to a store that is tried out, and may be another than the one in use.
+///
+/// # Errors
+/// As [`connect`], but for a store that holds nothing of what the database names.
+pub async fn connect_to_try(args: &StoreArgs) -> Result<Connection> {
+    match &args.database_url {
+        Some(url) => Ok(Connection { store: open(args, url).await?, postgres: None }),
+        None => connect_beside(args).await,
     }
-    let store = Store::connect(database_url, &ObjectLocation::from_env(objects.as_str())).await.map_err(|error| match error {
-        StoreError::Objects(_) | StoreError::Io(_) => {
-            anyhow::Error::new(error).context(format!("cannot use the object store {objects} (HOLDFAST_OBJECT_STORE)"))
-        }
+}
+
+async fn open(args: &StoreArgs, database_url: &str) -> Result<Store> {
+    let location = ObjectLocation::from_env(object_store(args));
+    if let Some(folder) = location.folder().with_context(|| unusable(args))? {
+        make_folder(folder).and_then(|()| keep_private(folder)).with_context(|| unusable(args))?;
+    }
+    let store = Store::connect(database_url, &location).await.map_err(|error| match error {
+        StoreError::Objects(_) | StoreError::Io(_) => anyhow::Error::new(error).context(unusable(args)),
         other => anyhow::Error::new(other).context("cannot reach the database (DATABASE_URL)"),
     })?;
     store.migrate().await?;
-    store.objects().take().await.with_context(|| format!("cannot use the object store {objects} (HOLDFAST_OBJECT_STORE)"))?;
     Ok(store)
+}
+
+async fn take(store: &Store, args: &StoreArgs) -> Result<()> {
+    store.objects().take().await.with_context(|| unusable(args))
+}
+
+fn unusable(args: &StoreArgs) -> String {
+    format!("cannot use the object store {} (HOLDFAST_OBJECT_STORE)", object_store(args))
+}
+
+/// A folder, or the URL of a store.
+fn object_store(args: &StoreArgs) -> String {
+    match args.object_store.as_deref() {
+        None => args.data_dir.join("objects").to_string_lossy().into_owned(),
+        Some(url) => url.strip_prefix("file://").unwrap_or(url).to_owned(),
+    }
 }
 
 fn make_folder(folder: &Path) -> Result<()> {

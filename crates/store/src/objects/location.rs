@@ -1,6 +1,6 @@
 //! Where objects are kept, and how the store there is reached.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -68,18 +68,32 @@ impl ObjectLocation {
         ClientOptions::new().with_timeout_disabled().with_read_timeout(SILENCE).with_allow_http(plain)
     }
 
+    /// The folder, where the place is one.
+    ///
+    /// # Errors
+    /// When it looks like a URL and is none.
+    pub fn folder(&self) -> Result<Option<&Path>, StoreError> {
+        let (scheme, rest) = self.split()?;
+        Ok((scheme == "file").then(|| Path::new(rest)))
+    }
+
+    /// The kind of store, and what is behind it.
+    fn split(&self) -> Result<(&str, &str), StoreError> {
+        if let Some(found) = self.url.split_once("://") {
+            return Ok(found);
+        }
+        match self.url.split_once(':') {
+            Some((word, _)) if !word.is_empty() && word.chars().all(|letter| letter.is_ascii_alphanumeric()) => {
+                let message = format!("{}: is {word}:// meant? A folder of that name is written with ./ before it", self.url);
+                Err(StoreError::Io(std::io::Error::new(std::io::ErrorKind::InvalidInput, message)))
+            }
+            _ => Ok(("file", &self.url)),
+        }
+    }
+
     /// Makes the client; nothing is sent yet.
     pub(super) fn open(&self) -> Result<Opened, StoreError> {
-        let (scheme, rest) = self.url.split_once("://").unwrap_or(("file", &self.url));
-        if let Some((word, _)) = self
-            .url
-            .split_once(':')
-            .filter(|(word, rest)| !rest.starts_with("//") && !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric()))
-        {
-            let message =
-                format!("{}: is {word}:// meant? A folder whose name has a colon is written with file:// before it", self.url);
-            return Err(StoreError::Io(std::io::Error::new(std::io::ErrorKind::InvalidInput, message)));
-        }
+        let (scheme, rest) = self.split()?;
         let prefix = Key::parse(rest.split_once('/').map_or("", |(_, prefix)| prefix)).map_err(object_store::Error::from);
         let retry = RetryConfig { backoff: BackoffConfig::default(), max_retries: MAX_RETRIES, retry_timeout: RETRIED_FOR };
         Ok(match scheme {
