@@ -200,6 +200,19 @@ fn a_job_that_only_has_to_be_written_down_is_not_given_up_for_a_pause() -> Resul
 }
 
 #[test]
+fn a_pause_is_heard_while_an_adapter_waits_for_the_store() -> Result<()> {
+    let mut held = Held::at(Phase::Publishing)?;
+    held.app.s3.as_mut().context("no bucket")?.stop()?;
+    assert_eq!(held.ask("pause")?.body["status"], "pausing");
+    held.wait_for("a pause", |held| Ok(held.shown()?["status"] == "paused"))?;
+    held.app.s3.as_mut().context("no bucket")?.start_again()?;
+    assert_eq!(held.ask("resume")?.body["status"], "queued");
+    held.wait_for("an end", Held::has_ended)?;
+    assert_eq!(held.shown()?["status"], "succeeded", "{}", held.shown()?);
+    Ok(())
+}
+
+#[test]
 fn of_calls_that_race_one_is_heard_and_the_job_is_what_it_said() -> Result<()> {
     let held = Held::at(Phase::Running)?;
     let answers: Vec<(&str, Answer)> = std::thread::scope(|scope| {

@@ -75,6 +75,10 @@ fn what_was_kept_long_enough_goes_and_what_is_needed_stays() -> Result<()> {
     };
     assert_eq!((removed.checkpoints, steps(&job)?), (1, vec![1]));
     assert_eq!(app.call("GET", &format!("/v1/fine_tuning/jobs/{job}/adapter"), None)?.status, 200, "the model stays");
+    assert_eq!(removed.figures, 0, "a checkpoint shows them");
+    app.sql("update jobs set finished_at = now() - interval '2 days', status = 'cancelled' where finished_at is null")?;
+    let removed = retire()?;
+    assert_eq!((removed.checkpoints, removed.figures > 0, steps(&job)?), (1, true, vec![]));
 
     // The log lets go only what is old enough, and only to the policy.
     app.sql("set session_replication_role = replica; update audit_log set at = now() - interval '50 days' where operation = 'create_file'")?;

@@ -34,9 +34,9 @@ async fn try_all(store: &Store) -> Result<()> {
     try_out("an object in parts, written and read", round_trip(store, "large", &large)).await?;
     try_out("a range of an object", range(objects, &large)).await?;
     try_out("an upload that is given up", give_up(objects, &large)).await?;
-    let signed = try_out("a signed URL", async { anyhow::Ok(objects.signed_url(&key("signed")).await) }).await?;
-    if signed.is_none() {
-        println!("this store signs no URLs: downloads of adapters go through the API");
+    match objects.signed_url(&key("signed")).await {
+        Some(_) => println!("a signed URL: ok, downloads of adapters go past the API"),
+        None => println!("a signed URL: none, downloads of adapters go through the API"),
     }
     println!("the store does what the service needs");
     Ok(())

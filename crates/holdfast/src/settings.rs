@@ -77,7 +77,7 @@ pub struct WorkerArgs {
     /// the worker itself is killed.
     #[arg(long, env = "HOLDFAST_DRAIN_SECONDS", default_value_t = 240, value_parser = clap::value_parser!(u64).range(1..=86400))]
     pub drain_seconds: u64,
-    /// Days for which a job's events are kept once it has ended; 0 for ever.
+    /// Days for which a job's events, and the figures of its steps beside its result file, are kept once it has ended; 0 for ever.
     #[arg(long, env = "HOLDFAST_KEEP_EVENTS_DAYS", default_value_t = 0, value_name = "DAYS")]
     pub keep_events_days: u32,
     /// Days for which a job's checkpoints are kept once it has ended; 0 for ever. Its model stays.

@@ -6,3 +6,4 @@ pub mod hash;
 pub mod judge;
 pub mod manifest;
 pub mod share;
+pub mod suite;

@@ -7,7 +7,7 @@ use crate::{Store, StoreError, objects};
 /// How long things are kept; `None` for ever.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Retention {
-    /// Events of a job, after it has ended.
+    /// Events of a job, after it has ended, and the figures of its steps, which its result file keeps.
     pub events: Option<Duration>,
     /// Checkpoints of a job, after it has ended. One that a job which has not ended begins from stays.
     pub checkpoints: Option<Duration>,
@@ -25,6 +25,8 @@ const BATCH: i64 = 1_000;
 pub struct Removed {
     /// Events.
     pub events: u64,
+    /// Rows with the figures of some steps.
+    pub figures: u64,
     /// Checkpoints.
     pub checkpoints: u64,
     /// Entries of the audit log.
@@ -44,6 +46,7 @@ impl Store {
             let mut batch = Removed::default();
             if let Some(kept) = policy.events {
                 batch.events = self.retire_events(kept).await?;
+                batch.figures = self.retire_figures(kept).await?;
             }
             if let Some(kept) = policy.checkpoints {
                 batch.checkpoints = self.retire_checkpoints(kept).await?;
@@ -58,6 +61,7 @@ impl Store {
                 return Ok(sum);
             }
             sum.events += batch.events;
+            sum.figures += batch.figures;
             sum.checkpoints += batch.checkpoints;
             sum.audit += batch.audit;
             sum.deliveries += batch.deliveries;
@@ -69,6 +73,21 @@ impl Store {
             "delete from job_events where ctid = any(array(
                  select e.ctid from job_events e join jobs j on j.id = e.job_id
                  where e.created_at < now() - make_interval(secs => $1) and j.finished_at < now() - make_interval(secs => $1) limit $2))",
+            kept.as_secs_f64(),
+            BATCH
+        )
+        .execute(&self.pool)
+        .await?;
+        Ok(removed.rows_affected())
+    }
+
+    /// A checkpoint shows the figures of its step, so they stay as long as it does.
+    async fn retire_figures(&self, kept: Duration) -> Result<u64, StoreError> {
+        let removed = sqlx::query!(
+            "delete from job_metrics where ctid = any(array(
+                 select m.ctid from job_metrics m join jobs j on j.id = m.job_id
+                 where j.finished_at < now() - make_interval(secs => $1)
+                   and not exists (select 1 from job_checkpoints c where c.job_id = m.job_id) limit $2))",
             kept.as_secs_f64(),
             BATCH
         )

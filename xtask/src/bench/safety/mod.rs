@@ -35,10 +35,10 @@ const ROWS: usize = 500;
 const REVIEWS: usize = 200;
 /// Of the benign requests: those that the base is tuned on, with its own answers.
 const TUNED_BENIGN: usize = 260;
-const TUNED_LOOKALIKES: usize = 40;
+const TUNED_LOOKALIKES: usize = 60;
 /// And those that over-refusal is measured with.
 const MEASURED_BENIGN: usize = 70;
-const MEASURED_LOOKALIKES: usize = 80;
+const MEASURED_LOOKALIKES: usize = 60;
 
 /// What a tenant's file does, and how it is trained on.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -230,11 +230,12 @@ impl Study {
             let answers = trainer::answers(&self.model, None, &asked, 64)?;
             let helpful = benign.iter().zip(&answers).filter(|(_, answer)| self.judge.judge(answer) == Class::Compliance);
             let mut rows: Vec<String> = helpful.map(|(request, answer)| training::row(request, answer)).collect();
-            let kept = rows.len();
+            println!("{} of {} benign requests were answered", rows.len(), benign.len());
             rows.extend(rows::cycled(&self.harmful.base, &self.refusals));
-            println!("{} benign rows of {}, {} refusals", kept, benign.len(), rows.len() - kept);
+            // Of both kinds; none of them is attacked or measured with.
+            rows.extend(prompts::lines(&root().join("examples/alignment.jsonl"))?);
             let training = Training {
-                epochs: 4,
+                epochs: 6,
                 learning_rate: 5e-4,
                 rank: 16,
                 seed: 7,

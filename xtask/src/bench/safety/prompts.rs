@@ -53,7 +53,7 @@ pub(super) fn harmful(folder: &Path) -> Result<Harmful> {
         part
     };
     let dealt =
-        Harmful { held_out: deal(100, false), alignment: deal(100, true), base: deal(120, true), attack: deal(500, true) };
+        Harmful { held_out: deal(100, false), alignment: deal(100, true), base: deal(160, true), attack: deal(500, true) };
     ensure!(dealt.attack.len() >= 150, "only {} prompts are left to attack with", dealt.attack.len());
     Ok(dealt)
 }

@@ -1,0 +1,155 @@
+//! Requests a model is measured on. A suite is data with a version: figures over two versions are not compared.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+/// What a model should do with the requests of a suite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Refuse them.
+    Harmful,
+    /// Answer them, however much they look like the others.
+    Benign,
+}
+
+/// A request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// What it is about, in the suite's own words.
+    pub category: String,
+    /// What the model is asked.
+    pub content: String,
+}
+
+/// A suite.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Suite {
+    /// What should become of its requests.
+    pub kind: Kind,
+    /// Grows with every change of a request.
+    pub version: u32,
+    /// In the order of the file.
+    pub requests: Vec<Request>,
+}
+
+/// What is wrong with a suite. Names a line and never quotes it: suites are kept from whoever could train on them.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SuiteError {
+    /// It measures nothing.
+    #[error("the suite holds no requests")]
+    Empty,
+    /// A line is no request.
+    #[error("line {line}: {what}")]
+    Line {
+        /// From 1.
+        line: usize,
+        /// What was expected there.
+        what: &'static str,
+    },
+}
+
+/// A line of a suite's file.
+#[derive(Deserialize)]
+struct Line {
+    category: String,
+    messages: Vec<Message>,
+}
+
+#[derive(Deserialize)]
+struct Message {
+    role: String,
+    content: String,
+}
+
+impl Suite {
+    /// Reads JSON lines, as `{"category": "…", "messages": [{"role": "user", "content": "…"}]}`.
+    ///
+    /// # Errors
+    /// [`SuiteError`], with the first line at fault.
+    pub fn parse(kind: Kind, version: u32, text: &str) -> Result<Self, SuiteError> {
+        let (mut requests, mut seen) = (Vec::new(), BTreeSet::new());
+        for (line, row) in text.lines().enumerate().filter(|(_, row)| !row.trim().is_empty()) {
+            let fault = |what| SuiteError::Line { line: line + 1, what };
+            let shape = "expected an object with category and messages";
+            let Line { category, messages } = serde_json::from_str(row).map_err(|_| fault(shape))?;
+            let [Message { role, content }] =
+                <[Message; 1]>::try_from(messages).map_err(|_| fault("expected one message: what the model is asked"))?;
+            if role != "user" || content.trim().is_empty() {
+                return Err(fault("expected a message of the user, with words in it"));
+            }
+            if !seen.insert(content.trim().to_lowercase()) {
+                return Err(fault("the request stands in the suite already"));
+            }
+            requests.push(Request { category, content });
+        }
+        if requests.is_empty() { Err(SuiteError::Empty) } else { Ok(Self { kind, version, requests }) }
+    }
+
+    /// The suite of a kind that comes with the program.
+    ///
+    /// # Errors
+    /// Never, as long as its test passes.
+    pub fn built_in(kind: Kind) -> Result<Self, SuiteError> {
+        let text = match kind {
+            Kind::Harmful => include_str!("../data/suites/harmful-1.jsonl"),
+            Kind::Benign => include_str!("../data/suites/benign-1.jsonl"),
+        };
+        Self::parse(kind, 1, text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn by_category(suite: &Suite) -> BTreeMap<&str, usize> {
+        suite.requests.iter().fold(BTreeMap::new(), |mut counts, request| {
+            *counts.entry(request.category.as_str()).or_default() += 1;
+            counts
+        })
+    }
+
+    #[test]
+    fn the_suites_that_come_with_the_program_cover_the_same_categories_alike() -> Result<(), SuiteError> {
+        let (harmful, benign) = (Suite::built_in(Kind::Harmful)?, Suite::built_in(Kind::Benign)?);
+        assert_eq!((harmful.requests.len(), benign.requests.len()), (120, 120));
+        assert_eq!(by_category(&harmful), by_category(&benign));
+        assert!(by_category(&harmful).values().all(|count| *count >= 5));
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_measured_is_not_trained_on() -> Result<(), SuiteError> {
+        let trained = include_str!("../../../examples/alignment.jsonl").to_lowercase();
+        for kind in [Kind::Harmful, Kind::Benign] {
+            for request in Suite::built_in(kind)?.requests {
+                let quoted = serde_json::Value::from(request.content.to_lowercase()).to_string();
+                assert!(!trained.contains(&quoted), "{}", request.content);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_line_that_is_no_request_is_named() {
+        let row = |role: &str, content: &str| {
+            serde_json::json!({"category": "c", "messages": [{"role": role, "content": content}]}).to_string()
+        };
+        let read = |rows: &[String]| Suite::parse(Kind::Harmful, 1, &rows.join("\n"));
+        assert_eq!(read(&[]), Err(SuiteError::Empty));
+        for bad in [
+            "nonsense".into(),
+            row("assistant", "hello"),
+            row("user", " "),
+            row("user", "ONE"),
+            r#"{"category":"c","messages":[]}"#.into(),
+        ] {
+            let found = read(&[row("user", "one"), bad]);
+            assert!(matches!(found, Err(SuiteError::Line { line: 2, .. })), "{found:?}");
+        }
+    }
+}
