@@ -53,6 +53,11 @@ impl Kind {
         self.strikes_store() || matches!(self, Self::PostgresKilled | Self::WorkerStopped)
     }
 
+    /// Whether it ends what a worker works on.
+    pub(super) fn ends_attempts(self) -> bool {
+        matches!(self, Self::WorkerKilled | Self::WorkerStopped | Self::TrainerKilled | Self::CheckpointTorn)
+    }
+
     fn strikes_store(self) -> bool {
         matches!(self, Self::StoreDown | Self::StoreSlow)
     }
