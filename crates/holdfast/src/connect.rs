@@ -69,6 +69,31 @@ fn lock(server: &Shared) -> MutexGuard<'_, Option<LocalPostgres>> {
 /// # Errors
 /// When a folder, Postgres or the database cannot be used; the message names the setting.
 pub async fn connect(args: &StoreArgs) -> Result<Connection> {
+    taken(start(args).await?, args).await
+}
+
+/// Connects for a short command: to the private Postgres of a service that runs on the same folder, else as [`connect`].
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_beside(args: &StoreArgs) -> Result<Connection> {
+    taken(connect_to_try(args).await?, args).await
+}
+
+/// The same to a store that is tried out, and may be another than the one in use.
+///
+/// # Errors
+/// As [`connect`], but for a store that holds nothing of what the database names.
+pub async fn connect_to_try(args: &StoreArgs) -> Result<Connection> {
+    if args.database_url.is_none()
+        && let Some(url) = LocalPostgres::running(&args.data_dir.join("postgres"))?
+    {
+        return Ok(Connection { store: open(args, &url).await?, postgres: None });
+    }
+    start(args).await
+}
+
+async fn start(args: &StoreArgs) -> Result<Connection> {
     make_folder(&args.data_dir).context("cannot use the data directory (--data-dir)")?;
     let (url, postgres) = match &args.database_url {
         Some(url) => (url.clone(), None),
@@ -78,35 +103,7 @@ pub async fn connect(args: &StoreArgs) -> Result<Connection> {
             (postgres.url(), Some(postgres))
         }
     };
-    let store = open(args, &url).await?;
-    take(&store, args).await?;
-    Ok(Connection { store, postgres: postgres.map(Supervised::new) })
-}
-
-/// Connects for a short command: to the private Postgres of a service that runs on the same folder, else as [`connect`].
-///
-/// # Errors
-/// As [`connect`].
-pub async fn connect_beside(args: &StoreArgs) -> Result<Connection> {
-    if args.database_url.is_none()
-        && let Some(url) = LocalPostgres::running(&args.data_dir.join("postgres"))?
-    {
-        let store = open(args, &url).await?;
-        take(&store, args).await?;
-        return Ok(Connection { store, postgres: None });
-    }
-    connect(args).await
-}
-
-/// Connects to a store that is tried out, and may be another than the one in use.
-///
-/// # Errors
-/// As [`connect`], but for a store that holds nothing of what the database names.
-pub async fn connect_to_try(args: &StoreArgs) -> Result<Connection> {
-    match &args.database_url {
-        Some(url) => Ok(Connection { store: open(args, url).await?, postgres: None }),
-        None => connect_beside(args).await,
-    }
+    Ok(Connection { store: open(args, &url).await?, postgres: postgres.map(Supervised::new) })
 }
 
 async fn open(args: &StoreArgs, database_url: &str) -> Result<Store> {
@@ -122,8 +119,15 @@ async fn open(args: &StoreArgs, database_url: &str) -> Result<Store> {
     Ok(store)
 }
 
-async fn take(store: &Store, args: &StoreArgs) -> Result<()> {
-    store.objects().take().await.with_context(|| unusable(args))
+/// Takes the store into use. A private Postgres does not outlive a store that is another one.
+async fn taken(connection: Connection, args: &StoreArgs) -> Result<Connection> {
+    match connection.store.objects().take().await.with_context(|| unusable(args)) {
+        Ok(()) => Ok(connection),
+        Err(error) => {
+            connection.close().await?;
+            Err(error)
+        }
+    }
 }
 
 fn unusable(args: &StoreArgs) -> String {

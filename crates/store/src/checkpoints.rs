@@ -115,16 +115,27 @@ impl Store {
         Ok(transaction.commit().await?)
     }
 
-    /// Gives up the checkpoints that a job would go on from, because one of them cannot be read: it begins anew.
+    /// Gives up a checkpoint that a job would go on from, because it cannot be read.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] when the worker no longer holds the job.
-    pub async fn lose_checkpoints(&self, id: JobId, attempt: i32) -> Result<(), StoreError> {
+    pub async fn lose_checkpoint(&self, id: JobId, attempt: i32, step: u64) -> Result<(), StoreError> {
         let (mut transaction, job) = self.hold(id, attempt).await?;
-        drop_state(&mut transaction, id, None).await?;
-        drop_unsettled(&mut transaction, id, None).await?;
-        let message = "A checkpoint could not be read back; the training begins anew";
-        events::message(&mut transaction, job.id, Level::Warn, message).await?;
+        let lost = sqlx::query_scalar!(
+            "delete from checkpoint_files f using job_checkpoints c
+             where c.id = f.checkpoint_id and c.job_id = $1 and c.step = $2 returning f.object_key",
+            id.0,
+            step.cast_signed()
+        )
+        .fetch_all(&mut *transaction)
+        .await?;
+        sqlx::query!("delete from job_checkpoints where job_id = $1 and step = $2", id.0, step.cast_signed())
+            .execute(&mut *transaction)
+            .await?;
+        objects::disown(&mut transaction, &lost).await?;
+        let message =
+            format!("The checkpoint of step {step} could not be read back; the training goes on from the one before it");
+        events::message(&mut transaction, job.id, Level::Warn, &message).await?;
         Ok(transaction.commit().await?)
     }
 

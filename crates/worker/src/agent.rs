@@ -90,17 +90,12 @@ pub async fn run(
         let ended = tokio::select! {
             ended = trainer.wait() => ended.map(|status| (Ended::from(status), Why::Itself)),
             reason = stopped(&mut stop) => {
-                let patience = match reason {
-                    Stop::Lost => USELESS_PATIENCE,
-                    // It ends its step and writes a checkpoint.
-                    Stop::Shutdown => config.drain,
-                    // There is no hurry: the lease is kept, and a step of a large model may take minutes.
-                    Stop::Pause => config.drain.max(config.stall),
-                };
-                process::terminate(&mut trainer, patience).await.map(|ended| (ended, Why::Told(reason)))
+                let ended = process::terminate(&mut trainer, patience_is_over(reason, config, told.clone())).await;
+                ended.map(|ended| (ended, Why::Told(reason)))
             }
             () = stalled(&progress, config.stall) => {
-                process::terminate(&mut trainer, USELESS_PATIENCE).await.map(|ended| (ended, Why::Stalled))
+                let ended = process::terminate(&mut trainer, tokio::time::sleep(USELESS_PATIENCE)).await;
+                ended.map(|ended| (ended, Why::Stalled))
             }
         };
         over.send_replace(true);
@@ -147,6 +142,27 @@ pub async fn run(
         Verdict::FullDisk => Outcome::FullDisk,
         Verdict::Done(trained_tokens) => Outcome::Done { adapter: files_in(&folder.join(paths::ADAPTER)).await?, trained_tokens },
     })
+}
+
+/// Waits for as long as a trainer that was told to stop may take to end its step and write a checkpoint. A pause is in no hurry, as
+/// the lease is kept, until this worker stops or the job is lost.
+async fn patience_is_over(mut reason: Stop, config: &WorkerConfig, mut stop: watch::Receiver<Option<Stop>>) {
+    loop {
+        let patience = match reason {
+            Stop::Lost => USELESS_PATIENCE,
+            Stop::Shutdown => config.drain,
+            Stop::Pause => config.drain.max(config.stall),
+        };
+        let other = async {
+            let now = stop.wait_for(|now| now.is_some_and(|now| now != reason)).await.map(|now| *now);
+            // A sender that is gone will never say another.
+            if let Ok(now) = now { now } else { std::future::pending().await }
+        };
+        tokio::select! {
+            () = tokio::time::sleep(patience) => return,
+            now = other => reason = now.unwrap_or(reason),
+        }
+    }
 }
 
 /// Why a trainer ended.

@@ -315,7 +315,7 @@ async fn beat(
             // The lease is kept while the trainer ends, so this goes on.
             () = is_true(&mut shutdown), if !told => {
                 told = true;
-                stop.send_if_modified(|reason| reason.is_none() && reason.replace(Stop::Shutdown).is_none());
+                stop.send_if_modified(|reason| *reason != Some(Stop::Lost) && reason.replace(Stop::Shutdown) != Some(Stop::Shutdown));
             }
         }
         let renews = beaten.elapsed() >= between;
@@ -456,15 +456,32 @@ async fn publish(
     adapter: &[PathBuf],
     trained_tokens: u64,
 ) -> Result<(), StoreError> {
-    let published = Published {
-        adapter: stage(store, adapter, Store::adapter_keys(&claim.job, claim.attempt)).await?,
-        results: stage_results(store, claim).await?,
-        trained_tokens,
-        device: config.device.clone(),
+    let adapter = stage(store, adapter, Store::adapter_keys(&claim.job, claim.attempt)).await?;
+    let results = match stage_results(store, claim).await {
+        Ok(results) => results,
+        Err(error) => {
+            discard(store, &adapter).await;
+            return Err(error);
+        }
     };
-    let model = store.publish(claim.job.id, claim.attempt, &published).await?;
-    tracing::info!(model, "the job's model is published");
-    Ok(())
+    let published = Published { adapter, results, trained_tokens, device: config.device.clone() };
+    match store.publish(claim.job.id, claim.attempt, &published).await {
+        Ok(model) => {
+            tracing::info!(model, "the job's model is published");
+            Ok(())
+        }
+        Err(error) => {
+            // Each try writes its own objects. What was published all the same is no longer staged, and stays.
+            discard(store, &published.adapter).await;
+            Err(error)
+        }
+    }
+}
+
+async fn discard(store: &Store, staged: &[AdapterFile]) {
+    for file in staged {
+        store.objects().discard(&file.object).await;
+    }
 }
 
 /// Writes files as objects under the keys that `key` gives their names.
@@ -526,9 +543,7 @@ impl ToStore<'_> {
         let own = checkpoints.join(format!("{}{}", paths::CHECKPOINT_PREFIX, checkpoint.step));
         let mut files = stage(store, &agent::files_in(&own).await?, &key).await?;
         if let Err(what) = is_whole(&own, &files).await {
-            for file in &files {
-                store.objects().discard(&file.object).await;
-            }
+            discard(store, &files).await;
             return Err(StoreError::Io(std::io::Error::new(std::io::ErrorKind::InvalidData, what)));
         }
         if let Some(step) = checkpoint.best {

@@ -71,14 +71,16 @@ impl JobFolder {
         Ok(tokio::fs::write(self.0.join(paths::PLAN), json).await?)
     }
 
-    /// Brings what the run goes on from. What cannot be read back must not fail the job: it begins anew.
+    /// Brings what the run goes on from. What cannot be read back must not fail the job: it goes on from the checkpoint before it, or
+    /// begins anew.
     async fn fetch_checkpoints(&self, store: &Store, claim: &Claim) -> Result<(), StoreError> {
         for resume in &claim.resume {
             match self.fetch_checkpoint(store, resume).await {
                 Err(error) if error.is_damaged() => {
-                    tracing::error!(%error, step = resume.step, "a checkpoint cannot be read back; the training begins anew");
-                    tokio::fs::remove_dir_all(self.0.join(paths::CHECKPOINTS)).await?;
-                    return store.lose_checkpoints(claim.job.id, claim.attempt).await;
+                    tracing::error!(%error, step = resume.step, "a checkpoint cannot be read back");
+                    let folder = format!("{}{}", paths::CHECKPOINT_PREFIX, resume.step);
+                    tokio::fs::remove_dir_all(self.0.join(paths::CHECKPOINTS).join(folder)).await?;
+                    store.lose_checkpoint(claim.job.id, claim.attempt, resume.step).await?;
                 }
                 fetched => fetched?,
             }
@@ -90,6 +92,7 @@ impl JobFolder {
     async fn fetch_checkpoint(&self, store: &Store, resume: &ResumePoint) -> Result<(), StoreError> {
         let checkpoints = self.0.join(paths::CHECKPOINTS);
         let own = format!("{}{}", paths::CHECKPOINT_PREFIX, resume.step);
+        tokio::fs::create_dir_all(checkpoints.join(&own)).await?;
         for file in &resume.files {
             // A best adapter beside the checkpoint has its folder in its name.
             let (folder, name) = file.name.rsplit_once('/').unwrap_or((&own, &file.name));

@@ -3,7 +3,6 @@
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
 
 use holdfast_domain::plan::paths;
 use rustix::process::{Pid, Signal, kill_process_group, set_parent_process_death_signal};
@@ -62,14 +61,18 @@ fn end_with_worker(command: &mut Command) {
     }
 }
 
-/// Ends a trainer: politely, and where it has not ended after so long, not.
-pub(crate) async fn terminate(trainer: &mut Child, patience: Duration) -> std::io::Result<Ended> {
+/// Ends a trainer: politely, and where it has not ended before `patience` is over, not.
+pub(crate) async fn terminate(trainer: &mut Child, patience: impl Future<Output = ()>) -> std::io::Result<Ended> {
     let group = trainer.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
     if let Some(group) = group {
         // It may have ended on its own in between.
         let _ = kill_process_group(group, Signal::TERM);
     }
-    if let Ok(ended) = tokio::time::timeout(patience, trainer.wait()).await {
+    let ended = tokio::select! {
+        ended = trainer.wait() => Some(ended),
+        () = patience => None,
+    };
+    if let Some(ended) = ended {
         return Ok(ended?.into());
     }
     trainer.kill().await?;

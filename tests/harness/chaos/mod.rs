@@ -131,11 +131,7 @@ fn strike(world: &mut World, seed: u64, length: Length, say: &mut dyn FnMut(&str
         std::thread::sleep(Duration::from_millis(50));
         while let Some(at) = healing.iter().position(|(at, _)| *at <= Instant::now()) {
             if let Some((_, fault)) = healing.remove(at) {
-                fault.heal(world)?;
-                if fault.kind.holds_up_checkpoints() {
-                    let now = seconds_since_1970()?;
-                    seen.standstills.push(Standstill { from: now - fault.lasts.as_secs_f64() - 1.0, to: now });
-                }
+                heal(world, &fault, &mut seen)?;
             }
         }
         if due <= Instant::now() {
@@ -183,12 +179,22 @@ fn strike(world: &mut World, seed: u64, length: Length, say: &mut dyn FnMut(&str
     }
     say("nothing strikes any more");
     for (_, fault) in healing {
-        fault.heal(world)?;
+        heal(world, &fault, &mut seen)?;
     }
     world.mend()?;
     let ended = wait_for_all(world, &mut jobs, CALM)?;
     seen.steps = Some(watcher.stop()?);
     verdict::judge(world, &jobs, &ended, &uploads, &seen, by_kind)
+}
+
+/// Mends what a fault did, and writes down what it held up.
+fn heal(world: &mut World, fault: &Fault, seen: &mut Seen) -> Result<()> {
+    fault.heal(world)?;
+    if fault.kind.holds_up_checkpoints() {
+        let now = seconds_since_1970()?;
+        seen.standstills.push(Standstill { from: now - fault.lasts.as_secs_f64() - 1.0, to: now });
+    }
+    Ok(())
 }
 
 /// Whether a fault would end an attempt of a job that had setback after setback just before. That such a job is given up is tested

@@ -399,9 +399,6 @@ impl Objects {
     /// # Errors
     /// When it is another one, or cannot be written.
     pub async fn take(&self) -> Result<(), StoreError> {
-        if self.has(MARK).await? {
-            return self.probe().await;
-        }
         let named = sqlx::query_scalar!(
             "(select object_key from alignment_sets order by created_at desc limit 1)
              union all (select object_key from base_model_files limit 1)
@@ -409,9 +406,10 @@ impl Objects {
         )
         .fetch_all(&self.pool)
         .await?;
-        let mut is_there = named.is_empty();
+        // A new database: whether anything is there need not be asked, which takes rights that writing does not.
+        let mut is_there = named.is_empty() || self.has(MARK).await?;
         for key in named.into_iter().flatten() {
-            is_there |= self.has(&key).await?;
+            is_there = is_there || self.has(&key).await?;
         }
         if !is_there {
             let message = "it has none of the objects that the database names: it is another store, not mounted, or not there";

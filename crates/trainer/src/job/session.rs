@@ -136,7 +136,8 @@ impl Session<'_> {
         }
         let stop = run.stop.is_asked();
         let is_scheduled = self.checkpoints.is_scheduled(at);
-        if stop || is_scheduled {
+        // One on the way up is no place to go back to, and must not take the place of one that is.
+        if stop || (is_scheduled && !state.watch.is_rising()) {
             self.checkpoints.save(run.adapter, state)?;
             if !state.watch.is_rising() {
                 let best = state.cursor.best.map(|best| best.step);
