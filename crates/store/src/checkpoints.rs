@@ -5,6 +5,7 @@ use holdfast_domain::ids::{CheckpointId, JobId, ProjectId};
 use holdfast_domain::plan::paths;
 use sqlx::PgConnection;
 use time::OffsetDateTime;
+use uuid::Uuid;
 
 use crate::events::{self, Level};
 use crate::files::object_ref;
@@ -69,21 +70,12 @@ impl Store {
         )
         .execute(&mut *transaction)
         .await?;
-        let left = sqlx::query_scalar!(
-            "delete from checkpoint_files f using job_checkpoints c where c.id = f.checkpoint_id and c.job_id = $1 and c.step >= $2
-             returning f.object_key",
-            id.0,
-            step.cast_signed()
-        )
-        .fetch_all(&mut *transaction)
-        .await?;
-        sqlx::query!("delete from job_checkpoints where job_id = $1 and step >= $2", id.0, step.cast_signed())
-            .execute(&mut *transaction)
-            .await?;
+        let left =
+            sqlx::query_scalar!("select id from job_checkpoints where job_id = $1 and step >= $2", id.0, step.cast_signed())
+                .fetch_all(&mut *transaction)
+                .await?;
+        remove(&mut transaction, &left).await?;
         let keys: Vec<String> = files.iter().map(|file| file.object.key.clone()).collect();
-        // A step that was come to again stands under the same keys.
-        let gone: Vec<String> = left.into_iter().filter(|key| !keys.contains(key)).collect();
-        objects::disown(&mut transaction, &gone).await?;
         objects::claim(&mut transaction, &keys).await?;
         let checkpoint = sqlx::query_scalar!(
             "insert into job_checkpoints (id, job_id, step, settled) values ($1, $2, $3, $4) returning id",
@@ -121,18 +113,11 @@ impl Store {
     /// [`StoreError::Fenced`] when the worker no longer holds the job.
     pub async fn lose_checkpoint(&self, id: JobId, attempt: i32, step: u64) -> Result<(), StoreError> {
         let (mut transaction, job) = self.hold(id, attempt).await?;
-        let lost = sqlx::query_scalar!(
-            "delete from checkpoint_files f using job_checkpoints c
-             where c.id = f.checkpoint_id and c.job_id = $1 and c.step = $2 returning f.object_key",
-            id.0,
-            step.cast_signed()
-        )
-        .fetch_all(&mut *transaction)
-        .await?;
-        sqlx::query!("delete from job_checkpoints where job_id = $1 and step = $2", id.0, step.cast_signed())
-            .execute(&mut *transaction)
-            .await?;
-        objects::disown(&mut transaction, &lost).await?;
+        let lost =
+            sqlx::query_scalar!("select id from job_checkpoints where job_id = $1 and step = $2", id.0, step.cast_signed())
+                .fetch_all(&mut *transaction)
+                .await?;
+        remove(&mut transaction, &lost).await?;
         let message =
             format!("The checkpoint of step {step} could not be read back; the training goes on from the one before it");
         events::message(&mut transaction, job.id, Level::Warn, &message).await?;
@@ -235,22 +220,24 @@ pub(crate) async fn drop_state(connection: &mut PgConnection, job: JobId, newest
 /// Gives up checkpoints that were there for the run alone, all or those before `newest`.
 pub(crate) async fn drop_unsettled(connection: &mut PgConnection, job: JobId, newest: Option<u64>) -> Result<(), StoreError> {
     let dropped = sqlx::query_scalar!(
-        "delete from checkpoint_files f using job_checkpoints c
-         where c.id = f.checkpoint_id and c.job_id = $1 and not c.settled and ($2::bigint is null or c.step < $2)
-         returning f.object_key",
+        "select id from job_checkpoints where job_id = $1 and not settled and ($2::bigint is null or step < $2)",
         job.0,
         newest.map(u64::cast_signed)
     )
     .fetch_all(&mut *connection)
     .await?;
-    sqlx::query!(
-        "delete from job_checkpoints where job_id = $1 and not settled and ($2::bigint is null or step < $2)",
-        job.0,
-        newest.map(u64::cast_signed)
-    )
-    .execute(&mut *connection)
-    .await?;
-    objects::disown(connection, &dropped).await
+    remove(connection, &dropped).await
+}
+
+/// Removes checkpoints with their files.
+pub(crate) async fn remove(connection: &mut PgConnection, checkpoints: &[Uuid]) -> Result<(), StoreError> {
+    let keys =
+        sqlx::query_scalar!("delete from checkpoint_files where checkpoint_id = any($1) returning object_key", checkpoints)
+            .fetch_all(&mut *connection)
+            .await?;
+    objects::disown(&mut *connection, &keys).await?;
+    sqlx::query!("delete from job_checkpoints where id = any($1)", checkpoints).execute(connection).await?;
+    Ok(())
 }
 
 /// The files of a checkpoint that can be served; none when it cannot.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::{Store, StoreError, objects};
+use crate::{Store, StoreError, checkpoints};
 
 /// How long things are kept; `None` for ever.
 #[derive(Debug, Clone, Copy, Default)]
@@ -108,11 +108,7 @@ impl Store {
         )
         .fetch_all(&mut *transaction)
         .await?;
-        let keys = sqlx::query_scalar!("delete from checkpoint_files where checkpoint_id = any($1) returning object_key", &old)
-            .fetch_all(&mut *transaction)
-            .await?;
-        objects::disown(&mut transaction, &keys).await?;
-        sqlx::query!("delete from job_checkpoints where id = any($1)", &old).execute(&mut *transaction).await?;
+        checkpoints::remove(&mut transaction, &old).await?;
         transaction.commit().await?;
         Ok(old.len() as u64)
     }

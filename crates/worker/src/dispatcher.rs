@@ -457,25 +457,18 @@ async fn publish(
     trained_tokens: u64,
 ) -> Result<(), StoreError> {
     let adapter = stage(store, adapter, Store::adapter_keys(&claim.job, claim.attempt)).await?;
-    let results = match stage_results(store, claim).await {
-        Ok(results) => results,
-        Err(error) => {
-            discard(store, &adapter).await;
-            return Err(error);
-        }
-    };
-    let published = Published { adapter, results, trained_tokens, device: config.device.clone() };
-    match store.publish(claim.job.id, claim.attempt, &published).await {
-        Ok(model) => {
-            tracing::info!(model, "the job's model is published");
-            Ok(())
-        }
-        Err(error) => {
-            // Each try writes its own objects. What was published all the same is no longer staged, and stays.
-            discard(store, &published.adapter).await;
-            Err(error)
-        }
+    let mut published = Published { adapter, results: None, trained_tokens, device: config.device.clone() };
+    let outcome = async {
+        published.results = stage_results(store, claim).await?;
+        store.publish(claim.job.id, claim.attempt, &published).await
     }
+    .await;
+    match &outcome {
+        Ok(model) => tracing::info!(model, "the job's model is published"),
+        // Each try writes its own objects. What was published all the same is no longer staged, and stays.
+        Err(_) => discard(store, &published.adapter).await,
+    }
+    outcome.map(|_| ())
 }
 
 async fn discard(store: &Store, staged: &[AdapterFile]) {

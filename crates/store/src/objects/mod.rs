@@ -385,11 +385,14 @@ impl Objects {
     /// # Errors
     /// When it is not, or cannot be written.
     pub async fn probe(&self) -> Result<(), StoreError> {
-        let mark = self.at(MARK);
-        if let Err(error) = self.inner.head(&mark).await {
+        if let Err(error) = self.inner.head(&self.at(MARK)).await {
             return Err(self.explain(error).await);
         }
-        self.inner.put(&mark, PutPayload::from_static(b"holdfast\n")).await?;
+        self.mark().await
+    }
+
+    async fn mark(&self) -> Result<(), StoreError> {
+        self.inner.put(&self.at(MARK), PutPayload::from_static(b"holdfast\n")).await?;
         Ok(())
     }
 
@@ -415,8 +418,7 @@ impl Objects {
             let message = "it has none of the objects that the database names: it is another store, not mounted, or not there";
             return Err(StoreError::Io(std::io::Error::new(std::io::ErrorKind::NotFound, message)));
         }
-        self.inner.put(&self.at(MARK), PutPayload::from_static(b"holdfast\n")).await?;
-        Ok(())
+        self.mark().await
     }
 
     async fn has(&self, key: &str) -> Result<bool, StoreError> {
