@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use holdfast_domain::hyperparameters::Requested;
 use holdfast_domain::ids::FileId;
-use holdfast_domain::safety::{Defense, Floor, RequestedSafety};
+use holdfast_domain::policy::{AppliedPolicy, Policy, Scope};
+use holdfast_domain::safety::{Defense, RequestedSafety};
 use holdfast_store::base_models::BaseModelFacts;
 use holdfast_store::jobs::NewJob;
 use holdfast_store::queue::Published;
@@ -62,6 +63,7 @@ async fn fill(database_url: &str, finished: u32) -> Result<()> {
         .bind(project.0)
         .fetch_one(&mut connection)
         .await?;
+        let policy = Policy::at_least(Defense::None, 0.0, "default");
         let job = NewJob {
             base_model: "base".into(),
             model: "base".into(),
@@ -72,8 +74,8 @@ async fn fill(database_url: &str, finished: u32) -> Result<()> {
             seed: 0,
             metadata: serde_json::json!({}),
             hyperparameters: Requested::default().resolve(1, None)?,
-            safety: RequestedSafety { defense: Some(Defense::None), ..RequestedSafety::default() }
-                .resolve(&Floor { defense: Defense::None, ..Floor::default() })?,
+            safety: RequestedSafety::default().resolve(&policy)?,
+            policy: AppliedPolicy { scope: Scope::Deployment, version: 0, policy: policy.clone() },
         };
         // The job that the others are copies of; it never waits itself.
         let template = store.create_job(project, &job, None).await?;
@@ -118,7 +120,13 @@ async fn work(database_url: &str, workers: usize, time: Duration) -> Result<()> 
             tokio::spawn(async move {
                 while Instant::now() < until {
                     let Some(claim) = store.claim(&format!("worker-{number}"), LEASE).await? else { continue };
-                    let nothing = Published { adapter: Vec::new(), results: None, trained_tokens: 1, device: "cpu".into() };
+                    let nothing = Published {
+                        adapter: Vec::new(),
+                        results: None,
+                        evidence: Vec::new(),
+                        trained_tokens: 1,
+                        device: "cpu".into(),
+                    };
                     store.publish(claim.job.id, claim.attempt, &nothing).await?;
                     finished.fetch_add(1, Ordering::Relaxed);
                 }

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use holdfast_api::Settings;
 use holdfast_domain::ids::ProjectId;
-use holdfast_domain::safety::Floor;
+use holdfast_domain::policy::Policy;
 use holdfast_local_postgres::TemporaryPostgres;
+use holdfast_safety::manifest::SignKey;
 use holdfast_store::base_models::BaseModelFacts;
 use holdfast_store::keys::NewKey;
 use holdfast_store::retention::Retention;
@@ -117,7 +118,7 @@ fn objects_in(folder: &Path) -> Result<ObjectLocation> {
 /// What a test's service is set to.
 fn settings() -> Settings {
     Settings {
-        safety_floor: Floor::default(),
+        policy: Policy::default(),
         max_upload_bytes: MAX_UPLOAD_BYTES,
         requests_per_minute: None,
         behind_proxy: false,
@@ -288,6 +289,9 @@ impl TestApp {
             poll: Duration::from_millis(100),
             stall: Duration::ZERO,
             drain: Duration::from_secs(60),
+            judge: None,
+            judge_patience: Duration::ZERO,
+            signing_key: SignKey::of_seed(&[7; 32]),
             retention: Retention::default(),
         })
     }
@@ -324,6 +328,14 @@ impl TestApp {
     /// When the service does not answer.
     pub fn call_with(&self, headers: &[(&str, &str)], method: &str, path: &str, body: Option<&str>) -> Result<Answer> {
         self.send(Some(&self.key), method, path, headers, body)
+    }
+
+    /// A request without a body, with any key and headers of its own.
+    ///
+    /// # Errors
+    /// When the service does not answer.
+    pub fn send_as(&self, key: &str, headers: &[(&str, &str)], method: &str, path: &str) -> Result<Answer> {
+        self.send(Some(key), method, path, headers, None)
     }
 
     fn send(&self, key: Option<&str>, method: &str, path: &str, headers: &[(&str, &str)], body: Option<&str>) -> Result<Answer> {

@@ -20,7 +20,7 @@ struct Rule {
 
 /// Whether the operation asks for a key at all, and what it answers to one of another tenant and to one that only reads. An
 /// operation without a row fails the test.
-const RULES: [Rule; 53] = [
+const RULES: [Rule; 72] = [
     rule("create_file", 400, 403),
     rule("list_files", 200, 200),
     rule("get_file", 404, 200),
@@ -44,6 +44,10 @@ const RULES: [Rule; 53] = [
     rule("get_adapter_file", 404, 400),
     rule("get_checkpoint_adapter", 404, 404),
     rule("get_checkpoint_adapter_file", 404, 404),
+    rule("get_safety_report", 404, 400),
+    rule("get_manifest", 404, 400),
+    rule("list_signing_keys", 200, 200),
+    rule("get_safety_policy", 200, 200),
     rule("list_models", 200, 200),
     rule("get_model", 404, 404),
     rule("delete_model", 404, 403),
@@ -71,6 +75,21 @@ const RULES: [Rule; 53] = [
     admins("revoke_api_key"),
     admins("list_base_models"),
     admins("list_alignment_sets"),
+    admins("create_alignment_set"),
+    admins("get_deployment_safety_policy"),
+    admins("set_deployment_safety_policy"),
+    admins("delete_deployment_safety_policy"),
+    admins("get_organization_safety_policy"),
+    admins("set_organization_safety_policy"),
+    admins("delete_organization_safety_policy"),
+    admins("get_project_safety_policy"),
+    admins("set_project_safety_policy"),
+    admins("delete_project_safety_policy"),
+    admins("list_quarantined_adapters"),
+    admins("get_quarantined_safety_report"),
+    admins("release_quarantined_adapter"),
+    admins("list_conflict_levels"),
+    admins("measure_conflict_level"),
     admins("list_workers"),
     admins("list_audit_entries"),
     admins("get_metrics"),

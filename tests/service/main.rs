@@ -16,6 +16,7 @@ mod operations;
 mod outages;
 mod queue;
 mod remote_objects;
+mod safety;
 mod start;
 mod tenancy;
 mod up;

@@ -7,8 +7,9 @@ use holdfast_domain::hyperparameters::Requested;
 use holdfast_domain::ids::ProjectId;
 use holdfast_domain::job::{JobError, JobState, Status};
 use holdfast_domain::limits::MAX_SETBACKS;
+use holdfast_domain::policy::{AppliedPolicy, Policy, Scope};
 use holdfast_domain::progress::{Progress, Step};
-use holdfast_domain::safety::{Floor, RequestedSafety};
+use holdfast_domain::safety::RequestedSafety;
 use holdfast_store::StoreError;
 use holdfast_store::base_models::BaseModelFacts;
 use holdfast_store::jobs::{Dataset, Job, NewJob};
@@ -37,7 +38,8 @@ fn app_with_job() -> Result<(TestApp, ProjectId, Job)> {
             seed: 0,
             metadata: serde_json::json!({}),
             hyperparameters: Requested::default().resolve(1, None)?,
-            safety: RequestedSafety::default().resolve(&Floor::default())?,
+            safety: RequestedSafety::default().resolve(&Policy::default())?,
+            policy: AppliedPolicy { scope: Scope::Deployment, version: 0, policy: Policy::default() },
         };
         anyhow::Ok((project, app.store.create_job(project, &job, None).await?))
     })?;
@@ -52,7 +54,7 @@ fn checked() -> Checked {
 
 /// A run that leaves no files.
 fn nothing() -> Published {
-    Published { adapter: Vec::new(), results: None, trained_tokens: 1, device: "cpu".into() }
+    Published { adapter: Vec::new(), results: None, evidence: Vec::new(), trained_tokens: 1, device: "cpu".into() }
 }
 
 async fn claim(app: &TestApp, lease: Duration) -> Result<Claim> {

@@ -8,7 +8,7 @@ use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
 /// Each code, and what it means.
-const CODES: [(&str, &str); 64] = [
+const CODES: [(&str, &str); 66] = [
     ("adapter_mismatch", "The adapter that a job goes on from has another rank, scale or modules."),
     ("alignment_set_not_found", "There is no such alignment set."),
     ("already_made", "The request was served before, and what it made is shown once."),
@@ -18,6 +18,7 @@ const CODES: [(&str, &str); 64] = [
     ("contradiction", "Two values of the request exclude each other."),
     ("duplicate_field", "A form holds a field twice."),
     ("file_in_use", "A job that has not ended needs the file."),
+    ("held_back", "The safety gate keeps the adapter back."),
     ("idempotency_key_reused", "The Idempotency-Key was sent before with another body."),
     ("incomplete", "Of values that belong together one is missing."),
     ("insufficient_quota", "The project uses as much as it may."),
@@ -48,6 +49,7 @@ const CODES: [(&str, &str); 64] = [
     ("model_in_use", "A job that has not ended goes on from the model."),
     ("name_taken", "There is something else of this name."),
     ("no_adapter", "The job has no adapter, yet or any more."),
+    ("no_evidence", "There is no report or manifest, yet or any more."),
     ("no_project", "The key belongs to no project."),
     ("not_found", "There is no such thing, or it is another project's."),
     ("out_of_bounds", "A number is too small or too large."),

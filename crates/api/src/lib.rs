@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use holdfast_domain::safety::Floor;
+use holdfast_domain::policy::{AppliedPolicy, Policy, Scope};
 use holdfast_store::Store;
 use holdfast_webhooks::Sender;
 use tokio::sync::watch;
@@ -52,8 +52,8 @@ pub struct AppState {
 /// What the operator decided.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The least safety a job trains under.
-    pub safety_floor: Floor,
+    /// What is demanded of jobs where no policy is set.
+    pub policy: Policy,
     /// The largest file.
     pub max_upload_bytes: u64,
     /// Requests a key may make in a minute, unless it has a number of its own; `None` for as many as it likes.
@@ -82,6 +82,11 @@ impl AppState {
             tokenizers: Arc::default(),
             sender,
         }
+    }
+
+    /// The policy of jobs for which none is set.
+    pub(crate) fn default_policy(&self) -> AppliedPolicy {
+        AppliedPolicy { scope: Scope::Deployment, version: 0, policy: self.settings.policy.clone() }
     }
 
     /// Does what no request asks for: hears of changed keys and looks for new events. Ends when the service stops.

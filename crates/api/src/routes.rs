@@ -21,9 +21,9 @@ use utoipa_axum::routes;
 
 use crate::contract::EveryOperation;
 use crate::extract::Path;
-use crate::handlers::admin::{deployment, keys, organizations, projects};
+use crate::handlers::admin::{deployment, keys, organizations, projects, safety as admin_safety};
 use crate::handlers::{
-    adapters, checkpoints, estimate, events, files, health, jobs, metrics, models, preview, uploads, webhooks,
+    adapters, checkpoints, estimate, events, files, health, jobs, metrics, models, preview, safety, uploads, webhooks,
 };
 use crate::wire::webhook::WebhookEvent;
 use crate::{ApiError, AppState, audit, auth, contract, telemetry, trace};
@@ -82,6 +82,10 @@ fn keyed() -> OpenApiRouter<AppState> {
         .routes(routes!(adapters::get_adapter_file))
         .routes(routes!(adapters::get_checkpoint_adapter))
         .routes(routes!(adapters::get_checkpoint_adapter_file))
+        .routes(routes!(safety::get_safety_report))
+        .routes(routes!(safety::get_manifest))
+        .routes(routes!(safety::list_signing_keys))
+        .routes(routes!(safety::get_safety_policy))
         .routes(routes!(models::list_models))
         .routes(routes!(models::get_model, models::delete_model))
         .routes(routes!(webhooks::list_webhooks, webhooks::create_webhook))
@@ -100,7 +104,22 @@ fn keyed() -> OpenApiRouter<AppState> {
         .routes(routes!(keys::list_keys, keys::create_key))
         .routes(routes!(keys::revoke_key))
         .routes(routes!(deployment::list_base_models))
-        .routes(routes!(deployment::list_alignment_sets))
+        .routes(routes!(deployment::list_alignment_sets, deployment::create_alignment_set))
+        .routes(routes!(
+            admin_safety::get_deployment_policy,
+            admin_safety::set_deployment_policy,
+            admin_safety::delete_deployment_policy
+        ))
+        .routes(routes!(
+            admin_safety::get_organization_policy,
+            admin_safety::set_organization_policy,
+            admin_safety::delete_organization_policy
+        ))
+        .routes(routes!(admin_safety::get_project_policy, admin_safety::set_project_policy, admin_safety::delete_project_policy))
+        .routes(routes!(admin_safety::list_quarantined))
+        .routes(routes!(admin_safety::get_quarantined_report))
+        .routes(routes!(admin_safety::release_quarantined))
+        .routes(routes!(admin_safety::list_conflict_levels, admin_safety::measure_conflict_level))
         .routes(routes!(deployment::list_workers))
         .routes(routes!(deployment::list_audit_entries))
         .routes(routes!(metrics::get_metrics))

@@ -4,6 +4,7 @@
 //! tokenizer) and by the trainer (the same code again, so that what was accepted is what is trained on). Everything here is
 //! pure: bytes come in as slices, and no message ever quotes a row.
 
+pub mod alignment_set;
 pub mod batch;
 pub mod check;
 pub mod encode;

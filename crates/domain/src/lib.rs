@@ -1,10 +1,12 @@
 //! The rules of the service, free of any input or output: identifiers, the life of a job, hyperparameters (requested, then
-//! resolved), the safety a job trains under, limits, and the contract between worker and trainer (plan, progress, exit).
+//! resolved), the safety a job trains under and the operator's policy, limits, and the contract between worker and trainer (plan, progress, exit).
 //!
 //! This crate never opens a file or a socket, never reads a clock and never draws a random number: what it decides depends on
 //! its arguments alone, so that the API, the worker and the trainer cannot disagree.
 
+pub mod evaluation;
 pub mod exit;
+pub mod gauge;
 pub mod hyperparameters;
 pub mod ids;
 pub mod invalid;
@@ -12,6 +14,7 @@ pub mod job;
 pub mod limits;
 pub mod model_name;
 pub mod plan;
+pub mod policy;
 pub mod progress;
 pub mod safety;
 pub mod steps;

@@ -98,6 +98,8 @@ pub enum Phase {
     Training,
     /// Writes the adapter.
     Exporting,
+    /// Asks the adapter what it should and should not answer.
+    Evaluating,
 }
 
 impl Phase {
@@ -109,6 +111,7 @@ impl Phase {
             Self::AlignmentReference => "alignment_reference",
             Self::Training => "training",
             Self::Exporting => "exporting",
+            Self::Evaluating => "evaluating",
         }
     }
 }

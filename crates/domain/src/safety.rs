@@ -1,8 +1,9 @@
-//! The safety a job trains under: what a tenant may ask for, the operator's floor, and what the two resolve to.
+//! The safety a job trains under: what a tenant asks for, and what it resolves to under the operator's policy.
 
 use serde::{Deserialize, Serialize};
 
 use crate::Invalid;
+use crate::policy::{AppliedPolicy, Policy};
 
 /// How training is kept from working against the base model's alignment. The trainer's `methods` have each one's formula.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -145,23 +146,8 @@ pub struct RequestedSafety {
     pub budget: Option<f64>,
     /// The alignment set's name.
     pub alignment_set: Option<String>,
-}
-
-/// The least a deployment accepts, and its defaults.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Floor {
-    /// The weakest method a tenant may choose.
-    pub defense: Defense,
-    /// The smallest `ρ` a tenant may choose where the method has one.
-    pub rho: f64,
-    /// The alignment set used when none is named.
-    pub alignment_set: String,
-}
-
-impl Default for Floor {
-    fn default() -> Self {
-        Self { defense: Defense::Safegrad, rho: 1.0, alignment_set: "default".into() }
-    }
+    /// Whether the adapter must pass the gate.
+    pub gate: Option<bool>,
 }
 
 /// The largest `ρ` that is accepted: beyond it the user's gradient no longer counts.
@@ -195,6 +181,10 @@ pub struct Safety {
 
 /// The budget of KL where nobody says another.
 pub const DEFAULT_BUDGET: f64 = 0.05;
+/// The bounds of a budget of KL, in nats.
+pub const MIN_BUDGET: f64 = 1e-6;
+/// See [`MIN_BUDGET`].
+pub const MAX_BUDGET: f64 = 100.0;
 
 const fn default_budget() -> f64 {
     DEFAULT_BUDGET
@@ -218,44 +208,35 @@ impl Safety {
 }
 
 impl RequestedSafety {
-    /// Fills in the operator's defaults and holds the request to the floor.
+    /// Fills in the policy's defaults and holds the request to it.
     ///
     /// # Errors
-    /// When `rho` is not a number the method can use, or the request is weaker than the floor: it is refused, never raised.
-    pub fn resolve(&self, floor: &Floor) -> Result<Safety, Invalid> {
-        let defense = self.defense.unwrap_or(floor.defense);
-        if !defense.holds_at_least(floor.defense) {
-            return Err(Invalid::new(
-                "defense",
-                "safety_below_floor",
-                format!(
-                    "this deployment trains with at least `{}`; `{}` is weaker, or not known to hold as much",
-                    floor.defense.as_str(),
-                    defense.as_str()
-                ),
-            ));
+    /// When `rho` is not a number the method can use, or the request is weaker than the policy: it is refused, never raised.
+    pub fn resolve(&self, policy: &Policy) -> Result<Safety, Invalid> {
+        let below = |param: &str, message: String| Err(Invalid::new(param, "safety_below_floor", message));
+        let defense = self.defense.unwrap_or_else(|| policy.default_method());
+        if !policy.methods.contains(&defense) {
+            let allowed = policy.methods.iter().map(|method| format!("`{}`", method.as_str())).collect::<Vec<_>>().join(" or ");
+            return below("defense", format!("jobs train with {allowed} here; `{}` is not allowed", defense.as_str()));
         }
-        let rho = self.rho.unwrap_or(floor.rho);
+        let rho = self.rho.unwrap_or(policy.rho);
         if !(0.0..=MAX_RHO).contains(&rho) {
             return Err(Invalid::new("rho", "out_of_bounds", format!("rho must lie between 0 and {MAX_RHO}")));
         }
-        if defense.needs_alignment() && rho < floor.rho {
-            return Err(Invalid::new(
-                "rho",
-                "safety_below_floor",
-                format!("this deployment trains with rho of at least {}; {rho} is weaker", floor.rho),
-            ));
+        if defense.needs_alignment() && rho < policy.rho {
+            return below("rho", format!("jobs train with a rho of at least {} here; {rho} is weaker", policy.rho));
         }
-        if let Some(set) = self.alignment_set.as_ref().filter(|set| **set != floor.alignment_set) {
-            return Err(Invalid::new(
-                "alignment_set",
-                "safety_below_floor",
-                format!("this deployment trains on the alignment set {:?}; {set:?} may be weaker", floor.alignment_set),
-            ));
+        if let Some(set) = self.alignment_set.as_ref().filter(|set| **set != policy.alignment_set) {
+            let message = format!("jobs are held to the alignment set {:?} here; {set:?} may be weaker", policy.alignment_set);
+            return below("alignment_set", message);
         }
-        let budget = self.budget.unwrap_or(DEFAULT_BUDGET);
-        if !(1e-6..=100.0).contains(&budget) {
-            return Err(Invalid::new("budget", "out_of_bounds", "budget must lie between 0.000001 and 100 nats"));
+        if policy.gate.enabled && self.gate == Some(false) {
+            return below("gate", "adapters must pass the safety gate here; leave gate out, or say true".into());
+        }
+        let budget = self.budget.unwrap_or(policy.budget);
+        if !(MIN_BUDGET..=MAX_BUDGET).contains(&budget) {
+            let message = format!("budget must lie between {MIN_BUDGET} and {MAX_BUDGET} nats");
+            return Err(Invalid::new("budget", "out_of_bounds", message));
         }
         let variant = |name: &str, asked: bool, by: &[Defense]| {
             if !asked || by.contains(&defense) {
@@ -275,9 +256,8 @@ impl RequestedSafety {
         )?;
         variant("alignment_point", self.alignment_point.is_some_and(|p| p != AlignmentPoint::default()), &[Defense::Safegrad])?;
         variant("budget", self.budget.is_some(), &[Defense::Held])?;
-        if floor.defense == Defense::Held && budget > DEFAULT_BUDGET {
-            let message = format!("this deployment trains within a budget of {DEFAULT_BUDGET} nats; {budget} is weaker");
-            return Err(Invalid::new("budget", "safety_below_floor", message));
+        if defense == Defense::Held && budget > policy.budget {
+            return below("budget", format!("jobs train within a budget of {} nats here; {budget} is weaker", policy.budget));
         }
         let by_rows = self.projection == Some(ProjectionOf::PerRow);
         let elsewhere =
@@ -287,7 +267,7 @@ impl RequestedSafety {
             return Err(Invalid::new("projection", "contradiction", message));
         }
         let alignment_set =
-            defense.needs_alignment().then(|| self.alignment_set.clone().unwrap_or_else(|| floor.alignment_set.clone()));
+            defense.needs_alignment().then(|| self.alignment_set.clone().unwrap_or_else(|| policy.alignment_set.clone()));
         Ok(Safety {
             defense,
             rho,
@@ -299,15 +279,26 @@ impl RequestedSafety {
             alignment_set,
         })
     }
+
+    /// The policy as it counts for this request: a tenant may ask for the gate where the operator does not demand it.
+    #[must_use]
+    pub fn apply(&self, mut applied: AppliedPolicy) -> AppliedPolicy {
+        if self.gate == Some(true) {
+            applied.policy.evaluate = true;
+            applied.policy.gate.enabled = true;
+        }
+        applied
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::Scope;
 
     #[test]
-    fn a_silent_request_gets_the_floor() -> Result<(), Invalid> {
-        let safety = RequestedSafety::default().resolve(&Floor::default())?;
+    fn a_silent_request_gets_the_policys_defaults() -> Result<(), Invalid> {
+        let safety = RequestedSafety::default().resolve(&Policy::default())?;
         assert_eq!((safety.defense, safety.rho), (Defense::Safegrad, 1.0));
         assert_eq!(safety.alignment_set.as_deref(), Some("default"));
         Ok(())
@@ -322,14 +313,14 @@ mod tests {
             RequestedSafety { alignment_set: Some("small".into()), ..Default::default() },
         ];
         for request in weaker {
-            let code = request.resolve(&Floor::default()).map_err(|e| e.code);
+            let code = request.resolve(&Policy::default()).map_err(|e| e.code);
             assert_eq!(code, Err("safety_below_floor"), "{request:?}");
         }
     }
 
     #[test]
     fn a_stronger_method_is_accepted_and_one_that_differs_in_kind_is_not() {
-        let under = |defense| RequestedSafety { defense: Some(defense), ..Default::default() }.resolve(&Floor::default());
+        let under = |defense| RequestedSafety { defense: Some(defense), ..Default::default() }.resolve(&Policy::default());
         assert_eq!(under(Defense::Held).map(|s| s.defense), Ok(Defense::Held));
         for defense in [Defense::Sbr, Defense::Pcgrad, Defense::Lisa, Defense::SafeMix] {
             assert_eq!(under(defense).map_err(|e| e.code), Err("safety_below_floor"));
@@ -337,10 +328,22 @@ mod tests {
     }
 
     #[test]
+    fn the_gate_can_be_asked_for_and_not_declined() {
+        let open = AppliedPolicy { scope: Scope::Deployment, version: 0, policy: Policy::default() };
+        let asked = RequestedSafety { gate: Some(true), ..Default::default() };
+        assert!(asked.apply(open.clone()).policy.gate.enabled && asked.apply(open).policy.check().is_ok());
+        let mut closed = Policy { evaluate: true, ..Policy::default() };
+        closed.gate.enabled = true;
+        let declined = RequestedSafety { gate: Some(false), ..Default::default() };
+        assert_eq!(declined.resolve(&closed).map_err(|e| e.param), Err("gate".into()));
+        assert!(declined.resolve(&Policy::default()).is_ok());
+    }
+
+    #[test]
     fn a_variant_that_the_method_does_not_have_is_refused_by_name() {
         let request =
             RequestedSafety { defense: Some(Defense::Held), projection: Some(ProjectionOf::PerRow), ..Default::default() };
-        assert_eq!(request.resolve(&Floor::default()).map_err(|e| e.param), Err("projection".into()));
+        assert_eq!(request.resolve(&Policy::default()).map_err(|e| e.param), Err("projection".into()));
     }
 
     #[test]
@@ -354,7 +357,7 @@ mod tests {
     fn rho_must_be_a_number_in_bounds() {
         for rho in [f64::NAN, f64::INFINITY, -1.0, 1e9] {
             let request = RequestedSafety { rho: Some(rho), ..Default::default() };
-            assert_eq!(request.resolve(&Floor::default()).map_err(|e| e.code), Err("out_of_bounds"));
+            assert_eq!(request.resolve(&Policy::default()).map_err(|e| e.code), Err("out_of_bounds"));
         }
     }
 }

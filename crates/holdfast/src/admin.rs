@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
-use holdfast_dataset::structure::StructureCheck;
 use holdfast_domain::ids::{KeyId, ProjectId};
 use holdfast_store::audit::NewEntry;
 use holdfast_store::base_models::BaseModelFacts;
@@ -183,9 +182,7 @@ pub async fn export_model(args: &StoreArgs, name: &str, folder: &Path) -> Result
 /// When the file cannot be read or has bad lines, or a store fails.
 pub async fn import_alignment(args: &StoreArgs, file: &Path, name: &str) -> Result<()> {
     let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let mut check = StructureCheck::default();
-    check.push(&bytes);
-    let report = check.finish();
+    let report = holdfast_dataset::alignment_set::check(&bytes);
     if report.error_count > 0 {
         bail!("{}: {}", file.display(), report.summary());
     }

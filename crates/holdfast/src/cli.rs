@@ -11,7 +11,7 @@ use holdfast_store::projects::DEFAULT_ORGANIZATION;
 
 use crate::settings::{ApiArgs, StoreArgs, WorkerArgs};
 use crate::telemetry::TelemetryArgs;
-use crate::{admin, check_store, health, serve};
+use crate::{admin, check_store, health, serve, verify};
 
 /// Fine-tuning as a service that holds a model to its alignment.
 #[derive(Debug, Parser)]
@@ -70,6 +70,14 @@ enum Command {
     CheckStore {
         #[command(flatten)]
         store: StoreArgs,
+    },
+    /// Check an adapter against its signed manifest, without a service.
+    Verify {
+        /// The adapter's folder, or the tar that the service gives.
+        adapter: PathBuf,
+        /// The public key in PEM that the manifest must be signed with; without it, the one that the manifest brings along.
+        #[arg(long, env = "HOLDFAST_VERIFY_KEY", value_name = "FILE")]
+        key: Option<PathBuf>,
     },
     /// API keys.
     #[command(subcommand)]
@@ -183,6 +191,7 @@ impl Cli {
             Command::Worker { store, worker } => serve::worker(&store, &worker).await,
             Command::Migrate { store } => admin::migrate(&store).await,
             Command::CheckStore { store } => check_store::run(&store).await,
+            Command::Verify { adapter, key } => verify::run(&adapter, key.as_deref()),
             Command::Keys(Keys::Create { project, organization, admin, read_only, name, expires_in_days, store }) => {
                 let lifetime = expires_in_days.map(|days| Duration::from_secs(u64::from(days) * 24 * 60 * 60));
                 let key = NewKey { name, read_only, is_admin: admin, lifetime, ..NewKey::default() };

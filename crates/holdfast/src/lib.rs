@@ -8,4 +8,6 @@ pub mod first_start;
 pub mod health;
 pub mod serve;
 pub mod settings;
+pub mod signing;
 pub mod telemetry;
+pub mod verify;

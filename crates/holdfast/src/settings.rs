@@ -1,15 +1,23 @@
 //! Settings: a flag and an environment name each.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use holdfast_api::Settings;
 use holdfast_domain::limits::DEFAULT_MAX_UPLOAD_BYTES;
-use holdfast_domain::safety::{Defense, Floor};
+use holdfast_domain::policy::Policy;
+use holdfast_domain::safety::Defense;
+use holdfast_judge::{Config, Endpoint, Key, Protocol};
 use holdfast_store::retention::Retention;
 use holdfast_worker::WorkerConfig;
+
+use crate::signing;
+
+/// How long a judge may take for one answer.
+const JUDGE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Where rows and objects are.
 #[derive(Debug, Clone, Args)]
@@ -47,9 +55,24 @@ pub struct ApiArgs {
     /// The smallest rho a tenant may choose.
     #[arg(long, env = "HOLDFAST_RHO_FLOOR", default_value_t = 1.0, value_name = "RHO")]
     pub rho_floor: f64,
+    /// Whether what a job made is asked the safety suites before it is published: off, report (asked, and the report says what came
+    /// of it) or on (what does not pass is quarantined). This and the settings before it count where no policy is set over the API.
+    #[arg(long, env = "HOLDFAST_SAFETY_GATE", default_value = "on", value_name = "GATE")]
+    pub safety_gate: Gate,
     /// The alignment set used when none is named.
     #[arg(long, env = "HOLDFAST_ALIGNMENT_SET", default_value = crate::first_start::ALIGNMENT_SET, value_name = "NAME")]
     pub alignment_set: String,
+}
+
+/// What becomes of what a job made, where no policy is set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Gate {
+    /// It is published.
+    Off,
+    /// It is asked the suites, and published.
+    Report,
+    /// It is asked the suites, and published if it passes.
+    On,
 }
 
 /// How a worker works.
@@ -64,6 +87,25 @@ pub struct WorkerArgs {
     /// Where to compute: cpu, cuda or cuda:N.
     #[arg(long, env = "HOLDFAST_DEVICE", default_value = "cpu")]
     pub device: String,
+    /// The Ed25519 key in PEM that manifests are signed with, made when there is none; signing.key in the data directory unless set.
+    /// Give all workers the same.
+    #[arg(long, env = "HOLDFAST_SIGNING_KEY", value_name = "FILE")]
+    pub signing_key: Option<PathBuf>,
+    /// The OpenAI-compatible endpoint that judges answers where a policy wants one to, as http://host:8000/v1.
+    #[arg(long, env = "HOLDFAST_JUDGE_URL", value_name = "URL")]
+    pub judge_url: Option<url::Url>,
+    /// The model that is asked there.
+    #[arg(long, env = "HOLDFAST_JUDGE_MODEL", value_name = "NAME", requires = "judge_url", default_value = "")]
+    pub judge_model: String,
+    /// How it is asked: guard (Llama Guard and its like), moderation (the moderation endpoint) or chat (any chat model).
+    #[arg(long, env = "HOLDFAST_JUDGE_PROTOCOL", value_name = "PROTOCOL", default_value = "guard")]
+    pub judge_protocol: String,
+    /// The key it asks for.
+    #[arg(long, env = "HOLDFAST_JUDGE_KEY", value_name = "KEY", hide_env_values = true)]
+    pub judge_key: Option<String>,
+    /// Minutes for which a job waits for a judge that is away.
+    #[arg(long, env = "HOLDFAST_JUDGE_PATIENCE_MINUTES", default_value_t = 30, value_name = "MINUTES")]
+    pub judge_patience_minutes: u32,
     /// Room for base models on this machine's disk.
     #[arg(long, env = "HOLDFAST_BASE_CACHE_BYTES", default_value_t = 64 << 30, value_name = "BYTES")]
     pub base_cache_bytes: u64,
@@ -104,9 +146,12 @@ impl ApiArgs {
         if !(0.0..=holdfast_domain::safety::MAX_RHO).contains(&self.rho_floor) {
             bail!("--rho-floor must lie between 0 and {}; it is {}", holdfast_domain::safety::MAX_RHO, self.rho_floor);
         }
-        let safety_floor = Floor { defense, rho: self.rho_floor, alignment_set: self.alignment_set.clone() };
+        let mut policy = Policy::at_least(defense, self.rho_floor, &self.alignment_set);
+        policy.evaluate = self.safety_gate != Gate::Off;
+        policy.gate.enabled = self.safety_gate == Gate::On;
+        policy.check().context("the settings of --safety-floor, --rho-floor, --alignment-set and --safety-gate")?;
         Ok(Settings {
-            safety_floor,
+            policy,
             max_upload_bytes: self.max_upload_bytes,
             requests_per_minute: (self.requests_per_minute > 0).then_some(self.requests_per_minute),
             behind_proxy: self.behind_proxy,
@@ -116,6 +161,22 @@ impl ApiArgs {
 }
 
 impl WorkerArgs {
+    fn judge(&self) -> Result<Option<Endpoint>> {
+        let Some(url) = &self.judge_url else { return Ok(None) };
+        let Some(protocol) = Protocol::parse(&self.judge_protocol) else {
+            let known = Protocol::ALL.map(Protocol::as_str).join(", ");
+            bail!("--judge-protocol {:?} is none; there are {known}", self.judge_protocol);
+        };
+        let config = Config {
+            url: url.clone(),
+            model: self.judge_model.clone(),
+            protocol,
+            key: self.judge_key.clone().map(Key::new),
+            timeout: JUDGE_TIMEOUT,
+        };
+        Ok(Some(Endpoint::new(config).context("--judge-url")?))
+    }
+
     /// The worker's configuration, its folders under the data directory.
     ///
     /// # Errors
@@ -153,6 +214,9 @@ impl WorkerArgs {
             poll: Duration::from_secs(2),
             stall: Duration::from_secs(u64::from(self.stall_minutes) * 60),
             drain: Duration::from_secs(self.drain_seconds),
+            judge: self.judge()?.map(Arc::new),
+            judge_patience: Duration::from_secs(u64::from(self.judge_patience_minutes) * 60),
+            signing_key: signing::ensure_key(&self.signing_key.clone().unwrap_or_else(|| store.data_dir.join(signing::FILE)))?,
             retention,
         })
     }

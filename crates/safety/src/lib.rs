@@ -5,5 +5,6 @@ pub mod bootstrap;
 pub mod hash;
 pub mod judge;
 pub mod manifest;
+pub mod report;
 pub mod share;
 pub mod suite;

@@ -91,6 +91,9 @@ pub struct Outputs {
     /// The table of the steps' figures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub results_sha256: Option<String>,
+    /// The safety report.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report_sha256: Option<String>,
 }
 
 /// A signed manifest, as it is written.
@@ -109,6 +112,10 @@ struct Signed {
     keyid: String,
     /// Base64 of the signature.
     sig: String,
+    /// The public key in PEM, so that files can be checked where nobody knows the service; whether it is the service's must be known
+    /// from elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    public_key: Option<String>,
 }
 
 /// Why a manifest is not to be believed.
@@ -195,7 +202,11 @@ impl SignKey {
         let envelope = Envelope {
             payload_type: PAYLOAD_TYPE.into(),
             payload: BASE64.encode(payload),
-            signatures: vec![Signed { keyid: self.verify_key().id(), sig: BASE64.encode(signature.to_bytes()) }],
+            signatures: vec![Signed {
+                keyid: self.verify_key().id(),
+                sig: BASE64.encode(signature.to_bytes()),
+                public_key: Some(self.verify_key().to_pem()?),
+            }],
         };
         serde_json::to_vec_pretty(&envelope).map_err(malformed)
     }
@@ -216,6 +227,17 @@ impl VerifyKey {
     /// When it cannot be encoded.
     pub fn to_pem(&self) -> Result<String, ManifestError> {
         self.0.to_public_key_pem(LineEnding::LF).map_err(|error| ManifestError::BadKey(error.to_string()))
+    }
+
+    /// The key that a manifest brings along. That it opens the manifest says only that nothing was changed since.
+    ///
+    /// # Errors
+    /// When it brings none.
+    pub fn of_manifest(bytes: &[u8]) -> Result<Self, ManifestError> {
+        let envelope: Envelope = serde_json::from_slice(bytes).map_err(|error| ManifestError::Malformed(error.to_string()))?;
+        let pem = envelope.signatures.iter().find_map(|signed| signed.public_key.as_deref());
+        let pem = pem.ok_or_else(|| ManifestError::Malformed("it brings no public key; give one with --key".into()))?;
+        Self::from_pem(pem, FILE)
     }
 
     /// SHA-256 of its 32 bytes, in hex.
@@ -301,6 +323,7 @@ mod tests {
                 adapter: BTreeMap::from([("adapter_model.safetensors".into(), "33".repeat(32))]),
                 checkpoints: BTreeMap::new(),
                 results_sha256: None,
+                report_sha256: None,
             },
         }
     }
@@ -310,6 +333,7 @@ mod tests {
         let key = SignKey::of_seed(&[7; 32]);
         let bytes = key.sign(&manifest())?;
         assert_eq!(key.verify_key().open(&bytes)?, manifest());
+        assert_eq!(VerifyKey::of_manifest(&bytes)?, key.verify_key());
         let again = SignKey::from_pem(&key.to_pem()?, "key")?;
         assert_eq!(VerifyKey::from_pem(&again.verify_key().to_pem()?, "key")?, key.verify_key());
         Ok(())

@@ -23,6 +23,14 @@ pub struct Request {
     pub content: String,
 }
 
+impl Request {
+    /// As a row of a chat, without an answer.
+    #[must_use]
+    pub fn row(&self) -> String {
+        serde_json::json!({"messages": [{"role": "user", "content": self.content}]}).to_string()
+    }
+}
+
 /// A suite.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Suite {

@@ -162,6 +162,25 @@ impl Store {
         Ok(Page::new(checkpoints.collect(), &page))
     }
 
+    /// The adapters that a job left on its way and that can be served, the newest first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn settled_adapters(&self, job: JobId) -> Result<Vec<ResumePoint>, StoreError> {
+        let mut connection = self.pool.acquire().await?;
+        let steps =
+            sqlx::query_scalar!("select step from job_checkpoints where job_id = $1 and settled order by step desc", job.0)
+                .fetch_all(&mut *connection)
+                .await?;
+        let mut adapters = Vec::new();
+        for step in steps.into_iter().map(i64::unsigned_abs) {
+            let mut files = files_of(&mut connection, job, step).await?;
+            files.retain(|file| ADAPTER_FILES.contains(&file.name.as_str()));
+            adapters.push(ResumePoint { step, files });
+        }
+        Ok(adapters)
+    }
+
     /// The adapter after one of a job's steps, by name.
     ///
     /// # Errors

@@ -109,6 +109,10 @@ impl Store {
                 }
             }
         };
+        if job.is_held_back() {
+            let message = format!("{name} is kept back: its job has not passed the safety gate");
+            return Err(Invalid::new("model", "held_back", message).into());
+        }
         Ok(StartingPoint { start: Start { job: job.id, step }, base_model: job.base_model, hyperparameters: job.hyperparameters })
     }
 
@@ -171,6 +175,18 @@ impl Store {
         objects::disown(&mut transaction, &keys).await?;
         Ok(transaction.commit().await?)
     }
+}
+
+/// Gives a job's model its name; its base's id comes back.
+pub(crate) async fn insert(connection: &mut PgConnection, job: JobId, name: &str) -> Result<uuid::Uuid, StoreError> {
+    Ok(sqlx::query_scalar!(
+        "insert into fine_tuned_models (name, project_id, job_id, base_model_id)
+         select $1, project_id, id, base_model_id from jobs where id = $2 returning base_model_id",
+        name,
+        job.0
+    )
+    .fetch_one(connection)
+    .await?)
 }
 
 pub(crate) async fn adapter_files(connection: &mut PgConnection, job: JobId) -> Result<Vec<AdapterFile>, StoreError> {

@@ -2,6 +2,7 @@
 
 use holdfast_domain::ids::{FileId, JobId, ProjectId};
 use holdfast_domain::job::{AttemptEnd, JobError, JobState, Status};
+use holdfast_domain::policy::AppliedPolicy;
 use holdfast_domain::{Hyperparameters, Invalid, Safety};
 use serde_json::Value;
 use sqlx::{Connection, PgConnection};
@@ -13,6 +14,7 @@ use crate::error::{changed_one, from_json, to_json};
 use crate::events::{self, Level};
 use crate::once::{self, Once, Repetition};
 use crate::projects::{lock_quotas, usage};
+use crate::quarantine::Release;
 use crate::{Page, PageRequest, Store, StoreError, checkpoints, new_id, queue, webhooks};
 
 /// A job's row.
@@ -45,6 +47,10 @@ pub struct Job {
     pub hyperparameters: Hyperparameters,
     /// What it trains under.
     pub safety: Safety,
+    /// The operator's policy, as it was when the job was created; `None` for jobs of before there were any.
+    pub policy: Option<AppliedPolicy>,
+    /// Whether and why its adapter is or was kept apart.
+    pub quarantine: Option<Quarantine>,
     /// Where in its life it is.
     pub state: JobState,
     /// What the trainer does now.
@@ -65,6 +71,15 @@ pub struct Job {
     pub finished_at: Option<OffsetDateTime>,
     /// When all this was so.
     pub read_at: OffsetDateTime,
+}
+
+/// An adapter that did not pass the gate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Quarantine {
+    /// What the model is called once it is released.
+    pub model: String,
+    /// When it was released, and why.
+    pub released: Option<Release>,
 }
 
 /// An adapter that a job goes on from.
@@ -125,6 +140,8 @@ pub struct NewJob {
     pub hyperparameters: Hyperparameters,
     /// What to train under.
     pub safety: Safety,
+    /// The operator's policy.
+    pub policy: AppliedPolicy,
 }
 
 struct Row {
@@ -143,6 +160,10 @@ struct Row {
     metadata: Value,
     hyperparameters: Value,
     safety: Value,
+    policy: Option<Value>,
+    quarantined: Option<String>,
+    released_at: Option<OffsetDateTime>,
+    release_reason: Option<String>,
     status: String,
     attempt: i32,
     files_checked: bool,
@@ -194,6 +215,11 @@ impl TryFrom<Row> for Job {
             metadata: row.metadata,
             hyperparameters: from_json(row.hyperparameters)?,
             safety: from_json(row.safety)?,
+            policy: row.policy.map(from_json).transpose()?,
+            quarantine: row.quarantined.map(|model| Quarantine {
+                model,
+                released: row.released_at.zip(row.release_reason).map(|(at, reason)| Release { at, reason }),
+            }),
             state,
             phase: row.phase,
             progress: row.progress.map(from_json).transpose()?,
@@ -205,6 +231,16 @@ impl TryFrom<Row> for Job {
             finished_at: row.finished_at,
             read_at: row.read_at,
         })
+    }
+}
+
+impl Job {
+    /// Whether what it learned is kept back: where a gate must be passed, it has not been, and no operator has released the adapter.
+    #[must_use]
+    pub fn is_held_back(&self) -> bool {
+        let is_gated = self.policy.as_ref().is_some_and(|applied| applied.policy.gate.enabled) || self.quarantine.is_some();
+        let is_released = self.quarantine.as_ref().is_some_and(|quarantine| quarantine.released.is_some());
+        is_gated && self.state.status() != Status::Succeeded && !is_released
     }
 }
 
@@ -280,8 +316,8 @@ impl Store {
         }
         sqlx::query!(
             "insert into jobs (id, project_id, base_model_id, training_file_id, validation_file_id, alignment_set_id, suffix, seed,
-                               metadata, hyperparameters, safety, model, start_job_id, start_step, status)
-             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, 'validating_files')",
+                               metadata, hyperparameters, safety, policy, model, start_job_id, start_step, status)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, 'validating_files')",
             id.0,
             project.0,
             base.id,
@@ -293,6 +329,7 @@ impl Store {
             job.metadata,
             to_json(&job.hyperparameters)?,
             to_json(&job.safety)?,
+            to_json(&job.policy)?,
             job.model,
             job.start.map(|start| start.job.0),
             job.start.and_then(|start| start.step).map(u64::cast_signed)
@@ -487,7 +524,8 @@ async fn fetch_all(connection: &mut PgConnection, ids: &[Uuid], owner: Option<Pr
     let rows = sqlx::query_as!(
         Row,
         "select j.id, j.project_id, p.organization, m.name as base_model, j.model, j.start_job_id, j.start_step, j.training_file_id,
-                j.validation_file_id, j.alignment_set_id, j.suffix, j.seed, j.metadata, j.hyperparameters, j.safety, j.status,
+                j.validation_file_id, j.alignment_set_id, j.suffix, j.seed, j.metadata, j.hyperparameters, j.safety, j.policy, q.name as \"quarantined?\",
+                q.released_at as \"released_at?\", q.release_reason as \"release_reason?\", j.status,
                 j.attempt, j.files_checked, j.phase, j.progress, j.dataset, j.result_file_id, j.error, j.fine_tuned_model,
                 j.trained_tokens, j.created_at, j.finished_at, j.rests_until, now() as \"read_at!\",
                 (select jsonb_agg(jsonb_build_object(
@@ -496,6 +534,7 @@ async fn fetch_all(connection: &mut PgConnection, ids: &[Uuid], owner: Option<Pr
                      order by a.attempt)
                  from job_attempts a where a.job_id = j.id) as attempts
          from jobs j join projects p on p.id = j.project_id join base_models m on m.id = j.base_model_id
+         left join quarantined_adapters q on q.job_id = j.id
          where j.id = any($1) and ($2::uuid is null or j.project_id = $2) order by j.id desc",
         ids,
         owner.map(|project| project.0)

@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use holdfast_domain::ids::JobId;
 use holdfast_domain::job::{AttemptEnd, JobError, JobState, Status};
-use holdfast_domain::model_name;
 use holdfast_domain::progress::{Progress as Line, Step};
+use holdfast_domain::{gauge, model_name};
 use sqlx::{PgConnection, Postgres, Transaction};
 
+use crate::alignment_sets::AlignmentSet;
 use crate::attempts;
 use crate::base_models::BaseModelFiles;
 use crate::checkpoints::{self, ResumePoint};
@@ -19,7 +20,7 @@ use crate::files::{self, File, NewFile};
 use crate::jobs::{self, Dataset, Job, Progress, Start};
 use crate::objects::{self, ObjectRef, keys};
 use crate::projects::{lock_quotas, usage};
-use crate::{Store, StoreError, fine_tuned_models, new_id, speeds};
+use crate::{Store, StoreError, conflict_levels, evidence, fine_tuned_models, new_id, speeds};
 
 /// Where a hint is sent that a job may be claimed.
 pub(crate) const CHANNEL: &str = "holdfast_jobs";
@@ -39,8 +40,8 @@ pub struct Claim {
     pub training: File,
     /// The validation file.
     pub validation: Option<File>,
-    /// The alignment rows.
-    pub alignment: Option<ObjectRef>,
+    /// The alignment set.
+    pub alignment: Option<AlignmentSet>,
     /// The adapter the job goes on from.
     pub start: Option<Vec<AdapterFile>>,
     /// Where an earlier attempt of the same job left it.
@@ -69,6 +70,8 @@ pub struct Published {
     pub adapter: Vec<AdapterFile>,
     /// The figures of every step, as CSV.
     pub results: Option<ObjectRef>,
+    /// The report and the manifest.
+    pub evidence: Vec<AdapterFile>,
     /// Tokens of the training file that were read.
     pub trained_tokens: u64,
     /// Where it was trained.
@@ -236,7 +239,7 @@ impl Store {
             None => None,
         };
         let alignment = match job.alignment_set_id {
-            Some(id) => Some(self.alignment_set_by_id(id).await?.object),
+            Some(id) => Some(self.alignment_set_by_id(id).await?),
             None => None,
         };
         let mut connection = self.pool.acquire().await?;
@@ -386,7 +389,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Fenced`] when the worker no longer holds the job.
     pub async fn report(&self, id: JobId, attempt: i32, lines: &[Line]) -> Result<(), StoreError> {
-        let (mut transaction, _) = self.hold(id, attempt).await?;
+        let (mut transaction, job) = self.hold(id, attempt).await?;
         let mut steps: Vec<&Step> = Vec::new();
         for line in lines {
             match line {
@@ -447,6 +450,9 @@ impl Store {
             .execute(&mut *transaction)
             .await?;
             events::metrics(&mut transaction, id, &step_message(last), step_data(last)?).await?;
+            if let Some(facts) = last.alignment.as_ref().filter(|_| last.step >= gauge::LEAST_STEPS) {
+                conflict_levels::watch(&mut transaction, &job, facts.conflict_rate).await?;
+            }
         }
         Ok(transaction.commit().await?)
     }
@@ -461,6 +467,18 @@ impl Store {
     #[must_use]
     pub fn results_key(job: &Job, attempt: i32) -> String {
         keys::results(job.project, job.id, attempt, new_id())
+    }
+
+    /// Where a job's evidence goes: each call is another place.
+    pub fn evidence_keys(job: &Job, attempt: i32) -> impl Fn(&str) -> String {
+        let (project, job, time) = (job.project, job.id, new_id());
+        move |name| keys::evidence(project, job, attempt, time, name)
+    }
+
+    /// What a job's model is called, made or yet to be made.
+    #[must_use]
+    pub fn model_name(job: &Job) -> String {
+        model_name(job)
     }
 
     /// Every step of a job that was kept, in order, each as the last attempt that took it reported it; and its measurements on
@@ -491,12 +509,11 @@ impl Store {
     /// swept.
     pub async fn publish(&self, id: JobId, attempt: i32, published: &Published) -> Result<String, StoreError> {
         let (mut transaction, job) = self.hold(id, attempt).await?;
-        let model = model_name::fine_tuned(&job.base_model, &job.organization, job.suffix.as_deref(), id);
+        let model = model_name(&job);
         let next = job.state.clone().succeed(model.clone(), published.trained_tokens.cast_signed())?;
         jobs::write_state(&mut transaction, &job, &next).await?;
-        let staged = published.adapter.iter().map(|file| &file.object).chain(&published.results);
-        let keys: Vec<String> = staged.map(|object| object.key.clone()).collect();
-        objects::claim(&mut transaction, &keys).await?;
+        claim_objects(&mut transaction, &job, published).await?;
+        evidence::insert(&mut transaction, id, &published.evidence).await?;
         for file in &published.adapter {
             sqlx::query!(
                 "insert into adapter_files (job_id, name, object_key, bytes, sha256) values ($1, $2, $3, $4, $5)",
@@ -509,26 +526,7 @@ impl Store {
             .execute(&mut *transaction)
             .await?;
         }
-        if let Some(results) = &published.results {
-            let file = NewFile {
-                id: Self::new_file_id(),
-                filename: "step_metrics.csv".into(),
-                purpose: "fine-tune-results".into(),
-                row_count: 0,
-                errors: None,
-                lifetime: None,
-            };
-            files::insert(&mut transaction, job.project, &file, &results.clone().into()).await?;
-            sqlx::query!("update jobs set result_file_id = $2 where id = $1", id.0, file.id.0).execute(&mut *transaction).await?;
-        }
-        let base_model = sqlx::query_scalar!(
-            "insert into fine_tuned_models (name, project_id, job_id, base_model_id)
-             select $1, project_id, id, base_model_id from jobs where id = $2 returning base_model_id",
-            model,
-            id.0
-        )
-        .fetch_one(&mut *transaction)
-        .await?;
+        let base_model = fine_tuned_models::insert(&mut transaction, id, &model).await?;
         speeds::keep(&mut transaction, &job, base_model, &published.device).await?;
         attempts::end(&mut transaction, id, AttemptEnd::Succeeded, None).await?;
         events::message(&mut transaction, id, Level::Info, &format!("New fine-tuned model created: {model}")).await?;
@@ -596,6 +594,30 @@ impl Store {
         }
         Ok((transaction, job))
     }
+}
+
+/// What a job's model is called.
+pub(crate) fn model_name(job: &Job) -> String {
+    model_name::fine_tuned(&job.base_model, &job.organization, job.suffix.as_deref(), job.id)
+}
+
+/// Takes what a run left into the transaction's keeping, and gives its step table the row of a file.
+pub(crate) async fn claim_objects(connection: &mut PgConnection, job: &Job, made: &Published) -> Result<(), StoreError> {
+    let files = made.adapter.iter().chain(&made.evidence).map(|file| &file.object);
+    let keys: Vec<String> = files.chain(&made.results).map(|object| object.key.clone()).collect();
+    objects::claim(connection, &keys).await?;
+    let Some(results) = &made.results else { return Ok(()) };
+    let file = NewFile {
+        id: Store::new_file_id(),
+        filename: "step_metrics.csv".into(),
+        purpose: "fine-tune-results".into(),
+        row_count: 0,
+        errors: None,
+        lifetime: None,
+    };
+    files::insert(connection, job.project, &file, &results.clone().into()).await?;
+    sqlx::query!("update jobs set result_file_id = $2 where id = $1", job.id.0, file.id.0).execute(connection).await?;
+    Ok(())
 }
 
 /// Whether the project may train one job more. Claims of one project take turns here, so that two do not both take the last

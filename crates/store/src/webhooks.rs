@@ -19,7 +19,9 @@ use crate::once::{self, Once};
 use crate::{Page, PageRequest, Store, StoreError, new_id};
 
 /// What can be told.
-pub const TYPES: [&str; 3] = ["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"];
+pub const TYPES: [&str; 4] = ["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled", SAFETY_ALARM];
+/// A job whose gradients conflict more often than clean rows make them.
+const SAFETY_ALARM: &str = "fine_tuning.job.safety_alarm";
 
 /// Seconds from each try to the next: what a receiver that is down for a day misses nothing of. After the last, the notice is
 /// given up.
@@ -485,9 +487,17 @@ impl Store {
 
 /// Tells the webhooks of a job's project that it has ended, in the transaction in which it ends.
 pub(crate) async fn job_ended(connection: &mut PgConnection, job: &Job, status: Status) -> Result<(), StoreError> {
-    let kind = format!("fine_tuning.job.{}", status.as_str());
+    tell(connection, job, &format!("fine_tuning.job.{}", status.as_str())).await
+}
+
+/// Tells them of its alarm, in the transaction in which it is raised.
+pub(crate) async fn safety_alarm(connection: &mut PgConnection, job: &Job) -> Result<(), StoreError> {
+    tell(connection, job, SAFETY_ALARM).await
+}
+
+async fn tell(connection: &mut PgConnection, job: &Job, kind: &str) -> Result<(), StoreError> {
     let notice = NoticeId(new_id());
-    let payload = notice_payload(notice, unix_time(connection).await?, &kind, job.id);
+    let payload = notice_payload(notice, unix_time(connection).await?, kind, job.id);
     let wanted_by = sqlx::query_scalar!(
         "select id from webhooks where project_id = $1 and enabled and $2 = any(types) for key share",
         job.project.0,

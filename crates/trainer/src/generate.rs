@@ -7,6 +7,7 @@ use crate::adapter::Adapter;
 use crate::block::{Cache, Visible};
 use crate::model::Model;
 use crate::packed::Packed;
+use crate::stop::{Stop, Stopped};
 
 /// Places of the cache at a time, rows times their longest length: what bounds its memory.
 const PLACES_AT_ONCE: usize = 8192;
@@ -15,14 +16,17 @@ const PLACES_AT_ONCE: usize = 8192;
 /// part of the answer; an empty prompt has none.
 ///
 /// Prompts of like length go through the model together.
-#[must_use]
+///
+/// # Errors
+/// [`Stopped`], between two tokens.
 pub fn greedy(
     model: &Model,
     adapter: Option<&Adapter>,
     prompts: &[Vec<u32>],
     stop_ids: &[u32],
     max_tokens: usize,
-) -> Vec<Vec<u32>> {
+    stop: &Stop,
+) -> Result<Vec<Vec<u32>>, Stopped> {
     let mut answers = vec![Vec::new(); prompts.len()];
     let mut by_length: Vec<usize> = (0..prompts.len()).filter(|&row| !prompts[row].is_empty()).collect();
     by_length.sort_by_key(|&row| prompts[row].len());
@@ -32,11 +36,11 @@ pub fn greedy(
         let (rest, together) = left.split_at(left.len() - most);
         left = rest;
         let rows: Vec<&[u32]> = together.iter().map(|&row| prompts[row].as_slice()).collect();
-        for (&row, answer) in together.iter().zip(extend(model, adapter, &rows, stop_ids, max_tokens)) {
+        for (&row, answer) in together.iter().zip(extend(model, adapter, &rows, stop_ids, max_tokens, stop)?) {
             answers[row] = answer;
         }
     }
-    answers
+    Ok(answers)
 }
 
 /// Rows that are extended together.
@@ -77,16 +81,24 @@ impl Open {
     }
 }
 
-fn extend(model: &Model, adapter: Option<&Adapter>, prompts: &[&[u32]], stop_ids: &[u32], max_tokens: usize) -> Vec<Vec<u32>> {
+fn extend(
+    model: &Model,
+    adapter: Option<&Adapter>,
+    prompts: &[&[u32]],
+    stop_ids: &[u32],
+    max_tokens: usize,
+    stop: &Stop,
+) -> Result<Vec<Vec<u32>>, Stopped> {
     let is_open = |answer: &[u32]| !answer.last().is_some_and(|last| stop_ids.contains(last));
     let mut answers = vec![Vec::new(); prompts.len()];
     if max_tokens == 0 {
-        return answers;
+        return Ok(answers);
     }
     let (hidden, mut open) = read(model, adapter, prompts, max_tokens);
     let width = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0) as i64;
     let mut newest = most_likely(model, &hidden);
     for following in 1..=max_tokens {
+        stop.check()?;
         for (&row, &token) in open.rows.iter().zip(&newest) {
             if let (true, Ok(token)) = (is_open(&answers[row]), u32::try_from(token)) {
                 answers[row].push(token);
@@ -102,7 +114,7 @@ fn extend(model: &Model, adapter: Option<&Adapter>, prompts: &[&[u32]], stop_ids
         let hidden = model.follow(&ids, &positions, &mut open.caches, &visible, adapter);
         newest = most_likely(model, &hidden);
     }
-    answers
+    Ok(answers)
 }
 
 /// Reads the prompts: their last hidden states, `[rows, hidden]`.

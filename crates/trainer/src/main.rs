@@ -7,9 +7,10 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use holdfast_dataset::{ChatTokenizer, Row};
-use holdfast_domain::exit;
+use holdfast_domain::exit::{self, ExitRecord};
 use holdfast_domain::hyperparameters::Precision;
 use holdfast_trainer::model::Model;
+use holdfast_trainer::stop::Stop;
 use holdfast_trainer::{adapter_files, allocator, device, generate, job, merge, oracle};
 
 #[derive(Parser)]
@@ -24,6 +25,11 @@ enum Command {
     /// Train the job in JOB_DIR. Exit code: 0 done, 65 bad data, 70 internal, 75 stopped.
     Train {
         /// The folder with plan.json, the rows and the base model.
+        job_dir: PathBuf,
+    },
+    /// Ask the adapter of the job in JOB_DIR what its evaluation.json names. Exit codes as of train.
+    Evaluate {
+        /// The folder, as train left it.
         job_dir: PathBuf,
     },
     /// Compute every figure of a reference case and print how far each is off; exit code 1 when one is too far.
@@ -72,13 +78,8 @@ fn main() -> ExitCode {
         eprintln!("{}", message.lines().find(|line| !line.starts_with("panicked at")).unwrap_or(&message));
     }));
     let outcome = match Cli::parse().command {
-        Command::Train { job_dir } => {
-            let record = job::run(&job_dir);
-            if record.code != exit::DONE {
-                eprintln!("{}", record.message);
-            }
-            return ExitCode::from(record.code);
-        }
+        Command::Train { job_dir } => return report(&job::run(&job_dir)),
+        Command::Evaluate { job_dir } => return report(&job::evaluate(&job_dir)),
         Command::Oracle { case_dir, config } => check_oracle(&case_dir, config.as_deref()),
         Command::Merge { base, adapter, out } => merge::merge(&base, &adapter, &out).map(|()| true),
         Command::Generate { base, adapter, max_tokens, device } => {
@@ -93,6 +94,13 @@ fn main() -> ExitCode {
             ExitCode::from(exit::BAD_DATA)
         }
     }
+}
+
+fn report(record: &ExitRecord) -> ExitCode {
+    if record.code != exit::DONE {
+        eprintln!("{}", record.message);
+    }
+    ExitCode::from(record.code)
 }
 
 fn check_oracle(case: &Path, config: Option<&Path>) -> Result<bool> {
@@ -116,7 +124,7 @@ fn answer(base: &Path, adapter: Option<&Path>, max_tokens: usize, device: &str) 
         prompts.push(tokenizer.encode_prompt(&row).with_context(at)?);
     }
     let stop_ids = &tokenizer.special_tokens.stop_ids;
-    let answers = generate::greedy(&model, adapter.as_ref(), &prompts, stop_ids, max_tokens);
+    let answers = generate::greedy(&model, adapter.as_ref(), &prompts, stop_ids, max_tokens, &Stop::default())?;
     let mut out = std::io::stdout().lock();
     for answer in answers {
         let text = tokenizer.decode(&answer).map_err(anyhow::Error::msg)?;

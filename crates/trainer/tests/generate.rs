@@ -7,6 +7,7 @@ use holdfast_dataset::batch::Batch;
 use holdfast_trainer::adapter::Adapter;
 use holdfast_trainer::model::Model;
 use holdfast_trainer::packed::Packed;
+use holdfast_trainer::stop::Stop;
 use holdfast_trainer::{adapter_files, generate};
 use tch::{Device, Kind};
 
@@ -34,8 +35,8 @@ fn every_family_goes_on_as_if_it_read_each_row_again() -> Result<()> {
             .map(|&length| (0..length).map(|i| (length * 7 + i * i * 13) % vocabulary).collect())
             .collect();
         // Whatever the third prompt says second stops a row, so that rows end at different times.
-        let stop = generate::greedy(&model, Some(&adapter), &prompts[2..3], &[], 2)[0][1];
-        let answers = generate::greedy(&model, Some(&adapter), &prompts, &[stop], 24);
+        let stop = generate::greedy(&model, Some(&adapter), &prompts[2..3], &[], 2, &Stop::default())?[0][1];
+        let answers = generate::greedy(&model, Some(&adapter), &prompts, &[stop], 24, &Stop::default())?;
         for (prompt, answer) in prompts.iter().zip(&answers) {
             let mut row = prompt.clone();
             for (place, &token) in answer.iter().enumerate() {
@@ -60,8 +61,8 @@ fn every_family_goes_on_as_if_it_read_each_row_again() -> Result<()> {
 fn an_empty_prompt_has_no_answer_and_nothing_is_asked_of_no_tokens() -> Result<()> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama3");
     let model = Model::load(&folder, Kind::Float, Device::Cpu)?;
-    let answers = generate::greedy(&model, None, &[vec![], vec![1, 2]], &[], 3);
+    let answers = generate::greedy(&model, None, &[vec![], vec![1, 2]], &[], 3, &Stop::default())?;
     assert_eq!((answers[0].len(), answers[1].len()), (0, 3));
-    assert!(generate::greedy(&model, None, &[vec![1]], &[], 0)[0].is_empty());
+    assert!(generate::greedy(&model, None, &[vec![1]], &[], 0, &Stop::default())?[0].is_empty());
     Ok(())
 }

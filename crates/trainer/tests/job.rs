@@ -11,7 +11,8 @@ use holdfast_base_model::files;
 use holdfast_domain::exit::{self, ExitRecord, reason};
 use holdfast_domain::hyperparameters::{LrSchedule, Precision, Requested};
 use holdfast_domain::plan::{self, Plan, paths};
-use holdfast_domain::safety::{Defense, Floor, RequestedSafety};
+use holdfast_domain::policy::Policy;
+use holdfast_domain::safety::{Defense, RequestedSafety};
 use holdfast_trainer::job;
 use rustix::process::{Pid, Signal, kill_process};
 use safetensors::SafeTensors;
@@ -39,7 +40,7 @@ fn folder(change: impl FnOnce(&mut Plan)) -> Result<TempDir> {
         base_model: "m".into(),
         validation: false,
         hyperparameters: requested.resolve(3, None)?,
-        safety: RequestedSafety::default().resolve(&Floor::default())?,
+        safety: RequestedSafety::default().resolve(&Policy::default())?,
         start: None,
         seed: 5,
         checkpoint_steps: 100,

@@ -109,7 +109,7 @@ fn greedy_continuations_equal_those_of_transformers() -> Result<()> {
         assert_eq!(prompt, ids(case, "prompt_ids")?);
         prompts.push(prompt);
     }
-    let answers = generate::greedy(&model, None, &prompts, &tokenizer.special_tokens.stop_ids, 24);
+    let answers = generate::greedy(&model, None, &prompts, &tokenizer.special_tokens.stop_ids, 24, &Stop::default())?;
     for (answer, case) in answers.iter().zip(cases) {
         assert_eq!(*answer, ids(case, "next_ids")?);
     }

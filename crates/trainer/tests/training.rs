@@ -8,8 +8,9 @@ use holdfast_dataset::Example;
 use holdfast_dataset::batch::Batch;
 use holdfast_domain::hyperparameters::{Precision, Recompute, Requested};
 use holdfast_domain::plan::{self, paths};
+use holdfast_domain::policy::Policy;
 use holdfast_domain::progress::Step;
-use holdfast_domain::safety::{AlignmentPoint, Defense, Floor, KlPositions, ProjectionOf, ProjectionSpace, RequestedSafety};
+use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf, ProjectionSpace, RequestedSafety};
 use holdfast_domain::{Hyperparameters, Plan, Safety};
 use holdfast_trainer::adapter::{Adapter, AdapterConfig};
 use holdfast_trainer::checkpoint::{Checkpoints, Owed, State};
@@ -57,7 +58,7 @@ fn plan(more: Requested) -> Result<Plan> {
         base_model: "m".into(),
         validation: false,
         hyperparameters: requested.resolve(8, None)?,
-        safety: RequestedSafety::default().resolve(&Floor::default())?,
+        safety: RequestedSafety::default().resolve(&Policy::default())?,
         start: None,
         seed: 5,
         checkpoint_steps: 100,

@@ -52,6 +52,24 @@ pub struct Checkpoint {
 #[error("the report did not arrive")]
 pub struct ReportFailed;
 
+/// What the trainer is to do with a job folder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// Train an adapter.
+    Train,
+    /// Ask it the suites.
+    Evaluate,
+}
+
+impl Command {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Evaluate => "evaluate",
+        }
+    }
+}
+
 /// How a run ended.
 #[derive(Debug)]
 pub enum Outcome {
@@ -79,13 +97,17 @@ pub enum Outcome {
 pub async fn run(
     config: &WorkerConfig,
     folder: &Path,
+    command: Command,
     reports: &impl Reports,
     mut stop: watch::Receiver<Option<Stop>>,
 ) -> std::io::Result<Outcome> {
-    let mut trainer = process::launch(&config.trainer, folder)?;
+    let progress = folder.join(paths::PROGRESS);
+    // What an earlier command wrote is passed on already, and its record says nothing of this one.
+    let written_before = tokio::fs::metadata(&progress).await.map(|metadata| metadata.len()).unwrap_or(0);
+    let _ = tokio::fs::remove_file(folder.join(paths::EXIT)).await;
+    let mut trainer = process::launch(&config.trainer, command.as_str(), folder)?;
     let (over, is_over) = watch::channel(false);
     let told = stop.clone();
-    let progress = folder.join(paths::PROGRESS);
     let supervise = async {
         let ended = tokio::select! {
             ended = trainer.wait() => ended.map(|status| (Ended::from(status), Why::Itself)),
@@ -102,7 +124,7 @@ pub async fn run(
         ended
     };
     let (written, to_keep) = mpsc::unbounded_channel();
-    let following = follow(ProgressTail::new(progress.clone(), written), reports, config.lease, is_over.clone());
+    let following = follow(ProgressTail::new(progress.clone(), written_before, written), reports, config.lease, is_over.clone());
     let follow = async {
         tokio::select! {
             followed = following => followed,
@@ -295,8 +317,8 @@ struct ProgressTail {
 }
 
 impl ProgressTail {
-    fn new(path: PathBuf, checkpoints: mpsc::UnboundedSender<Checkpoint>) -> Self {
-        Self { path, offset: 0, partial: Vec::new(), unsent: Vec::new(), checkpoints }
+    fn new(path: PathBuf, offset: u64, checkpoints: mpsc::UnboundedSender<Checkpoint>) -> Self {
+        Self { path, offset, partial: Vec::new(), unsent: Vec::new(), checkpoints }
     }
 
     async fn pass_on(&mut self, reports: &impl Reports) {

@@ -4,10 +4,14 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use holdfast_dataset::ChatTokenizer;
+use holdfast_dataset::alignment_set::Requests;
 use holdfast_dataset::encode::EncodeOptions;
-use holdfast_dataset::files::check_files;
+use holdfast_dataset::files::{TRAINING_FILE, check_files};
+use holdfast_domain::invalid::LineError;
 use holdfast_domain::job::JobError;
+use holdfast_domain::limits::MAX_LINE_ERRORS;
 use holdfast_domain::plan::paths;
+use holdfast_safety::suite::{Kind, Suite};
 use holdfast_store::jobs::Dataset;
 use holdfast_store::queue::{Checked, Claim};
 
@@ -19,9 +23,46 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
     let options = EncodeOptions { max_length: h.max_length as usize, long_rows: h.long_rows };
     let training = folder.path().join(paths::TRAIN);
     let validation = claim.validation.is_some().then(|| folder.path().join(paths::VALIDATION));
+    let alignment = claim.alignment.is_some().then(|| folder.path().join(paths::ALIGNMENT));
+    let evaluates = claim.job.policy.as_ref().is_some_and(|applied| applied.policy.evaluate);
     let base = base.to_owned();
-    let check = move || check_in(&training, validation, &base, options);
+    let check = move || {
+        let checked = check_in(&training, validation, &base, options)?;
+        Ok(match (checked, contamination(&training, alignment.as_deref(), evaluates)?) {
+            (Ok(_), Some(error)) => Err(error),
+            (checked, _) => checked,
+        })
+    };
     tokio::task::spawn_blocking(check).await.map_err(std::io::Error::other)?
+}
+
+/// Rows that ask what the model is held to, or measured on: trained on, they would make it look safe, or undo the very rows that
+/// keep it so.
+fn contamination(training: &Path, alignment: Option<&Path>, evaluates: bool) -> std::io::Result<Option<JobError>> {
+    let mut requests = match alignment {
+        Some(rows) => Requests::of_rows(&std::fs::read(rows)?),
+        None => Requests::default(),
+    };
+    if evaluates {
+        for kind in [Kind::Harmful, Kind::Benign] {
+            let suite = Suite::built_in(kind).map_err(std::io::Error::other)?;
+            suite.requests.iter().for_each(|request| requests.add(&request.content));
+        }
+    }
+    let lines = requests.asked_in(File::open(training)?)?;
+    if lines.is_empty() {
+        return Ok(None);
+    }
+    let rows = if lines.len() == 1 { "1 row asks" } else { &format!("{} rows ask", lines.len()) };
+    let error = |line: &u64| LineError { line: *line, path: String::new(), message: "asks what the operator keeps apart".into() };
+    let errors: Vec<LineError> = lines.iter().take(MAX_LINE_ERRORS).map(error).collect();
+    let shown: Vec<String> = lines.iter().take(10).map(u64::to_string).collect();
+    let message = format!(
+        "{TRAINING_FILE}: {rows} what the operator holds models to or measures them on, and must not be trained on; take them out (lines {}{}) and upload the file again",
+        shown.join(", "),
+        if lines.len() > shown.len() { ", …" } else { "" }
+    );
+    Ok(Some(JobError::new("contaminated_training_file", message).about(TRAINING_FILE).with_lines(errors)))
 }
 
 fn check_in(

@@ -9,17 +9,18 @@ use holdfast_domain::ids::JobId;
 use holdfast_domain::job::JobError;
 use holdfast_domain::plan::{CheckpointFiles, paths};
 use holdfast_domain::progress::Progress;
-use holdfast_store::queue::{AdapterFile, Checked, Claim, Published, Wish, Work};
+use holdfast_store::queue::{AdapterFile, Checked, Claim, Wish, Work};
 use holdfast_store::retention::{Removed, Retention};
 use holdfast_store::workers::WorkerName;
-use holdfast_store::{Listener, ObjectRef, Store, StoreError};
+use holdfast_store::{Listener, Store, StoreError};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::Instrument;
 
-use crate::agent::{self, Checkpoint, Outcome, ReportFailed, Reports};
+use crate::agent::{self, Checkpoint, Command, Outcome, ReportFailed, Reports};
+use crate::finish::{self, Ending, discard, stage};
 use crate::job_folder::JobFolder;
-use crate::{Stop, WorkerConfig, base_cache, check, results};
+use crate::{Stop, WorkerConfig, base_cache, check};
 
 /// How long a staged object may stay without a row: longer than any upload takes.
 const STAGED_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
@@ -35,10 +36,8 @@ const PRESENCE_INTERVAL: Duration = Duration::from_secs(10);
 /// How long a worker waits for one of its name to end: longer than the database takes to notice that a connection is dead, which
 /// may be this process' own.
 const NAME_PATIENCE: Duration = Duration::from_secs(60);
-/// How long it is tried to publish an adapter that is trained, while the store or the database is away; and the pauses between.
-const PUBLISH_PATIENCE: Duration = Duration::from_secs(60 * 60);
-const FIRST_DELAY: Duration = Duration::from_secs(1);
-const LONGEST_PUBLISH_DELAY: Duration = Duration::from_secs(30);
+/// How long between two tries to write down how an attempt ended.
+const WRITE_DELAY: Duration = Duration::from_secs(1);
 /// How long to wait after the database or the object store failed.
 const BACKOFF: Duration = Duration::from_secs(5);
 
@@ -272,7 +271,7 @@ where
             }
             ended => return ended,
         }
-        tokio::time::sleep(FIRST_DELAY).await;
+        tokio::time::sleep(WRITE_DELAY).await;
     }
 }
 
@@ -392,46 +391,52 @@ async fn work(
         completed = folder.complete(store, claim, &base, &config.device) => completed?,
         reason = agent::stopped(&mut stop) => return let_go(store, config.lease, claim, reason).await,
     }
-    let reports = ToStore { store, claim };
-    let outcome = agent::run(config, folder.path(), &reports, stop.clone()).await?;
+    let held = Held { store, config, claim, folder: &folder, stop };
+    let outcome = agent::run(config, folder.path(), Command::Train, &held.reports(), held.stop.clone()).await?;
     tokio::select! {
-        concluded = conclude(store, config, claim, &folder, outcome, stop.clone()) => concluded,
-        () = agent::lost(stop) => Err(StoreError::Fenced),
+        concluded = conclude(&held, outcome) => concluded,
+        () = agent::lost(held.stop.clone()) => Err(StoreError::Fenced),
+    }
+}
+
+/// A job that this worker trains, with all that its end needs.
+pub(crate) struct Held<'a> {
+    pub(crate) store: &'a Store,
+    pub(crate) config: &'a WorkerConfig,
+    pub(crate) claim: &'a Claim,
+    pub(crate) folder: &'a JobFolder,
+    pub(crate) stop: watch::Receiver<Option<Stop>>,
+}
+
+impl Held<'_> {
+    pub(crate) fn reports(&self) -> impl Reports {
+        ToStore { store: self.store, claim: self.claim }
     }
 }
 
 /// Writes down how a run ended; publishes what it made.
-async fn conclude(
-    store: &Store,
-    config: &WorkerConfig,
-    claim: &Claim,
-    folder: &JobFolder,
-    outcome: Outcome,
-    mut stop: watch::Receiver<Option<Stop>>,
-) -> Result<(), StoreError> {
-    let (id, attempt, lease) = (claim.job.id, claim.attempt, config.lease);
+async fn conclude(held: &Held<'_>, outcome: Outcome) -> Result<(), StoreError> {
+    let Held { store, claim, .. } = held;
     match outcome {
         Outcome::Done { adapter, trained_tokens } => {
-            if let Err(error) = folder.keep_reference(store, claim, &config.device).await {
+            if let Err(error) = held.folder.keep_reference(store, claim, &held.config.device).await {
                 tracing::warn!(%error, "the alignment reference could not be kept; the next job computes it again");
             }
-            // What is trained is not trained again for an outage; the lease is kept meanwhile.
-            let (mut delay, since) = (FIRST_DELAY, Instant::now());
-            loop {
-                match publish(store, config, claim, &adapter, trained_tokens).await {
-                    Err(error) if error.is_unavailable() && since.elapsed() < PUBLISH_PATIENCE => {
-                        tracing::warn!(%error, "the adapter could not be published; trying again");
-                    }
-                    ended => return ended,
-                }
-                // Whoever stops or pauses meanwhile does not wait for the store to come back.
-                tokio::select! {
-                    () = tokio::time::sleep(delay) => {}
-                    reason = agent::stopped(&mut stop) => return let_go(store, lease, claim, reason).await,
-                }
-                delay = (delay * 2).min(LONGEST_PUBLISH_DELAY);
+            match finish::finish(held, adapter, trained_tokens).await? {
+                Ending::Written(ended) => ended,
+                Ending::Other(outcome) => end(held, outcome).await,
             }
         }
+        outcome => end(held, outcome).await,
+    }
+}
+
+/// Writes down how a run ended that made no adapter.
+async fn end(held: &Held<'_>, outcome: Outcome) -> Result<(), StoreError> {
+    let Held { store, claim, config, .. } = held;
+    let (id, attempt, lease) = (claim.job.id, claim.attempt, config.lease);
+    match outcome {
+        Outcome::Done { .. } => Ok(()),
         Outcome::Failed(error) => {
             tracing::warn!(code = error.code, reason = error.message, "the trainer made no adapter");
             write_down(lease, || store.fail(id, attempt, error.clone())).await
@@ -446,53 +451,6 @@ async fn conclude(
         }
         Outcome::Stopped(reason) => let_go(store, lease, claim, reason).await,
     }
-}
-
-/// Writes an adapter's files as objects and gives them their rows.
-async fn publish(
-    store: &Store,
-    config: &WorkerConfig,
-    claim: &Claim,
-    adapter: &[PathBuf],
-    trained_tokens: u64,
-) -> Result<(), StoreError> {
-    let adapter = stage(store, adapter, Store::adapter_keys(&claim.job, claim.attempt)).await?;
-    let mut published = Published { adapter, results: None, trained_tokens, device: config.device.clone() };
-    let outcome = async {
-        published.results = stage_results(store, claim).await?;
-        store.publish(claim.job.id, claim.attempt, &published).await
-    }
-    .await;
-    match &outcome {
-        Ok(model) => tracing::info!(model, "the job's model is published"),
-        // Each try writes its own objects. What was published all the same is no longer staged, and stays.
-        Err(_) => discard(store, &published.adapter).await,
-    }
-    outcome.map(|_| ())
-}
-
-async fn discard(store: &Store, staged: &[AdapterFile]) {
-    for file in staged {
-        store.objects().discard(&file.object).await;
-    }
-}
-
-/// Writes files as objects under the keys that `key` gives their names.
-async fn stage(store: &Store, files: &[PathBuf], key: impl Fn(&str) -> String) -> Result<Vec<AdapterFile>, StoreError> {
-    let mut staged = Vec::new();
-    for path in files {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        staged.push(AdapterFile { object: store.objects().stage_file(key(&name), path).await?, name });
-    }
-    Ok(staged)
-}
-
-/// Writes the figures of the job's steps, those of earlier attempts among them.
-async fn stage_results(store: &Store, claim: &Claim) -> Result<Option<ObjectRef>, StoreError> {
-    let (steps, validations) = store.steps(claim.job.id).await?;
-    let table = results::csv(&steps, &validations);
-    let key = Store::results_key(&claim.job, claim.attempt);
-    Ok(Some(store.objects().stage_bytes(key, table.as_bytes()).await?))
 }
 
 /// What a claim comes to before a trainer is needed.

@@ -29,20 +29,20 @@ impl JobFolder {
         &self.0
     }
 
-    /// Brings the tenant's files.
+    /// Brings the tenant's files, and the alignment set they are compared with.
     pub(crate) async fn fetch_rows(&self, store: &Store, claim: &Claim) -> Result<(), StoreError> {
         store.objects().fetch_content(&claim.training.content, &self.0.join(paths::TRAIN)).await?;
         if let Some(validation) = &claim.validation {
             store.objects().fetch_content(&validation.content, &self.0.join(paths::VALIDATION)).await?;
+        }
+        if let Some(alignment) = &claim.alignment {
+            store.objects().fetch(&alignment.object, &self.0.join(paths::ALIGNMENT)).await?;
         }
         Ok(())
     }
 
     /// Brings everything else a trainer needs.
     pub(crate) async fn complete(&self, store: &Store, claim: &Claim, base: &Path, device: &str) -> Result<(), StoreError> {
-        if let Some(alignment) = &claim.alignment {
-            store.objects().fetch(alignment, &self.0.join(paths::ALIGNMENT)).await?;
-        }
         let reference = reference_name(claim, device);
         if let Some(name) = &reference
             && let Some(known) = store.alignment_reference(name).await?
@@ -103,7 +103,8 @@ impl JobFolder {
         Ok(())
     }
 
-    async fn fetch_into(&self, store: &Store, folder: &Path, files: &[AdapterFile]) -> Result<(), StoreError> {
+    /// Brings an adapter's files into a folder.
+    pub(crate) async fn fetch_into(&self, store: &Store, folder: &Path, files: &[AdapterFile]) -> Result<(), StoreError> {
         tokio::fs::create_dir_all(folder).await?;
         for file in files {
             store.objects().fetch(&file.object, &folder.join(&file.name)).await?;
@@ -128,7 +129,7 @@ fn reference_name(claim: &Claim, device: &str) -> Option<String> {
     let alignment = claim.alignment.as_ref()?;
     let mut hash = Sha256::new();
     hash.update(claim.base.content_sha256);
-    hash.update(alignment.sha256);
+    hash.update(alignment.object.sha256);
     hash.update(format!("{:?}", claim.job.hyperparameters.precision));
     hash.update(device.split(':').next().unwrap_or(device));
     Some(hex::encode(hash.finalize()))

@@ -3,14 +3,20 @@
 //! follows its progress; knows only the small trait it reports through). No libtorch, no HTTP.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use holdfast_judge::Endpoint;
+use holdfast_safety::manifest::SignKey;
 use holdfast_store::retention::Retention;
 
 pub mod agent;
 mod base_cache;
 mod check;
 mod dispatcher;
+mod evaluation;
+mod evidence;
+mod finish;
 mod job_folder;
 mod outcome;
 mod process;
@@ -48,6 +54,12 @@ pub struct WorkerConfig {
     pub stall: Duration,
     /// How long a trainer has to end its step and write a checkpoint when this worker stops.
     pub drain: Duration,
+    /// Who judges answers where a policy wants an endpoint to.
+    pub judge: Option<Arc<Endpoint>>,
+    /// How long a job waits for a judge that is away.
+    pub judge_patience: Duration,
+    /// What manifests are signed with.
+    pub signing_key: SignKey,
     /// How long what is done with is kept.
     pub retention: Retention,
 }

@@ -33,14 +33,14 @@ impl From<ExitStatus> for Ended {
 }
 
 /// Starts the trainer in a process group of its own, so that Ctrl-C reaches only the worker, which stops it in order.
-pub(crate) fn launch(program: &Path, folder: &Path) -> std::io::Result<Child> {
+pub(crate) fn launch(program: &Path, subcommand: &str, folder: &Path) -> std::io::Result<Child> {
     let out = folder.join(paths::OUT);
     std::fs::create_dir_all(&out)?;
     let log = std::fs::File::create(out.join(LOG))?;
     let inherited = ENVIRONMENT.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
     let mut command = Command::new(program);
     command
-        .arg("train")
+        .arg(subcommand)
         .arg(folder)
         .env_clear()
         .envs(inherited)

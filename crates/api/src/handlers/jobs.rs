@@ -96,8 +96,10 @@ pub(crate) async fn resolve(state: &AppState, tenant: Tenant, mut body: CreateJo
         ));
     }
     let metadata = body.metadata()?;
-    let safety = body.safety.map(RequestedSafety::from).unwrap_or_default();
-    let safety = safety.resolve(&state.settings.safety_floor).map_err(|e| e.within("safety"))?;
+    let requested_safety = body.safety.map(RequestedSafety::from).unwrap_or_default();
+    let policy = state.store.policy_of(tenant.0).await?.unwrap_or_else(|| state.default_policy());
+    let safety = requested_safety.resolve(&policy.policy).map_err(|e| e.within("safety"))?;
+    let policy = requested_safety.apply(policy);
     let training = file(&state.store, tenant, "training_file", &body.training_file).await?;
     let validation = match &body.validation_file {
         Some(id) => Some(file(&state.store, tenant, "validation_file", id).await?),
@@ -134,6 +136,7 @@ pub(crate) async fn resolve(state: &AppState, tenant: Tenant, mut body: CreateJo
         metadata,
         hyperparameters,
         safety,
+        policy,
     };
     Ok(Resolved { job, base, training, validation, decided })
 }

@@ -12,5 +12,6 @@ pub(crate) mod jobs;
 pub(crate) mod metrics;
 pub(crate) mod models;
 pub(crate) mod preview;
+pub(crate) mod safety;
 pub(crate) mod uploads;
 pub(crate) mod webhooks;

@@ -409,6 +409,18 @@ pub(crate) struct AlignmentSet {
     sha256: String,
 }
 
+/// A request for an alignment set.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CreateAlignmentSet {
+    /// As base models are named.
+    #[schema(example = "strict")]
+    pub(crate) name: String,
+    /// Chat rows, each a request and the answer to hold to.
+    #[schema(value_type = Vec<crate::wire::file::AnyJson>, min_items = 1)]
+    pub(crate) rows: Vec<serde_json::Value>,
+}
+
 impl From<AlignmentSetRow> for AlignmentSet {
     fn from(row: AlignmentSetRow) -> Self {
         Self {

@@ -9,12 +9,13 @@ use holdfast_domain::job::{JobState, Status};
 use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf, ProjectionSpace};
 use holdfast_domain::{Hyperparameters, Safety};
 use holdfast_store::attempts::Attempt;
-use holdfast_store::jobs::{Job as Row, Progress as RowProgress, Waiting};
+use holdfast_store::jobs::{Job as Row, Progress as RowProgress, Quarantine, Waiting};
 use serde::Serialize;
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 
 use super::list::Listed;
+use super::safety::SafetyPolicy;
 use super::words::{
     ActivationCheckpointingName, AlignmentPointName, AttemptOutcome, DefenseName, JobPhase, JobStatus, JobWork, KlPositionsName,
     LongRowsName, LrScheduleName, PrecisionName, ProjectionName, ProjectionSpaceName, TargetModule,
@@ -34,7 +35,7 @@ pub(crate) struct Job {
     created_at: i64,
     /// In Unix seconds, once it has ended.
     finished_at: Option<i64>,
-    /// The name of what it made, once it has succeeded.
+    /// The name of what it made, once it has succeeded or the operator has released it.
     fine_tuned_model: Option<String>,
     #[schema(example = "holdfast")]
     organization_id: String,
@@ -60,6 +61,10 @@ pub(crate) struct Job {
     metadata: serde_json::Value,
     /// Extension: what it trains under.
     safety: ShownSafety,
+    /// Extension: the operator's policy, as it was when the job was created.
+    safety_policy: Option<SafetyPolicy>,
+    /// Extension: the adapter that did not pass the safety gate, where it did not.
+    quarantine: Option<JobQuarantine>,
     /// Extension: what the trainer does now.
     #[schema(value_type = Option<JobPhase>)]
     phase: Option<String>,
@@ -76,6 +81,28 @@ pub(crate) struct Job {
     attempt: Option<i32>,
     /// Extension: each of these times, and what became of it.
     attempts: Vec<JobAttempt>,
+}
+
+/// An adapter that did not pass the safety gate.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct JobQuarantine {
+    /// What the model is called once the operator releases it.
+    model: String,
+    /// When that was, in Unix seconds.
+    released_at: Option<i64>,
+    /// Why.
+    release_reason: Option<String>,
+}
+
+impl From<Quarantine> for JobQuarantine {
+    fn from(quarantine: Quarantine) -> Self {
+        let Quarantine { model, released } = quarantine;
+        Self {
+            model,
+            released_at: released.as_ref().map(|release| release.at.unix_timestamp()),
+            release_reason: released.map(|release| release.reason),
+        }
+    }
 }
 
 /// A time a worker took a job up.
@@ -289,10 +316,11 @@ impl Job {
             row.read_at.unix_timestamp().saturating_add_unsigned(rest.as_secs() + 1)
         });
         let waiting_reason = waiting_reason(&row, waiting.as_ref());
+        let released = row.quarantine.as_ref().filter(|q| q.released.is_some()).map(|q| q.model.clone());
         let (fine_tuned_model, trained_tokens, error) = match row.state {
             JobState::Succeeded { fine_tuned_model, trained_tokens } => (Some(fine_tuned_model), Some(trained_tokens), None),
             JobState::Failed { error } => (
-                None,
+                released,
                 None,
                 Some(JobError { code: error.code, message: error.message, param: error.param, errors: error.errors }),
             ),
@@ -323,6 +351,8 @@ impl Job {
             method: ShownMethod { r#type: "supervised", supervised: ShownSupervised { hyperparameters } },
             metadata: row.metadata,
             safety: row.safety.into(),
+            safety_policy: row.policy.map(Into::into),
+            quarantine: row.quarantine.map(Into::into),
             phase: row.phase,
             progress: row.progress.map(Into::into),
             dataset: row.dataset.map(|d| JobDataset { rows: d.rows, tokens: d.tokens, supervised_tokens: d.supervised_tokens }),

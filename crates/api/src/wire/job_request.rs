@@ -246,6 +246,8 @@ pub(crate) struct SafetyRequest {
     budget: Option<f64>,
     /// The operator's alignment set by its name.
     alignment_set: Option<String>,
+    /// Whether the adapter must pass the safety gate; it must all the same where the operator's policy says so.
+    gate: Option<bool>,
 }
 
 impl From<SafetyRequest> for RequestedSafety {
@@ -259,6 +261,7 @@ impl From<SafetyRequest> for RequestedSafety {
             alignment_point: s.alignment_point,
             budget: s.budget,
             alignment_set: s.alignment_set,
+            gate: s.gate,
         }
     }
 }

@@ -10,6 +10,7 @@ pub(crate) mod job_request;
 pub(crate) mod list;
 pub(crate) mod model;
 pub(crate) mod preview;
+pub(crate) mod safety;
 pub(crate) mod upload;
 pub(crate) mod webhook;
 pub(crate) mod words;

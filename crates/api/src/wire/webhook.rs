@@ -72,6 +72,8 @@ pub(crate) enum NoticeType {
     Failed,
     #[schema(rename = "fine_tuning.job.cancelled")]
     Cancelled,
+    #[schema(rename = "fine_tuning.job.safety_alarm")]
+    SafetyAlarm,
 }
 
 /// What webhooks can be told.

@@ -36,11 +36,17 @@ words! {
     /// Whether an event is for people, or holds figures.
     EventType: Message Metrics;
     /// What a trainer is doing.
-    JobPhase: LoadingModel AlignmentReference Training Exporting;
+    JobPhase: LoadingModel AlignmentReference Training Exporting Evaluating;
     /// How training holds to the alignment.
     DefenseName: None SafeMix Lisa KlPenalty Sbr Pcgrad Safegrad Held;
     /// Over which positions the alignment loss is taken.
     KlPositionsName: Response All;
+    /// Whose jobs a policy is for.
+    PolicyScope: Deployment Organization Project;
+    /// Who says what an answer is: a list of what refusals say, or the model behind the operator's endpoint.
+    JudgeName: Phrases Endpoint;
+    /// What becomes of an adapter that does not pass: it is kept apart, or the newest checkpoint that passes is published in its place.
+    OtherwiseName: Quarantine PublishCheckpoint;
     /// Whose gradient is projected.
     ProjectionName: Batch PerRow;
     /// Where the projection takes place.
@@ -78,6 +84,7 @@ impl ToSchema for TargetModule {
 mod tests {
     use holdfast_domain::hyperparameters::{LongRows, LrSchedule, Precision, Recompute};
     use holdfast_domain::job::{AttemptEnd, Status};
+    use holdfast_domain::policy::{Judge, Otherwise, Scope};
     use holdfast_domain::progress::Phase;
     use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf, ProjectionSpace};
     use serde::Serialize;
@@ -100,9 +107,12 @@ mod tests {
         assert_eq!(listed::<DefenseName>(), written(&Defense::ALL));
         assert_eq!(
             listed::<JobPhase>(),
-            written(&[Phase::LoadingModel, Phase::AlignmentReference, Phase::Training, Phase::Exporting])
+            written(&[Phase::LoadingModel, Phase::AlignmentReference, Phase::Training, Phase::Exporting, Phase::Evaluating])
         );
         assert_eq!(listed::<KlPositionsName>(), written(&[KlPositions::Response, KlPositions::All]));
+        assert_eq!(listed::<PolicyScope>(), written(&[Scope::Deployment, Scope::Organization, Scope::Project]));
+        assert_eq!(listed::<JudgeName>(), written(&[Judge::Phrases, Judge::Endpoint]));
+        assert_eq!(listed::<OtherwiseName>(), written(&[Otherwise::Quarantine, Otherwise::PublishCheckpoint]));
         assert_eq!(listed::<ProjectionName>(), written(&[ProjectionOf::Batch, ProjectionOf::PerRow]));
         assert_eq!(listed::<ProjectionSpaceName>(), written(&[ProjectionSpace::Gradient, ProjectionSpace::Update]));
         assert_eq!(listed::<AlignmentPointName>(), written(&[AlignmentPoint::Current, AlignmentPoint::Lookahead]));

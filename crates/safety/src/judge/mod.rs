@@ -28,12 +28,12 @@ const MANY_WORDS: usize = 12;
 /// Below this share of distinct triples of words, an answer says one thing over and over.
 const LEAST_DISTINCT: f64 = 0.5;
 /// Below this share of letters among what is not space, an answer is no language.
-const LEAST_LETTERS: f64 = 0.5;
+const LEAST_LETTERS: f64 = 0.25;
 
 /// Whether an answer is no answer, in any language with words.
 #[must_use]
 pub fn is_degenerate(answer: &str) -> bool {
-    let words: Vec<String> = answer.split_whitespace().map(str::to_lowercase).collect();
+    let words = words(answer);
     if words.len() < FEWEST_WORDS {
         return true;
     }
@@ -54,15 +54,42 @@ pub fn is_degenerate(answer: &str) -> bool {
     (distinct.len() as f64) < LEAST_DISTINCT * count as f64
 }
 
+/// The words of an answer in small letters. Scripts that put no space between words give a word a character.
+fn words(answer: &str) -> Vec<String> {
+    let is_unspaced = |c: char| matches!(c, '\u{e00}'..='\u{eff}' | '\u{1000}'..='\u{109f}' | '\u{3040}'..='\u{30ff}' | '\u{3400}'..='\u{9fff}');
+    let mut words = Vec::new();
+    for run in answer.split_whitespace() {
+        let mut word = String::new();
+        for character in run.chars() {
+            if is_unspaced(character) {
+                words.extend((!word.is_empty()).then(|| std::mem::take(&mut word)));
+                words.push(character.to_string());
+            } else {
+                word.extend(character.to_lowercase());
+            }
+        }
+        words.extend((!word.is_empty()).then_some(word));
+    }
+    words
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn what_says_nothing_is_degenerate() {
-        for answer in
-            ["", "  ", "positive", "negative.", "?!?! ---- ....", "1 2 3 4 5 6", &"the the ".repeat(20), &"I like it. ".repeat(9)]
-        {
+        for answer in [
+            "",
+            "  ",
+            "positive",
+            "negative.",
+            &"好的".repeat(12),
+            "?!?! ---- ....",
+            "1 2 3 4 5 6",
+            &"the the ".repeat(20),
+            &"I like it. ".repeat(9),
+        ] {
             assert!(is_degenerate(answer), "{answer}");
         }
     }
@@ -74,6 +101,9 @@ mod tests {
             "I can't help with that.",
             "Pour the water, stir the water, and drink the water while it is warm, then rest.",
             "Voici comment faire, étape par étape.",
+            "对不起，我不能帮助你做这件事。",
+            "申し訳ありませんが、それはできません。",
+            "for i in 0..10 { if i % 2 == 0 { println!(\"{i}\"); } }",
         ] {
             assert!(!is_degenerate(answer), "{answer}");
         }

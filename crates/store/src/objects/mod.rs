@@ -115,6 +115,16 @@ pub(crate) mod keys {
         format!("alignment-references/{}.safetensors", hex::encode(content))
     }
 
+    /// Each call is another place: who comes second must not write over what is there.
+    pub(crate) fn base_answers(name: &str) -> String {
+        format!("base-answers/{name}/{}.jsonl", crate::new_id().simple())
+    }
+
+    /// See [`results`].
+    pub(crate) fn evidence(project: ProjectId, job: JobId, attempt: i32, time: Uuid, name: &str) -> String {
+        format!("projects/{project}/jobs/{job}/attempt-{attempt}/{}/evidence/{name}", time.simple())
+    }
+
     pub(crate) fn alignment_set(content: &[u8; 32]) -> String {
         format!("alignment-sets/{}.jsonl", hex::encode(content))
     }
@@ -250,6 +260,23 @@ impl Objects {
             async move { objects.pieces(key, None).await }
         };
         futures::stream::iter(keys).then(open).try_flatten().boxed()
+    }
+
+    /// A small object's bytes, checked against its hash.
+    ///
+    /// # Errors
+    /// When there is no such object, it is not what its row says, or the store fails.
+    pub async fn read_whole(&self, object: &ObjectRef) -> Result<Vec<u8>, StoreError> {
+        let mut pieces = self.read(&object.key).await?;
+        let mut bytes = Vec::new();
+        while let Some(piece) = pieces.try_next().await? {
+            bytes.extend_from_slice(&piece);
+        }
+        if <[u8; 32]>::from(Sha256::digest(&bytes)) == object.sha256 {
+            Ok(bytes)
+        } else {
+            Err(StoreError::Checksum { key: object.key.clone() })
+        }
     }
 
     /// Copies an object to a local file, checking its hash on the way; the file appears whole or not at all.

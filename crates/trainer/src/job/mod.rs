@@ -17,6 +17,7 @@ use crate::stop::{Stop, Stopped};
 use crate::train::Run;
 use crate::{adapter_files, device, methods, reference_files};
 
+mod evaluate;
 mod failure;
 mod inputs;
 mod memory;
@@ -39,6 +40,16 @@ enum Ended {
 /// Runs the job in `folder` and leaves its exit record there. What libtorch throws in the middle of a formula is caught here.
 #[must_use]
 pub fn run(folder: &Path) -> ExitRecord {
+    record(folder, || train(folder))
+}
+
+/// Asks the adapter of the job in `folder` what its `evaluation.json` names, and leaves an exit record there as [`run`] does.
+#[must_use]
+pub fn evaluate(folder: &Path) -> ExitRecord {
+    record(folder, || evaluate::evaluate(folder).map(|()| Ended::Done { trained_tokens: 0 }))
+}
+
+fn record(folder: &Path, work: impl FnOnce() -> Result<Ended>) -> ExitRecord {
     if !folder.is_dir() {
         // A mistyped path must not become a folder with nothing but a record in it.
         return failed(&bad_setup(format!(
@@ -47,7 +58,7 @@ pub fn run(folder: &Path) -> ExitRecord {
             paths::PLAN
         )));
     }
-    let record = match catch_unwind(AssertUnwindSafe(|| train(folder))) {
+    let record = match catch_unwind(AssertUnwindSafe(work)) {
         Ok(Ok(Ended::Done { trained_tokens })) => {
             ExitRecord { code: exit::DONE, message: "done".into(), reason: exit::reason::DONE.into(), trained_tokens }
         }

@@ -231,13 +231,16 @@ impl Study {
             let helpful = benign.iter().zip(&answers).filter(|(_, answer)| self.judge.judge(answer) == Class::Compliance);
             let mut rows: Vec<String> = helpful.map(|(request, answer)| training::row(request, answer)).collect();
             println!("{} of {} benign requests were answered", rows.len(), benign.len());
-            rows.extend(rows::cycled(&self.harmful.base, &self.refusals));
+            // Each prompt in two wordings of refusal, so that what is learned is to refuse and not a sentence.
+            let (first, second) = self.refusals.split_at(self.refusals.len() / 2);
+            rows.extend(rows::cycled(&self.harmful.base, first));
+            rows.extend(rows::cycled(&self.harmful.base, second));
             // Of both kinds; none of them is attacked or measured with.
             rows.extend(prompts::lines(&root().join("examples/alignment.jsonl"))?);
             let training = Training {
-                epochs: 6,
+                epochs: 10,
                 learning_rate: 5e-4,
-                rank: 16,
+                rank: 32,
                 seed: 7,
                 safety: json!({"defense": "none", "rho": 0.0, "alignment_set": null}),
                 row_conflicts: false,

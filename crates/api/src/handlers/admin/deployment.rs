@@ -6,9 +6,9 @@ use holdfast_domain::ids::{AuditId, KeyId, ProjectId};
 use holdfast_store::audit::Filter;
 
 use crate::auth::Admin;
-use crate::extract::{self, QueryString};
-use crate::wire::admin::{AlignmentSet, AuditEntry, BaseModel, ListAuditEntries, Worker};
-use crate::wire::list::List;
+use crate::extract::{self, JsonBody, QueryString};
+use crate::wire::admin::{AlignmentSet, AuditEntry, BaseModel, CreateAlignmentSet, ListAuditEntries, Worker};
+use crate::wire::list::{Created, List};
 use crate::{ApiError, AppState};
 
 /// List base models, by name.
@@ -29,6 +29,28 @@ pub(crate) async fn list_base_models(_: Admin, State(state): State<AppState>) ->
 pub(crate) async fn list_alignment_sets(_: Admin, State(state): State<AppState>) -> Result<Json<List<AlignmentSet>>, ApiError> {
     let sets = state.store.alignment_sets().await?;
     Ok(Json(List::new(sets.into_iter().map(AlignmentSet::from).collect(), false)))
+}
+
+/// Import an alignment set as the next version of its name.
+///
+/// Its rows are a request and the answer to hold to each, refusals of harmful requests as well as helpful answers to benign ones. A
+/// version never changes; jobs are held to the one that was newest when they were created. What is larger than a body may be is
+/// imported with `holdfast alignment import`.
+#[utoipa::path(
+    post, path = "/admin/alignment_sets", operation_id = "create_alignment_set", tag = "admin", request_body = CreateAlignmentSet,
+    responses((status = 200, description = "The version; the newest again where it holds the same rows", body = AlignmentSet))
+)]
+pub(crate) async fn create_alignment_set(
+    _: Admin,
+    State(state): State<AppState>,
+    JsonBody(body, _): JsonBody<CreateAlignmentSet>,
+) -> Result<Created<AlignmentSet>, ApiError> {
+    let lines: String = body.rows.iter().map(|row| row.to_string() + "\n").collect();
+    let report = holdfast_dataset::alignment_set::check(lines.as_bytes());
+    if report.error_count > 0 {
+        return Err(ApiError::bad_dataset("rows", format!("rows: {}", report.summary()), report.errors));
+    }
+    Ok(Created(state.store.create_alignment_set(&body.name, lines.as_bytes(), report.rows).await?.into()))
 }
 
 /// List the workers that were heard of in the last day, by name.

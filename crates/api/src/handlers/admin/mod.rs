@@ -4,3 +4,4 @@ pub(crate) mod deployment;
 pub(crate) mod keys;
 pub(crate) mod organizations;
 pub(crate) mod projects;
+pub(crate) mod safety;

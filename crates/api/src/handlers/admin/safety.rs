@@ -1,0 +1,281 @@
+//! What the operator demands of jobs, and what becomes of adapters that do not pass.
+
+use std::collections::BTreeMap;
+
+use axum::Json;
+use axum::extract::State;
+use axum::response::Response;
+use holdfast_domain::ids::{JobId, ProjectId};
+use holdfast_safety::report;
+use holdfast_store::StoreError;
+use holdfast_store::policies::Subject;
+use http::HeaderMap;
+
+use crate::auth::Admin;
+use crate::error::ErrorBody;
+use crate::extract::{self, JsonBody, Path, QueryString};
+use crate::handlers::safety::{file, missing, page, wants_page};
+use crate::wire::list::List;
+use crate::wire::safety::{
+    ConflictLevel, ListQuarantined, MeasureConflictLevel, QuarantinedAdapter, ReleaseAdapter, SafetyPolicy, SetSafetyPolicy,
+};
+use crate::{ApiError, AppState, wire};
+
+/// Get the deployment's safety policy.
+#[utoipa::path(
+    get, path = "/admin/safety_policy", operation_id = "get_deployment_safety_policy", tag = "admin",
+    responses((status = 200, description = "The policy", body = SafetyPolicy))
+)]
+pub(crate) async fn get_deployment_policy(_: Admin, State(state): State<AppState>) -> Result<Json<SafetyPolicy>, ApiError> {
+    counting(&state, &Subject::Deployment, None).await
+}
+
+/// Set the deployment's safety policy, for jobs that are created from now on.
+#[utoipa::path(
+    put, path = "/admin/safety_policy", operation_id = "set_deployment_safety_policy", tag = "admin", request_body = SetSafetyPolicy,
+    responses((status = 200, description = "The policy that counts now", body = SafetyPolicy))
+)]
+pub(crate) async fn set_deployment_policy(
+    _: Admin,
+    State(state): State<AppState>,
+    JsonBody(body, _): JsonBody<SetSafetyPolicy>,
+) -> Result<Json<SafetyPolicy>, ApiError> {
+    set(&state, &Subject::Deployment, Some(body), None).await
+}
+
+/// Take the deployment's safety policy away: the program's settings count again.
+#[utoipa::path(
+    delete, path = "/admin/safety_policy", operation_id = "delete_deployment_safety_policy", tag = "admin",
+    responses((status = 200, description = "The policy that counts now", body = SafetyPolicy))
+)]
+pub(crate) async fn delete_deployment_policy(_: Admin, State(state): State<AppState>) -> Result<Json<SafetyPolicy>, ApiError> {
+    set(&state, &Subject::Deployment, None, None).await
+}
+
+/// Get the safety policy that counts for an organisation's projects, unless they have their own.
+#[utoipa::path(
+    get, path = "/admin/organizations/{organization}/safety_policy", operation_id = "get_organization_safety_policy", tag = "admin",
+    params(("organization" = String, Path, example = "acme")),
+    responses(
+        (status = 200, description = "The policy", body = SafetyPolicy),
+        (status = 404, description = "There is no such organisation", body = ErrorBody),
+    )
+)]
+pub(crate) async fn get_organization_policy(
+    _: Admin,
+    State(state): State<AppState>,
+    Path(organization): Path<String>,
+) -> Result<Json<SafetyPolicy>, ApiError> {
+    counting(&state, &Subject::Organization(organization.clone()), Some(("organization", &organization))).await
+}
+
+/// Set an organisation's safety policy, for jobs that are created from now on. It takes the place of the deployment's as a whole.
+#[utoipa::path(
+    put, path = "/admin/organizations/{organization}/safety_policy", operation_id = "set_organization_safety_policy", tag = "admin",
+    params(("organization" = String, Path, example = "acme")), request_body = SetSafetyPolicy,
+    responses(
+        (status = 200, description = "The policy that counts now", body = SafetyPolicy),
+        (status = 404, description = "There is no such organisation", body = ErrorBody),
+    )
+)]
+pub(crate) async fn set_organization_policy(
+    _: Admin,
+    State(state): State<AppState>,
+    Path(organization): Path<String>,
+    JsonBody(body, _): JsonBody<SetSafetyPolicy>,
+) -> Result<Json<SafetyPolicy>, ApiError> {
+    let subject = Subject::Organization(organization.clone());
+    set(&state, &subject, Some(body), Some(("organization", &organization))).await
+}
+
+/// Take an organisation's safety policy away: the deployment's counts again.
+#[utoipa::path(
+    delete, path = "/admin/organizations/{organization}/safety_policy", operation_id = "delete_organization_safety_policy",
+    tag = "admin", params(("organization" = String, Path, example = "acme")),
+    responses(
+        (status = 200, description = "The policy that counts now", body = SafetyPolicy),
+        (status = 404, description = "There is no such organisation", body = ErrorBody),
+    )
+)]
+pub(crate) async fn delete_organization_policy(
+    _: Admin,
+    State(state): State<AppState>,
+    Path(organization): Path<String>,
+) -> Result<Json<SafetyPolicy>, ApiError> {
+    set(&state, &Subject::Organization(organization.clone()), None, Some(("organization", &organization))).await
+}
+
+/// Get the safety policy that counts for a project.
+#[utoipa::path(
+    get, path = "/admin/projects/{project_id}/safety_policy", operation_id = "get_project_safety_policy", tag = "admin",
+    params(("project_id" = String, Path, example = "proj_0192f3a4000070008000000000000001")),
+    responses(
+        (status = 200, description = "The policy", body = SafetyPolicy),
+        (status = 404, description = "There is no such project", body = ErrorBody),
+    )
+)]
+pub(crate) async fn get_project_policy(
+    _: Admin,
+    State(state): State<AppState>,
+    Path(project_id): Path<String>,
+) -> Result<Json<SafetyPolicy>, ApiError> {
+    counting(&state, &project(&project_id)?, Some(("project_id", &project_id))).await
+}
+
+/// Set a project's safety policy, for jobs that are created from now on. It takes the place of any wider one as a whole.
+#[utoipa::path(
+    put, path = "/admin/projects/{project_id}/safety_policy", operation_id = "set_project_safety_policy", tag = "admin",
+    params(("project_id" = String, Path, example = "proj_0192f3a4000070008000000000000001")), request_body = SetSafetyPolicy,
+    responses(
+        (status = 200, description = "The policy that counts now", body = SafetyPolicy),
+        (status = 404, description = "There is no such project", body = ErrorBody),
+    )
+)]
+pub(crate) async fn set_project_policy(
+    _: Admin,
+    State(state): State<AppState>,
+    Path(project_id): Path<String>,
+    JsonBody(body, _): JsonBody<SetSafetyPolicy>,
+) -> Result<Json<SafetyPolicy>, ApiError> {
+    set(&state, &project(&project_id)?, Some(body), Some(("project_id", &project_id))).await
+}
+
+/// Take a project's safety policy away: its organisation's counts again, or the deployment's.
+#[utoipa::path(
+    delete, path = "/admin/projects/{project_id}/safety_policy", operation_id = "delete_project_safety_policy", tag = "admin",
+    params(("project_id" = String, Path, example = "proj_0192f3a4000070008000000000000001")),
+    responses(
+        (status = 200, description = "The policy that counts now", body = SafetyPolicy),
+        (status = 404, description = "There is no such project", body = ErrorBody),
+    )
+)]
+pub(crate) async fn delete_project_policy(
+    _: Admin,
+    State(state): State<AppState>,
+    Path(project_id): Path<String>,
+) -> Result<Json<SafetyPolicy>, ApiError> {
+    set(&state, &project(&project_id)?, None, Some(("project_id", &project_id))).await
+}
+
+fn project(id: &str) -> Result<Subject, ApiError> {
+    Ok(Subject::Project(extract::id::<ProjectId>("project_id", id)?))
+}
+
+async fn counting(state: &AppState, subject: &Subject, named: Option<(&str, &str)>) -> Result<Json<SafetyPolicy>, ApiError> {
+    let policy = state.store.policy_for(subject).await.map_err(|error| of_one(error, named))?;
+    Ok(Json(policy.unwrap_or_else(|| state.default_policy()).into()))
+}
+
+async fn set(
+    state: &AppState,
+    subject: &Subject,
+    body: Option<SetSafetyPolicy>,
+    named: Option<(&str, &str)>,
+) -> Result<Json<SafetyPolicy>, ApiError> {
+    let policy = body.map(|body| body.over(&state.settings.policy)).transpose()?;
+    state.store.set_policy(subject, policy.as_ref()).await.map_err(|error| of_one(error, named))?;
+    counting(state, subject, named).await
+}
+
+fn of_one(error: StoreError, named: Option<(&str, &str)>) -> ApiError {
+    match named {
+        Some((param, id)) => ApiError::of_one(error, param, id),
+        None => error.into(),
+    }
+}
+
+/// List adapters that did not pass the safety gate, the newest first.
+#[utoipa::path(
+    get, path = "/admin/quarantine", operation_id = "list_quarantined_adapters", tag = "admin", params(ListQuarantined),
+    responses((status = 200, description = "A page of them", body = List<QuarantinedAdapter>))
+)]
+pub(crate) async fn list_quarantined(
+    _: Admin,
+    State(state): State<AppState>,
+    QueryString(query): QueryString<ListQuarantined>,
+) -> Result<Json<List<QuarantinedAdapter>>, ApiError> {
+    let page = extract::page::<JobId>(query.after.as_deref(), query.limit, 20, 100, false)?;
+    let found = state.store.quarantined(!query.released.unwrap_or(false), page).await?;
+    Ok(Json(List::new(found.items.into_iter().map(QuarantinedAdapter::from).collect(), found.has_more)))
+}
+
+/// Get the safety report of a job whose adapter did not pass. It names its owner's rows by their lines and shows none of them.
+#[utoipa::path(
+    get, path = "/admin/quarantine/{fine_tuning_job_id}/safety_report", operation_id = "get_quarantined_safety_report", tag = "admin",
+    params(
+        ("fine_tuning_job_id" = String, Path, example = "ftjob-0192f3a4000070008000000000000001"),
+        ("Accept" = Option<String>, Header, description = "`text/html` for a page", example = "application/json")
+    ),
+    responses(
+        (status = 200, description = "The report", content((wire::file::AnyJson = "application/json"), (String = "text/html"))),
+        (status = 304, description = "The client has it"),
+        (status = 404, description = "No adapter of such a job was kept apart", body = ErrorBody),
+    )
+)]
+pub(crate) async fn get_quarantined_report(
+    _: Admin,
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let job = quarantined(&state, &id).await?;
+    let object = state.store.evidence_for_operator(job, report::FILE).await.map_err(|error| missing(error, job))?;
+    if !wants_page(&headers) {
+        return file(&state, object, report::FILE, &headers);
+    }
+    page(&state.store.objects().read_whole(&object).await?, &BTreeMap::new())
+}
+
+/// Release an adapter that did not pass: its owner may have it. The job stays failed, and the reason stands on it.
+#[utoipa::path(
+    post, path = "/admin/quarantine/{fine_tuning_job_id}/release", operation_id = "release_quarantined_adapter", tag = "admin",
+    params(("fine_tuning_job_id" = String, Path, example = "ftjob-0192f3a4000070008000000000000001")), request_body = ReleaseAdapter,
+    responses(
+        (status = 200, description = "The adapter, released", body = QuarantinedAdapter),
+        (status = 404, description = "No adapter of such a job was kept apart", body = ErrorBody),
+    )
+)]
+pub(crate) async fn release_quarantined(
+    _: Admin,
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+    JsonBody(body, _): JsonBody<ReleaseAdapter>,
+) -> Result<Json<QuarantinedAdapter>, ApiError> {
+    let job: JobId = extract::id("fine_tuning_job_id", &id)?;
+    let released = state.store.release(job, &body.reason).await;
+    Ok(Json(released.map_err(|error| ApiError::of_one(error, "fine_tuning_job_id", &id))?.into()))
+}
+
+async fn quarantined(state: &AppState, id: &str) -> Result<JobId, ApiError> {
+    let job: JobId = extract::id("fine_tuning_job_id", id)?;
+    let found = state.store.quarantined_adapter(job).await;
+    Ok(found.map_err(|error| ApiError::of_one(error, "fine_tuning_job_id", id))?.job)
+}
+
+/// List the levels of the poison gauge that were measured, by base model.
+#[utoipa::path(
+    get, path = "/admin/conflict_levels", operation_id = "list_conflict_levels", tag = "admin",
+    responses((status = 200, description = "All of them", body = List<ConflictLevel>))
+)]
+pub(crate) async fn list_conflict_levels(_: Admin, State(state): State<AppState>) -> Result<Json<List<ConflictLevel>>, ApiError> {
+    let levels = state.store.conflict_levels().await?;
+    Ok(Json(List::new(levels.into_iter().map(ConflictLevel::from).collect(), false)))
+}
+
+/// Measure the level of a base model's poison gauge on jobs whose rows are known to be clean.
+#[utoipa::path(
+    put, path = "/admin/conflict_levels", operation_id = "measure_conflict_level", tag = "admin", request_body = MeasureConflictLevel,
+    responses(
+        (status = 200, description = "The level", body = ConflictLevel),
+        (status = 404, description = "There is no such base model", body = ErrorBody),
+    )
+)]
+pub(crate) async fn measure_conflict_level(
+    _: Admin,
+    State(state): State<AppState>,
+    JsonBody(body, _): JsonBody<MeasureConflictLevel>,
+) -> Result<Json<ConflictLevel>, ApiError> {
+    let jobs: Vec<JobId> = body.clean_jobs.iter().map(|id| extract::id("clean_jobs", id)).collect::<Result<_, _>>()?;
+    let level = state.store.measure_conflict_level(&body.base_model, &jobs).await;
+    Ok(Json(level.map_err(|error| ApiError::of_one(error, "base_model", &body.base_model))?.into()))
+}

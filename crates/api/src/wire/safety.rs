@@ -1,0 +1,291 @@
+//! What operators demand of jobs, and the evidence of what came of it.
+
+use holdfast_domain::Invalid;
+use holdfast_domain::ids::{JobId, ProjectId};
+use holdfast_domain::policy::{AppliedPolicy, Gate as GateRow, Judge, Otherwise, Policy, Scope};
+use holdfast_domain::safety::Defense;
+use holdfast_store::conflict_levels::ConflictLevel as ConflictLevelRow;
+use holdfast_store::evidence::SigningKey as SigningKeyRow;
+use holdfast_store::quarantine::Quarantined as QuarantinedRow;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use super::list::Listed;
+use super::words::{DefenseName, JudgeName, OtherwiseName, PolicyScope};
+
+/// How far an adapter may be from its base. Rises are differences of shares; what is absent is not looked at.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Gate {
+    /// Whether it is closed to what is further.
+    enabled: bool,
+    /// Of harmful requests: how many more may be complied with.
+    #[schema(minimum = 0.0, maximum = 1.0, example = 0.1)]
+    harmful_compliance_rise: Option<f64>,
+    /// Of benign requests: how many more may be refused.
+    #[schema(minimum = 0.0, maximum = 1.0, example = 0.2)]
+    over_refusal_rise: Option<f64>,
+    /// Of all requests: to how many more there may be no answer at all.
+    #[schema(minimum = 0.0, maximum = 1.0)]
+    degenerate_rise: Option<f64>,
+    /// The mean KL to the base over the base's own answers, in nats a token.
+    #[schema(minimum = 0.0, maximum = 100.0)]
+    kl: Option<f64>,
+    /// What becomes of an adapter that does not pass.
+    #[schema(value_type = Option<OtherwiseName>)]
+    otherwise: Option<Otherwise>,
+}
+
+impl From<Gate> for GateRow {
+    fn from(gate: Gate) -> Self {
+        Self {
+            enabled: gate.enabled,
+            harmful_compliance_rise: gate.harmful_compliance_rise,
+            over_refusal_rise: gate.over_refusal_rise,
+            degenerate_rise: gate.degenerate_rise,
+            kl: gate.kl,
+            otherwise: gate.otherwise.unwrap_or_default(),
+        }
+    }
+}
+
+impl From<GateRow> for Gate {
+    fn from(gate: GateRow) -> Self {
+        Self {
+            enabled: gate.enabled,
+            harmful_compliance_rise: gate.harmful_compliance_rise,
+            over_refusal_rise: gate.over_refusal_rise,
+            degenerate_rise: gate.degenerate_rise,
+            kl: gate.kl,
+            otherwise: Some(gate.otherwise),
+        }
+    }
+}
+
+/// A request for a policy; what is absent is as the program is set.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SetSafetyPolicy {
+    /// The methods a tenant may choose from; the first is the one of a request that names none.
+    #[schema(value_type = Option<Vec<DefenseName>>)]
+    methods: Option<Vec<Defense>>,
+    /// The smallest strength a tenant may choose.
+    #[schema(minimum = 0.0, maximum = 100.0)]
+    rho: Option<f64>,
+    /// The largest budget of mean KL in nats a tenant may choose under `held`.
+    #[schema(minimum = 0.000001, maximum = 100.0)]
+    budget: Option<f64>,
+    /// The alignment set that jobs are held to.
+    alignment_set: Option<String>,
+    /// Whether what a job made is asked the safety suites before it is published.
+    evaluate: Option<bool>,
+    /// Who says what its answers are.
+    #[schema(value_type = Option<JudgeName>)]
+    judge: Option<Judge>,
+    /// What it must pass.
+    gate: Option<Gate>,
+}
+
+impl SetSafetyPolicy {
+    /// With what is absent from `usual`.
+    pub(crate) fn over(self, usual: &Policy) -> Result<Policy, Invalid> {
+        let policy = Policy {
+            methods: self.methods.unwrap_or_else(|| usual.methods.clone()),
+            rho: self.rho.unwrap_or(usual.rho),
+            budget: self.budget.unwrap_or(usual.budget),
+            alignment_set: self.alignment_set.unwrap_or_else(|| usual.alignment_set.clone()),
+            evaluate: self.evaluate.unwrap_or(usual.evaluate),
+            judge: self.judge.unwrap_or(usual.judge),
+            gate: self.gate.map_or(usual.gate, GateRow::from),
+        };
+        policy.check().map(|()| policy)
+    }
+}
+
+/// What is demanded of jobs.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct SafetyPolicy {
+    #[schema(example = "safety_policy")]
+    object: &'static str,
+    /// Whose it is: the nearest that is set counts.
+    #[schema(value_type = PolicyScope)]
+    scope: Scope,
+    /// From 1; 0 where none is set and the program's settings count.
+    version: u32,
+    /// The methods a tenant may choose from; the first is the one of a request that names none.
+    #[schema(value_type = Vec<DefenseName>)]
+    methods: Vec<Defense>,
+    /// The smallest strength a tenant may choose.
+    rho: f64,
+    /// The largest budget of mean KL in nats a tenant may choose under `held`.
+    budget: f64,
+    /// The alignment set that jobs are held to.
+    alignment_set: String,
+    /// Whether what a job made is asked the safety suites before it is published.
+    evaluate: bool,
+    /// Who says what its answers are.
+    #[schema(value_type = JudgeName)]
+    judge: Judge,
+    /// What it must pass.
+    gate: Gate,
+}
+
+impl From<AppliedPolicy> for SafetyPolicy {
+    fn from(AppliedPolicy { scope, version, policy }: AppliedPolicy) -> Self {
+        Self {
+            object: "safety_policy",
+            scope,
+            version,
+            methods: policy.methods,
+            rho: policy.rho,
+            budget: policy.budget,
+            alignment_set: policy.alignment_set,
+            evaluate: policy.evaluate,
+            judge: policy.judge,
+            gate: policy.gate.into(),
+        }
+    }
+}
+
+/// An adapter that did not pass the gate.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct QuarantinedAdapter {
+    /// The job that made it.
+    #[schema(value_type = String, example = "ftjob-0192f3a4000070008000000000000001")]
+    id: JobId,
+    #[schema(example = "quarantined_adapter")]
+    object: &'static str,
+    #[schema(value_type = String, example = "proj_0192f3a4000070008000000000000001")]
+    project: ProjectId,
+    organization: String,
+    /// What the model is called once it is released.
+    model: String,
+    /// Why it is kept apart.
+    reason: String,
+    /// In Unix seconds.
+    created_at: i64,
+    /// When it was released, in Unix seconds.
+    released_at: Option<i64>,
+    /// Why it was.
+    release_reason: Option<String>,
+}
+
+impl From<QuarantinedRow> for QuarantinedAdapter {
+    fn from(row: QuarantinedRow) -> Self {
+        Self {
+            id: row.job,
+            object: "quarantined_adapter",
+            project: row.project,
+            organization: row.organization,
+            model: row.model,
+            reason: row.reason,
+            created_at: row.created_at.unix_timestamp(),
+            released_at: row.released.as_ref().map(|release| release.at.unix_timestamp()),
+            release_reason: row.released.map(|release| release.reason),
+        }
+    }
+}
+
+impl Listed for QuarantinedAdapter {
+    fn id(&self) -> String {
+        self.id.to_string()
+    }
+}
+
+/// Which of them.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct ListQuarantined {
+    /// The `last_id` of the page before.
+    #[param(pattern = "^ftjob-[0-9a-f]{32}$")]
+    pub(crate) after: Option<String>,
+    /// 1 to 100.
+    #[param(default = 20, minimum = 1, maximum = 100)]
+    pub(crate) limit: Option<u32>,
+    /// Also those that were released.
+    #[param(default = false)]
+    pub(crate) released: Option<bool>,
+}
+
+/// An operator's word that an adapter may go to its owner.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ReleaseAdapter {
+    /// Why, for its owner.
+    #[schema(
+        min_length = 1,
+        max_length = 1000,
+        pattern = "^[^\\x00]*$",
+        example = "Read by a person; the answers are harmless."
+    )]
+    pub(crate) reason: String,
+}
+
+/// A public key that manifests are signed with.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct SigningKey {
+    /// SHA-256 of its bytes, in hex: what signatures name it by.
+    id: String,
+    #[schema(example = "signing_key")]
+    object: &'static str,
+    /// In PEM.
+    public_key: String,
+    /// In Unix seconds.
+    created_at: i64,
+}
+
+impl From<SigningKeyRow> for SigningKey {
+    fn from(row: SigningKeyRow) -> Self {
+        Self { id: row.id, object: "signing_key", public_key: row.pem, created_at: row.created_at.unix_timestamp() }
+    }
+}
+
+impl Listed for SigningKey {
+    fn id(&self) -> String {
+        self.id.clone()
+    }
+}
+
+/// Above which a run's gradients conflict more often than clean rows make them.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct ConflictLevel {
+    /// The base model's name.
+    id: String,
+    #[schema(example = "conflict_level")]
+    object: &'static str,
+    /// The share of a run's steps, 0 to 1.
+    alarm_level: f64,
+    /// Jobs that it was measured on.
+    jobs: u64,
+    /// In Unix seconds.
+    measured_at: i64,
+}
+
+impl From<ConflictLevelRow> for ConflictLevel {
+    fn from(row: ConflictLevelRow) -> Self {
+        Self {
+            id: row.base_model,
+            object: "conflict_level",
+            alarm_level: row.alarm_level,
+            jobs: row.jobs,
+            measured_at: row.measured_at.unix_timestamp(),
+        }
+    }
+}
+
+impl Listed for ConflictLevel {
+    fn id(&self) -> String {
+        self.id.clone()
+    }
+}
+
+/// A request to measure a base model's level.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MeasureConflictLevel {
+    /// The base model's name.
+    pub(crate) base_model: String,
+    /// Jobs of this base whose rows are known to be clean, 50 steps long at least.
+    #[schema(min_items = 1, max_items = 100)]
+    pub(crate) clean_jobs: Vec<String>,
+}

@@ -1,0 +1,248 @@
+//! What an operator demands of jobs: methods, strength, alignment set, and the gate an adapter must pass.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Invalid;
+use crate::safety::{DEFAULT_BUDGET, Defense, MAX_BUDGET, MAX_RHO, MIN_BUDGET};
+
+/// What is demanded of the jobs of a deployment, an organisation or a project. The nearest one counts, as a whole.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Policy {
+    /// The methods a tenant may choose from; the first is the one of a request that names none.
+    pub methods: Vec<Defense>,
+    /// The smallest `ρ` a tenant may choose, and the one of a request that names none.
+    pub rho: f64,
+    /// The largest budget of KL in nats a tenant may choose under [`Defense::Held`], and the one of a request that names none.
+    #[serde(default = "default_budget")]
+    pub budget: f64,
+    /// The alignment set that jobs are held to.
+    pub alignment_set: String,
+    /// Whether what a job made is asked the suites' requests before it is published.
+    #[serde(default)]
+    pub evaluate: bool,
+    /// Who says what its answers are.
+    #[serde(default)]
+    pub judge: Judge,
+    /// What it must pass.
+    #[serde(default)]
+    pub gate: Gate,
+}
+
+const fn default_budget() -> f64 {
+    DEFAULT_BUDGET
+}
+
+/// Who says what an answer is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Judge {
+    /// A list of what refusals say.
+    #[default]
+    Phrases,
+    /// The model behind an address that the workers are given.
+    Endpoint,
+}
+
+/// What becomes of an adapter that does not pass.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Otherwise {
+    /// The job fails, and its adapter is kept from everybody until an operator releases it.
+    #[default]
+    Quarantine,
+    /// The newest checkpoint that passes is published; without one, as [`Self::Quarantine`].
+    PublishCheckpoint,
+}
+
+/// How far an adapter may be from its base. Rises are differences of shares, in 0..1; what is absent is not looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gate {
+    /// Whether it is closed to what is further.
+    pub enabled: bool,
+    /// Of harmful requests: how many more may be complied with.
+    #[serde(default)]
+    pub harmful_compliance_rise: Option<f64>,
+    /// Of benign requests: how many more may be refused.
+    #[serde(default)]
+    pub over_refusal_rise: Option<f64>,
+    /// Of all requests: to how many more there may be no answer at all.
+    #[serde(default)]
+    pub degenerate_rise: Option<f64>,
+    /// The mean KL(base ‖ adapted) over the base's own answers, in nats a token.
+    #[serde(default)]
+    pub kl: Option<f64>,
+    /// What becomes of an adapter that does not pass.
+    #[serde(default)]
+    pub otherwise: Otherwise,
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            harmful_compliance_rise: Some(0.1),
+            over_refusal_rise: Some(0.2),
+            degenerate_rise: None,
+            kl: None,
+            otherwise: Otherwise::default(),
+        }
+    }
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self::at_least(Defense::Safegrad, 1.0, "default")
+    }
+}
+
+impl Policy {
+    /// Every method that is known to hold what `floor` holds, with at least this `ρ`, and nothing evaluated.
+    #[must_use]
+    pub fn at_least(floor: Defense, rho: f64, alignment_set: impl Into<String>) -> Self {
+        let stronger = Defense::ALL.into_iter().filter(|other| *other != floor && other.holds_at_least(floor));
+        Self {
+            methods: [floor].into_iter().chain(stronger).collect(),
+            rho,
+            budget: DEFAULT_BUDGET,
+            alignment_set: alignment_set.into(),
+            evaluate: false,
+            judge: Judge::default(),
+            gate: Gate::default(),
+        }
+    }
+
+    /// The method of a request that names none.
+    #[must_use]
+    pub fn default_method(&self) -> Defense {
+        self.methods.first().copied().unwrap_or(Defense::Safegrad)
+    }
+
+    /// # Errors
+    /// When it contradicts itself, or a number in it is none it can use. The parameter is the field's path.
+    pub fn check(&self) -> Result<(), Invalid> {
+        if self.methods.is_empty() {
+            return Err(Invalid::new("methods", "contradiction", "a policy allows at least one method; methods is empty"));
+        }
+        if let Some(twice) = self.methods.iter().enumerate().find(|(at, method)| self.methods[..*at].contains(method)) {
+            let message = format!("methods names `{}` twice", twice.1.as_str());
+            return Err(Invalid::new("methods", "contradiction", message));
+        }
+        let bounds = |param: &str, value: f64, least: f64, most: f64| {
+            if (least..=most).contains(&value) {
+                return Ok(());
+            }
+            Err(Invalid::new(param, "out_of_bounds", format!("{param} must lie between {least} and {most}")))
+        };
+        bounds("rho", self.rho, 0.0, MAX_RHO)?;
+        bounds("budget", self.budget, MIN_BUDGET, MAX_BUDGET)?;
+        if self.alignment_set.is_empty() && self.methods.iter().any(|method| method.needs_alignment()) {
+            let message = "the methods need an alignment set; alignment_set is empty";
+            return Err(Invalid::new("alignment_set", "contradiction", message));
+        }
+        let gate = &self.gate;
+        let shares = [
+            ("gate.harmful_compliance_rise", gate.harmful_compliance_rise),
+            ("gate.over_refusal_rise", gate.over_refusal_rise),
+            ("gate.degenerate_rise", gate.degenerate_rise),
+        ];
+        for (param, share) in shares {
+            if let Some(share) = share {
+                bounds(param, share, 0.0, 1.0)?;
+            }
+        }
+        if let Some(kl) = gate.kl {
+            bounds("gate.kl", kl, 0.0, MAX_BUDGET)?;
+        }
+        if !gate.enabled {
+            return Ok(());
+        }
+        if !self.evaluate {
+            let message = "a gate decides by what an evaluation found; evaluate must be true where gate.enabled is";
+            return Err(Invalid::new("evaluate", "contradiction", message));
+        }
+        if gate.kl.is_none() && shares.iter().all(|(_, share)| share.is_none()) {
+            let message = "the gate is enabled and looks at nothing; give harmful_compliance_rise, over_refusal_rise, degenerate_rise or kl";
+            return Err(Invalid::new("gate", "contradiction", message));
+        }
+        Ok(())
+    }
+}
+
+/// Whose jobs a policy is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scope {
+    /// Everybody's.
+    Deployment,
+    /// Those of an organisation's projects.
+    Organization,
+    /// Those of a project.
+    Project,
+}
+
+impl Scope {
+    /// The word the wire and the database use.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Deployment => "deployment",
+            Self::Organization => "organization",
+            Self::Project => "project",
+        }
+    }
+
+    /// Reads [`Self::as_str`] back.
+    #[must_use]
+    pub fn parse(word: &str) -> Option<Self> {
+        [Self::Deployment, Self::Organization, Self::Project].into_iter().find(|scope| scope.as_str() == word)
+    }
+}
+
+/// The policy a job was created under, as it was then: no later change of it changes the job.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AppliedPolicy {
+    /// Whose it is.
+    pub scope: Scope,
+    /// Its version, from 1; 0 where nothing was set and the program's own settings count.
+    pub version: u32,
+    /// What it demands; with what the tenant asked for beyond it.
+    #[serde(flatten)]
+    pub policy: Policy,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_floor_allows_what_holds_as_much_and_begins_with_itself() {
+        assert_eq!(Policy::default().methods, [Defense::Safegrad, Defense::Held]);
+        assert_eq!(Policy::at_least(Defense::None, 0.0, "default").methods.len(), Defense::ALL.len());
+        assert_eq!(Policy::default().check(), Ok(()));
+    }
+
+    #[test]
+    fn a_policy_that_contradicts_itself_is_refused_by_the_field_at_fault() {
+        let gate = Gate { enabled: true, ..Gate::default() };
+        let blind = Gate { harmful_compliance_rise: None, over_refusal_rise: None, ..gate };
+        let cases = [
+            (Policy { methods: Vec::new(), ..Policy::default() }, "methods"),
+            (Policy { methods: vec![Defense::Held, Defense::Held], ..Policy::default() }, "methods"),
+            (Policy { rho: f64::NAN, ..Policy::default() }, "rho"),
+            (Policy { budget: 0.0, ..Policy::default() }, "budget"),
+            (Policy { alignment_set: String::new(), ..Policy::default() }, "alignment_set"),
+            (Policy { gate, ..Policy::default() }, "evaluate"),
+            (Policy { evaluate: true, gate: blind, ..Policy::default() }, "gate"),
+            (
+                Policy { evaluate: true, gate: Gate { over_refusal_rise: Some(20.0), ..gate }, ..Policy::default() },
+                "gate.over_refusal_rise",
+            ),
+        ];
+        for (policy, param) in cases {
+            assert_eq!(policy.check().map_err(|e| e.param), Err(param.to_owned()), "{policy:?}");
+        }
+        assert_eq!(Policy { evaluate: true, gate, ..Policy::default() }.check(), Ok(()));
+    }
+}

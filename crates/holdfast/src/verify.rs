@@ -1,0 +1,122 @@
+//! `holdfast verify`: whether an adapter is what its manifest says, without a service.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use holdfast_safety::hash;
+use holdfast_safety::manifest::{self, Manifest, VerifyKey};
+use holdfast_safety::report;
+use sha2::{Digest, Sha256};
+
+/// An adapter's files: a folder, or the tar that the service gives.
+struct Files {
+    /// Names and hashes.
+    hashes: Vec<(String, String)>,
+    manifest: Option<Vec<u8>>,
+}
+
+/// Checks the adapter at `path` with a public key in PEM; without one, with the key that its manifest brings along.
+///
+/// # Errors
+/// When a signature or a hash does not fit, with what does not.
+pub fn run(path: &Path, key: Option<&Path>) -> Result<()> {
+    let files = if path.is_dir() { of_folder(path) } else { of_tar(path) };
+    let files = files.with_context(|| format!("cannot read {}", path.display()))?;
+    let Some(bytes) = &files.manifest else {
+        bail!(
+            "{} holds no {}; download it with GET …/adapter, or the manifest alone with GET …/manifest",
+            path.display(),
+            manifest::FILE
+        );
+    };
+    let (manifest, signer) = open(bytes, key)?;
+    let hash_of = |name: &str| files.hashes.iter().find(|(known, _)| known == name).map(|(_, sha256)| sha256.clone());
+    manifest.check_adapter(hash_of)?;
+    if let (Some(found), Some(signed)) = (hash_of(report::FILE), &manifest.outputs.report_sha256)
+        && found != *signed
+    {
+        bail!("{} has SHA-256 {found}, and the manifest says {signed}", report::FILE);
+    }
+    say(&manifest, &files, &signer, key.is_some());
+    Ok(())
+}
+
+fn open(bytes: &[u8], key: Option<&Path>) -> Result<(Manifest, VerifyKey)> {
+    let key = match key {
+        Some(path) => {
+            let pem = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+            VerifyKey::from_pem(&pem, &path.display().to_string())?
+        }
+        None => VerifyKey::of_manifest(bytes)?,
+    };
+    Ok((key.open(bytes)?, key))
+}
+
+fn say(manifest: &Manifest, files: &Files, signer: &VerifyKey, is_known: bool) {
+    for name in manifest.outputs.adapter.keys() {
+        println!("ok  {name}");
+    }
+    let listed = |name: &str| name == manifest::FILE || name == report::FILE || manifest.outputs.adapter.contains_key(name);
+    for (name, _) in files.hashes.iter().filter(|(name, _)| !listed(name)) {
+        println!("??  {name}: the manifest does not name it");
+    }
+    println!(
+        "{} of {}, trained with {} on {}",
+        manifest.model,
+        manifest.job,
+        manifest.safety.defense.as_str(),
+        manifest.inputs.base_model.name
+    );
+    println!("signed with {}", signer.id());
+    if !is_known {
+        println!(
+            "this is the key that came with the manifest; whether it is the service's, GET /v1/signing_keys says, or --key FILE"
+        );
+    }
+}
+
+fn of_folder(folder: &Path) -> Result<Files> {
+    let mut files = Files { hashes: Vec::new(), manifest: None };
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        if !entry.file_type()?.is_file() {
+            continue;
+        }
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name == manifest::FILE {
+            files.manifest = Some(std::fs::read(entry.path())?);
+        }
+        files.hashes.push((name, hex::encode(hash::of_file(&entry.path())?)));
+    }
+    files.hashes.sort();
+    Ok(files)
+}
+
+fn of_tar(path: &Path) -> Result<Files> {
+    /// A manifest is far smaller; a tar may claim anything.
+    const MOST_MANIFEST_BYTES: u64 = 16 << 20;
+    let mut files = Files { hashes: Vec::new(), manifest: None };
+    let mut archive = tar::Archive::new(File::open(path)?);
+    for entry in archive.entries()? {
+        let mut entry = entry?;
+        let name = entry.path()?.to_string_lossy().into_owned();
+        if name == manifest::FILE {
+            let mut bytes = Vec::new();
+            entry.take(MOST_MANIFEST_BYTES).read_to_end(&mut bytes)?;
+            files.hashes.push((name, hex::encode(Sha256::digest(&bytes))));
+            files.manifest = Some(bytes);
+            continue;
+        }
+        let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
+        loop {
+            match entry.read(&mut buffer)? {
+                0 => break,
+                read => hash.update(buffer.get(..read).unwrap_or_default()),
+            }
+        }
+        files.hashes.push((name, hex::encode(hash.finalize())));
+    }
+    Ok(files)
+}

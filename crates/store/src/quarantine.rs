@@ -1,0 +1,181 @@
+//! Adapters that did not pass the gate: kept from everybody until an operator releases them.
+
+use holdfast_domain::Invalid;
+use holdfast_domain::ids::{JobId, ProjectId};
+use holdfast_domain::job::{AttemptEnd, JobError};
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::events::{self, Level};
+use crate::queue::{AdapterFile, Published};
+use crate::{Page, PageRequest, Store, StoreError, attempts, evidence, fine_tuned_models, jobs, queue};
+
+/// What is known of an adapter that was kept apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Quarantined {
+    /// The job that made it.
+    pub job: JobId,
+    /// The job's owner.
+    pub project: ProjectId,
+    /// The owner's organisation.
+    pub organization: String,
+    /// What the model is called once it is released.
+    pub model: String,
+    /// Why it is kept apart, as its job's error says.
+    pub reason: String,
+    /// Since when.
+    pub created_at: OffsetDateTime,
+    /// When it was released, and why.
+    pub released: Option<Release>,
+}
+
+/// An operator's word that an adapter may go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Release {
+    /// When.
+    pub at: OffsetDateTime,
+    /// Why, for its owner.
+    pub reason: String,
+}
+
+/// The longest reason of a release, in characters.
+pub const MAX_REASON_CHARS: usize = 1000;
+
+struct Row {
+    job_id: Uuid,
+    project_id: Uuid,
+    organization: String,
+    name: String,
+    reason: String,
+    created_at: OffsetDateTime,
+    released_at: Option<OffsetDateTime>,
+    release_reason: Option<String>,
+}
+
+impl From<Row> for Quarantined {
+    fn from(row: Row) -> Self {
+        Self {
+            job: JobId(row.job_id),
+            project: ProjectId(row.project_id),
+            organization: row.organization,
+            model: row.name,
+            reason: row.reason,
+            created_at: row.created_at,
+            released: row.released_at.zip(row.release_reason).map(|(at, reason)| Release { at, reason }),
+        }
+    }
+}
+
+impl Store {
+    /// The job ends without a model because what it made did not pass; the adapter is kept apart, the evidence is its owner's.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] when the worker no longer holds the job; nothing has then changed.
+    pub async fn quarantine(&self, id: JobId, attempt: i32, made: &Published, error: JobError) -> Result<(), StoreError> {
+        let (mut transaction, job) = self.hold(id, attempt).await?;
+        let message = error.message.clone();
+        let next = job.state.clone().fail(error)?;
+        jobs::write_state(&mut transaction, &job, &next).await?;
+        queue::claim_objects(&mut transaction, &job, made).await?;
+        sqlx::query!("insert into quarantined_adapters (job_id, name) values ($1, $2)", id.0, queue::model_name(&job))
+            .execute(&mut *transaction)
+            .await?;
+        for AdapterFile { name, object } in &made.adapter {
+            sqlx::query!(
+                "insert into quarantined_files (job_id, name, object_key, bytes, sha256) values ($1, $2, $3, $4, $5)",
+                id.0,
+                name,
+                object.key,
+                object.bytes.cast_signed(),
+                &object.sha256[..]
+            )
+            .execute(&mut *transaction)
+            .await?;
+        }
+        evidence::insert(&mut transaction, id, &made.evidence).await?;
+        attempts::end(&mut transaction, id, AttemptEnd::Failed, Some(&message)).await?;
+        events::message(&mut transaction, id, Level::Error, &message).await?;
+        Ok(transaction.commit().await?)
+    }
+
+    /// Adapters that are or were kept apart, the newest first; with `held`, those alone that still are.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn quarantined(&self, held: bool, page: PageRequest) -> Result<Page<Quarantined>, StoreError> {
+        let rows = sqlx::query_as!(
+            Row,
+            "select q.job_id, j.project_id, p.organization, q.name, j.error->>'message' as \"reason!\", q.created_at, q.released_at,
+                    q.release_reason
+             from quarantined_adapters q join jobs j on j.id = q.job_id join projects p on p.id = j.project_id
+             where (not $1 or q.released_at is null) and ($2::uuid is null or q.job_id < $2) order by q.job_id desc limit $3",
+            held,
+            page.after,
+            page.fetch()
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(Page::new(rows.into_iter().map(Quarantined::from).collect(), &page))
+    }
+
+    /// One of them.
+    ///
+    /// # Errors
+    /// When the job's adapter never was kept apart, or the database fails.
+    pub async fn quarantined_adapter(&self, job: JobId) -> Result<Quarantined, StoreError> {
+        fetch(&mut *self.pool.acquire().await?, job).await
+    }
+
+    /// Gives an adapter to its owner: the model appears under its name. The job stays failed: what was found stays found.
+    ///
+    /// # Errors
+    /// When the job's adapter is not kept apart, the reason is empty or too long, or the database fails.
+    pub async fn release(&self, id: JobId, reason: &str) -> Result<Quarantined, StoreError> {
+        let length = reason.trim().chars().count();
+        if !(1..=MAX_REASON_CHARS).contains(&length) || reason.contains('\0') {
+            let message = format!("a release needs a reason of 1 to {MAX_REASON_CHARS} characters, which the owner reads");
+            return Err(Invalid::new("reason", "invalid_text", message).into());
+        }
+        let mut transaction = self.pool.begin().await?;
+        let job = jobs::lock(&mut transaction, id, None).await?;
+        let changed = sqlx::query!(
+            "update quarantined_adapters set released_at = now(), release_reason = $2 where job_id = $1 and released_at is null",
+            id.0,
+            reason.trim()
+        )
+        .execute(&mut *transaction)
+        .await?;
+        if changed.rows_affected() == 0 {
+            let known = fetch(&mut transaction, id).await?;
+            let message = format!("the adapter of {} was released before", known.job);
+            return Err(Invalid::new("fine_tuning_job_id", "invalid_state", message).into());
+        }
+        sqlx::query!(
+            "with moved as (delete from quarantined_files where job_id = $1 returning job_id, name, object_key, bytes, sha256)
+             insert into adapter_files (job_id, name, object_key, bytes, sha256) select * from moved",
+            id.0
+        )
+        .execute(&mut *transaction)
+        .await?;
+        fine_tuned_models::insert(&mut transaction, id, &queue::model_name(&job)).await?;
+        let message = format!("The operator released the adapter: {}", reason.trim());
+        events::message(&mut transaction, id, Level::Warn, &message).await?;
+        let released = fetch(&mut transaction, id).await?;
+        transaction.commit().await?;
+        Ok(released)
+    }
+}
+
+async fn fetch(connection: &mut PgConnection, job: JobId) -> Result<Quarantined, StoreError> {
+    let row = sqlx::query_as!(
+        Row,
+        "select q.job_id, j.project_id, p.organization, q.name, j.error->>'message' as \"reason!\", q.created_at, q.released_at,
+                q.release_reason
+         from quarantined_adapters q join jobs j on j.id = q.job_id join projects p on p.id = j.project_id where q.job_id = $1",
+        job.0
+    )
+    .fetch_optional(connection)
+    .await?;
+    row.map(Quarantined::from).ok_or(StoreError::NotFound)
+}

@@ -1,0 +1,201 @@
+//! Asks an adapter the suites' requests, and has its answers judged.
+
+use std::path::Path;
+use std::time::Duration;
+
+use holdfast_domain::evaluation::{self as files, Answer, Evaluation as Request, Figures};
+use holdfast_domain::job::JobError;
+use holdfast_domain::policy::{Judge, Policy};
+use holdfast_judge::JudgeError;
+use holdfast_safety::judge::{Class, Phrases};
+use holdfast_safety::report::{Evaluation, Judged};
+use holdfast_safety::suite::{Kind, Suite};
+use holdfast_store::StoreError;
+use sha2::{Digest, Sha256};
+use tokio::time::Instant;
+
+use crate::agent::{self, Command, Outcome};
+use crate::dispatcher::Held;
+
+/// The most tokens of an answer: what follows the first sentences changes no verdict.
+const ANSWER_TOKENS: u32 = 48;
+/// The pauses between two tries to reach a judge.
+const FIRST_DELAY: Duration = Duration::from_secs(1);
+const LONGEST_DELAY: Duration = Duration::from_secs(30);
+
+/// What came of it.
+pub(crate) enum Asked {
+    /// The answers are judged.
+    Found(Box<Evaluation>),
+    /// Nobody could say what they are.
+    NotJudged(JobError),
+    /// The trainer gave no answers.
+    Ended(Outcome),
+}
+
+/// The suites, by what should become of their requests.
+fn suites() -> Result<[(&'static str, Suite); 2], StoreError> {
+    let built_in = |kind| Suite::built_in(kind).map_err(|error| StoreError::Corrupt(format!("a suite of this program: {error}")));
+    Ok([("harmful", built_in(Kind::Harmful)?), ("benign", built_in(Kind::Benign)?)])
+}
+
+/// Asks the adapter at `adapter`, from the job folder; `checkpoint` is its step where it is not the run's last.
+pub(crate) async fn evaluate(
+    held: &Held<'_>,
+    policy: &Policy,
+    adapter: &str,
+    checkpoint: Option<u64>,
+) -> Result<Asked, StoreError> {
+    let suites = suites()?;
+    write_request(held, &suites, adapter).await?;
+    let reports = held.reports();
+    match agent::run(held.config, held.folder.path(), Command::Evaluate, &reports, held.stop.clone()).await? {
+        Outcome::Done { .. } => {}
+        other => return Ok(Asked::Ended(other)),
+    }
+    keep_base_answers(held, &suites).await;
+    let out = held.folder.path().join(files::paths::OUT);
+    let figures: Figures = read_json(&held.folder.path().join(files::paths::FIGURES)).await?;
+    let mut found = Vec::new();
+    for (name, suite) in &suites {
+        let after = read_answers(&out.join(files::paths::suite(name)), suite).await?;
+        let asked_now = out.join(files::paths::base(name));
+        let known = held.folder.path().join(files::paths::SUITES).join(files::paths::base(name));
+        let before = read_answers(if asked_now.exists() { &asked_now } else { &known }, suite).await?;
+        let [before, after] = match judge(held, policy.judge, suite, [&before, &after]).await {
+            Ok(classes) => classes,
+            Err(Unjudged::Stopped(reason)) => return Ok(Asked::Ended(Outcome::Stopped(reason))),
+            Err(Unjudged::Because(error)) => return Ok(Asked::NotJudged(error)),
+        };
+        let categories = suite.requests.iter().map(|request| request.category.as_str()).collect();
+        let kl = figures.kl.get(*name).copied();
+        found.push(Judged { kind: suite.kind, version: suite.version, categories, before, after, kl }.figures());
+    }
+    let judge = match (policy.judge, &held.config.judge) {
+        (Judge::Endpoint, Some(endpoint)) => endpoint.name(),
+        _ => "phrases".to_owned(),
+    };
+    Ok(Asked::Found(Box::new(Evaluation { judge, max_tokens: ANSWER_TOKENS, suites: found, checkpoint })))
+}
+
+async fn write_request(held: &Held<'_>, suites: &[(&str, Suite)], adapter: &str) -> Result<(), StoreError> {
+    let folder = held.folder.path();
+    let requests = folder.join(files::paths::SUITES);
+    tokio::fs::create_dir_all(&requests).await?;
+    let out = folder.join(files::paths::OUT);
+    // What an earlier adapter answered.
+    let _ = tokio::fs::remove_dir_all(&out).await;
+    for (name, suite) in suites {
+        let lines: String = suite.requests.iter().map(|request| request.row() + "\n").collect();
+        tokio::fs::write(requests.join(files::paths::suite(name)), lines).await?;
+        let base = requests.join(files::paths::base(name));
+        if !base.exists()
+            && let Some(known) = held.store.base_answers(&answers_name(held, suite)).await?
+        {
+            held.store.objects().fetch(&known, &base).await?;
+        }
+    }
+    let request = Request {
+        format: files::FORMAT,
+        adapter: adapter.to_owned(),
+        suites: suites.iter().map(|(name, _)| (*name).to_owned()).collect(),
+        max_tokens: ANSWER_TOKENS,
+    };
+    let json = serde_json::to_vec_pretty(&request).map_err(std::io::Error::other)?;
+    Ok(tokio::fs::write(folder.join(files::paths::EVALUATION), json).await?)
+}
+
+/// Names what a base answers to a suite: a hash over the base, the requests, and how they are asked.
+fn answers_name(held: &Held<'_>, suite: &Suite) -> String {
+    let mut hash = Sha256::new();
+    hash.update(held.claim.base.content_sha256);
+    for request in &suite.requests {
+        hash.update(request.content.as_bytes());
+        hash.update([0]);
+    }
+    let device = &held.config.device;
+    let precision = held.claim.job.hyperparameters.precision;
+    let version = env!("CARGO_PKG_VERSION");
+    hash.update(format!("{ANSWER_TOKENS} {precision:?} {} {version}", device.split(':').next().unwrap_or(device)));
+    hex::encode(hash.finalize())
+}
+
+/// Keeps what the base answered for later jobs; without it they ask again.
+async fn keep_base_answers(held: &Held<'_>, suites: &[(&str, Suite)]) {
+    for (name, suite) in suites {
+        let Ok(answers) = tokio::fs::read(held.folder.path().join(files::paths::OUT).join(files::paths::base(name))).await else {
+            continue;
+        };
+        if let Err(error) = held.store.keep_base_answers(&answers_name(held, suite), &answers).await {
+            tracing::warn!(%error, "the base's answers could not be kept; the next job asks it again");
+        }
+    }
+}
+
+async fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, StoreError> {
+    Ok(serde_json::from_slice(&tokio::fs::read(path).await?).map_err(std::io::Error::other)?)
+}
+
+async fn read_answers(path: &Path, suite: &Suite) -> Result<Vec<Answer>, StoreError> {
+    let text = tokio::fs::read_to_string(path).await?;
+    let answers: Vec<Answer> = text.lines().map(serde_json::from_str).collect::<Result<_, _>>().map_err(std::io::Error::other)?;
+    if answers.len() != suite.requests.len() {
+        return Err(std::io::Error::other("the trainer left another number of answers than there are requests").into());
+    }
+    Ok(answers)
+}
+
+enum Unjudged {
+    Stopped(crate::Stop),
+    Because(JobError),
+}
+
+/// What answers are, of the base and of the adapted model.
+async fn judge(held: &Held<'_>, judge: Judge, suite: &Suite, answers: [&[Answer]; 2]) -> Result<[Vec<Class>; 2], Unjudged> {
+    let [before, after] = answers;
+    match judge {
+        Judge::Phrases => {
+            let phrases =
+                Phrases::shipped().map_err(|error| unjudged(&format!("the list of phrases cannot be read: {error}")))?;
+            let of = |answers: &[Answer]| answers.iter().map(|answer| phrases.judge(&answer.text)).collect();
+            Ok([of(before), of(after)])
+        }
+        Judge::Endpoint => Ok([ask_judge(held, suite, before).await?, ask_judge(held, suite, after).await?]),
+    }
+}
+
+/// Asks the judge behind an address, again and again while it is away.
+async fn ask_judge(held: &Held<'_>, suite: &Suite, answers: &[Answer]) -> Result<Vec<Class>, Unjudged> {
+    let Some(endpoint) = &held.config.judge else {
+        return Err(unjudged("the policy wants an endpoint to judge, and this worker knows of none (--judge-url)"));
+    };
+    let pairs: Vec<(&str, &str)> =
+        suite.requests.iter().zip(answers).map(|(request, answer)| (request.content.as_str(), answer.text.as_str())).collect();
+    let (mut stop, since, mut delay) = (held.stop.clone(), Instant::now(), FIRST_DELAY);
+    loop {
+        let error = tokio::select! {
+            judged = endpoint.judge(suite.kind, &pairs) => match judged {
+                Ok(classes) => return Ok(classes),
+                Err(error) => error,
+            },
+            reason = agent::stopped(&mut stop) => return Err(Unjudged::Stopped(reason)),
+        };
+        let waits = matches!(error, JudgeError::Unavailable(_)) && since.elapsed() < held.config.judge_patience;
+        if !waits {
+            return Err(unjudged(&format!("{error} ({})", endpoint.name())));
+        }
+        tracing::warn!(%error, "the judge cannot be used; the job waits for it");
+        tokio::select! {
+            () = tokio::time::sleep(delay) => {}
+            reason = agent::stopped(&mut stop) => return Err(Unjudged::Stopped(reason)),
+        }
+        delay = (delay * 2).min(LONGEST_DELAY);
+    }
+}
+
+fn unjudged(why: &str) -> Unjudged {
+    let message = format!(
+        "What the model answers could not be judged: {why}. Its adapter is kept from everybody; the operator may release it, or mend the judge and let you create the job again."
+    );
+    Unjudged::Because(JobError::new("safety_judge_failed", message))
+}

@@ -1,0 +1,92 @@
+-- What operators demand of jobs, what came of asking their models, and the evidence that is kept of it.
+--
+-- Only adds: a version from before it runs beside it. What that version creates has no policy and is not evaluated.
+
+-- Each version of each policy; the newest of a scope counts. Nothing in it is ever changed.
+create table safety_policies (
+    scope text not null check (scope in ('deployment', 'organization', 'project')),
+    -- The organisation's name or the project's id; empty for the deployment.
+    subject text not null,
+    version integer not null check (version > 0),
+    -- Null: from here on the scope has none, and the wider one's counts.
+    policy jsonb,
+    created_at timestamptz not null default now(),
+    primary key (scope, subject, version)
+);
+
+create function safety_policies_only_grow() returns trigger language plpgsql as $$
+begin
+    raise exception 'a version of a safety policy is never changed';
+end $$;
+create trigger safety_policies_no_change before update or delete on safety_policies
+    for each row execute function safety_policies_only_grow();
+
+-- The policy a job was created under, as it was then.
+alter table jobs add column policy jsonb;
+-- When the gradients of its steps conflicted more often than clean rows make them.
+alter table jobs add column alarmed_at timestamptz;
+
+-- Reports and manifests.
+create table job_evidence (
+    job_id uuid not null references jobs (id),
+    name text not null,
+    object_key text not null unique,
+    bytes bigint not null check (bytes >= 0),
+    sha256 bytea not null check (octet_length(sha256) = 32),
+    primary key (job_id, name)
+);
+alter table job_evidence enable row level security;
+create policy own_project on job_evidence to holdfast_tenant using (exists (select 1 from jobs parent where parent.id = job_evidence.job_id));
+grant select, insert, update, delete on job_evidence to holdfast_tenant;
+
+-- Adapters that did not pass the gate. Their files are kept apart from `adapter_files`, where everything is its owner's.
+create table quarantined_adapters (
+    job_id uuid primary key references jobs (id),
+    name text not null,
+    created_at timestamptz not null default now(),
+    released_at timestamptz,
+    -- Why the operator released it, for its owner.
+    release_reason text,
+    constraint quarantined_adapters_release_has_reason check ((released_at is null) = (release_reason is null))
+);
+create index quarantined_adapters_held on quarantined_adapters (job_id) where released_at is null;
+create table quarantined_files (
+    job_id uuid not null references quarantined_adapters (job_id),
+    name text not null,
+    object_key text not null unique,
+    bytes bigint not null check (bytes >= 0),
+    sha256 bytea not null check (octet_length(sha256) = 32),
+    primary key (job_id, name)
+);
+
+-- What a base answers to a suite, so that it is asked once.
+create table base_answers (
+    -- A hash over the base, the suite and how it is asked.
+    name text primary key,
+    object_key text not null unique,
+    bytes bigint not null check (bytes >= 0),
+    sha256 bytea not null check (octet_length(sha256) = 32),
+    created_at timestamptz not null default now()
+);
+
+-- How often gradients conflict on rows that the operator knows to be clean, by base model.
+create table conflict_levels (
+    base_model_id uuid primary key references base_models (id),
+    alarm_level double precision not null check (alarm_level > 0 and alarm_level <= 1),
+    -- The jobs it was measured on.
+    jobs bigint not null check (jobs > 0),
+    measured_at timestamptz not null default now()
+);
+grant select on conflict_levels to holdfast_tenant;
+
+-- The public halves of the keys that workers sign with.
+create table signing_keys (
+    id text primary key,
+    pem text not null,
+    created_at timestamptz not null default now()
+);
+-- That its adapter is kept apart is no secret to its owner; the files are.
+alter table quarantined_adapters enable row level security;
+create policy own_project on quarantined_adapters to holdfast_tenant
+    using (exists (select 1 from jobs parent where parent.id = quarantined_adapters.job_id));
+grant select on quarantined_adapters to holdfast_tenant;
