@@ -450,7 +450,7 @@ def its_checkpoints_are_listed():
 def its_adapter_is_downloaded():
     archive = client.get(f"/fine_tuning/jobs/{job.id}/adapter", cast_to=bytes)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        assert sorted(tar.getnames()) == ["adapter_config.json", "adapter_model.safetensors"]
+        assert sorted(tar.getnames()) == ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
         config = json.load(tar.extractfile("adapter_config.json"))
     assert config["peft_type"] == "LORA" and config["base_model_name_or_path"] == model, config
     one = client.get(f"/fine_tuning/jobs/{job.id}/adapter/adapter_config.json", cast_to=bytes)

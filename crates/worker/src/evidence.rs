@@ -22,12 +22,13 @@ pub(crate) async fn report(
     held: &Held<'_>,
     evaluation: Option<Evaluation>,
     verdict: Option<Verdict>,
+    not_judged: Option<String>,
 ) -> Result<Report, StoreError> {
     let job = &held.claim.job;
     let (steps, validations) = held.store.steps(job.id).await?;
     let level = held.store.conflict_level(&job.base_model).await?;
     let last = steps.last().and_then(|step| step.alignment.as_ref().map(|facts| (step.step, facts.conflict_rate)));
-    let gauge = last.map(|(step, conflict_rate)| {
+    let gauge = last.filter(|_| job.safety.defense.projects()).map(|(step, conflict_rate)| {
         let alarm_level = level.unwrap_or(gauge::DEFAULT_LEVEL);
         let alarm = step >= gauge::LEAST_STEPS && conflict_rate > alarm_level;
         Gauge { conflict_rate, alarm_level, calibrated: level.is_some(), alarm }
@@ -42,6 +43,7 @@ pub(crate) async fn report(
         training: Training::of(&steps, &validations),
         gauge,
         evaluation,
+        not_judged,
         gate: verdict,
         worst_rows: worst_rows(&held.folder.path().join(paths::ROW_CONFLICTS))?,
     })

@@ -37,6 +37,8 @@ struct Made {
     adapter: Vec<PathBuf>,
     evaluation: Option<Evaluation>,
     verdict: Option<Verdict>,
+    /// Why there is no evaluation, where the policy asks for one.
+    not_judged: Option<String>,
     /// Why nobody may have it.
     kept_apart: Option<JobError>,
 }
@@ -45,7 +47,7 @@ struct Made {
 pub(crate) async fn finish(held: &Held<'_>, adapter: Vec<PathBuf>, trained_tokens: u64) -> Result<Ending, StoreError> {
     let policy = held.claim.job.policy.as_ref().map(|applied| &applied.policy).filter(|policy| policy.evaluate);
     let made = match policy {
-        None => Made { adapter, evaluation: None, verdict: None, kept_apart: None },
+        None => Made { adapter, evaluation: None, verdict: None, not_judged: None, kept_apart: None },
         Some(policy) => match examine(held, policy, adapter).await? {
             Ok(made) => made,
             Err(other) => return Ok(Ending::Other(other)),
@@ -54,7 +56,7 @@ pub(crate) async fn finish(held: &Held<'_>, adapter: Vec<PathBuf>, trained_token
     if let (Some(checkpoint), Some(verdict)) = (made.evaluation.as_ref().and_then(|found| found.checkpoint), &made.verdict) {
         tracing::info!(checkpoint, passed = verdict.passed, "a checkpoint takes the last adapter's place");
     }
-    let report = evidence::report(held, made.evaluation.clone(), made.verdict.clone()).await?;
+    let report = evidence::report(held, made.evaluation.clone(), made.verdict.clone(), made.not_judged.clone()).await?;
     // What is trained is not trained again for an outage; the lease is kept meanwhile.
     let (mut stop, mut delay, since) = (held.stop.clone(), FIRST_DELAY, Instant::now());
     loop {
@@ -80,14 +82,15 @@ async fn examine(held: &Held<'_>, policy: &Policy, adapter: Vec<PathBuf>) -> Res
         Asked::Found(evaluation) => *evaluation,
         Asked::NotJudged(error) => {
             // Without a gate nothing depends on the answer.
+            let not_judged = Some(error.message.clone());
             let kept_apart = gate.enabled.then_some(error);
-            return Ok(Ok(Made { adapter, evaluation: None, verdict: None, kept_apart }));
+            return Ok(Ok(Made { adapter, evaluation: None, verdict: None, not_judged, kept_apart }));
         }
         Asked::Ended(outcome) => return Ok(Err(outcome)),
     };
     let verdict = last.verdict(gate);
     if verdict.passed || !gate.enabled {
-        return Ok(Ok(Made { adapter, evaluation: Some(last), verdict: Some(verdict), kept_apart: None }));
+        return Ok(Ok(Made { adapter, evaluation: Some(last), verdict: Some(verdict), not_judged: None, kept_apart: None }));
     }
     if gate.otherwise == Otherwise::PublishCheckpoint {
         match passing_checkpoint(held, policy).await? {
@@ -97,7 +100,7 @@ async fn examine(held: &Held<'_>, policy: &Policy, adapter: Vec<PathBuf>) -> Res
         }
     }
     let kept_apart = Some(not_passed(&verdict));
-    Ok(Ok(Made { adapter, evaluation: Some(last), verdict: Some(verdict), kept_apart }))
+    Ok(Ok(Made { adapter, evaluation: Some(last), verdict: Some(verdict), not_judged: None, kept_apart }))
 }
 
 /// The newest checkpoint before the last adapter that passes.
@@ -114,7 +117,7 @@ async fn passing_checkpoint(held: &Held<'_>, policy: &Policy) -> Result<Result<O
                 if verdict.passed {
                     let adapter = agent::files_in(&folder).await?;
                     let (evaluation, verdict) = (Some(*evaluation), Some(verdict));
-                    return Ok(Ok(Some(Made { adapter, evaluation, verdict, kept_apart: None })));
+                    return Ok(Ok(Some(Made { adapter, evaluation, verdict, not_judged: None, kept_apart: None })));
                 }
             }
             Asked::NotJudged(_) => return Ok(Ok(None)),

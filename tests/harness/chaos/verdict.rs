@@ -151,7 +151,8 @@ fn no_orphans(world: &World) -> Result<()> {
     ensure!(staged.is_empty(), "staged and neither claimed nor swept: {staged:?}");
     let keys = world.sql(
         "select unnest(object_keys) from files union all select object_key from upload_parts
-         union all select object_key from adapter_files union all select object_key from checkpoint_files
+         union all select object_key from adapter_files union all select object_key from job_evidence
+         union all select object_key from quarantined_files union all select object_key from base_answers union all select object_key from checkpoint_files
          union all select object_key from base_model_files union all select object_key from alignment_sets
          union all select object_key from alignment_references",
     )?;

@@ -5,6 +5,7 @@ use anyhow::{Context, Result, bail};
 mod chaos;
 mod contract;
 mod http;
+mod judge;
 mod queue;
 mod safety;
 mod structure;
@@ -37,7 +38,7 @@ struct Bench {
     run: fn(&Wanted<'_>, &mut Vec<Figure>) -> Result<()>,
 }
 
-const BENCHES: [Bench; 8] = [
+const BENCHES: [Bench; 9] = [
     Bench {
         name: "chaos",
         what: "workers, trainers, Postgres, the object store, the API and disks struck at random for --minutes, by --seed",
@@ -55,6 +56,12 @@ const BENCHES: [Bench; 8] = [
         what: "the API beside a bare handler, over a million jobs, and with 256 readers of events (five minutes)",
         parts: &http::PARTS,
         run: http::run,
+    },
+    Bench {
+        name: "judge",
+        what: "how well the list of what refusals say knows them, on answers labelled by people (seconds)",
+        parts: &[],
+        run: judge::run,
     },
     Bench {
         name: "queue",

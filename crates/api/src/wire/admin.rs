@@ -409,6 +409,26 @@ pub(crate) struct AlignmentSet {
     sha256: String,
 }
 
+/// A request and the answer to hold to.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes rows that are checked as they are")]
+pub(crate) struct AlignmentRow {
+    /// At least one of the user's; the last is the assistant's.
+    #[schema(min_items = 2)]
+    messages: Vec<AlignmentMessage>,
+}
+
+/// A message of such a row.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes rows that are checked as they are")]
+pub(crate) struct AlignmentMessage {
+    /// `system`, `user` or `assistant`.
+    #[schema(example = "user", pattern = "^(system|user|assistant)$")]
+    role: String,
+    #[schema(example = "How do I do that?", min_length = 1)]
+    content: String,
+}
+
 /// A request for an alignment set.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -417,7 +437,7 @@ pub(crate) struct CreateAlignmentSet {
     #[schema(example = "strict")]
     pub(crate) name: String,
     /// Chat rows, each a request and the answer to hold to.
-    #[schema(value_type = Vec<crate::wire::file::AnyJson>, min_items = 1)]
+    #[schema(value_type = Vec<AlignmentRow>, min_items = 1)]
     pub(crate) rows: Vec<serde_json::Value>,
 }
 

@@ -1,12 +1,816 @@
-//! placeholder until the page is drawn
-use std::collections::BTreeMap;
+//! The report as a page: whole in itself, without a script, and readable where nothing else is loaded.
 
-use super::Report;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use holdfast_domain::gauge::LEAST_STEPS;
+use holdfast_domain::policy::{AppliedPolicy, Scope};
+use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf, ProjectionSpace, Safety};
+use serde_json::Value;
+
+use super::plot::{self, Curve, Unit, number, percent, tenths};
+use super::{Evaluation, FILE, Finding, Gauge, Point, Report, Rise, SuiteFigures, Validation, Verdict};
+use crate::judge::Class;
+use crate::manifest;
+use crate::suite::Kind;
+
+const STYLE: &str = include_str!("page.css");
+/// Characters of a row that are shown.
+const LONGEST_TEXT: usize = 400;
+/// Characters that each turn of a row has at least, and a role at most.
+const SHORTEST_TURN: usize = 20;
+/// Where the scale of the bars ends: at the first of these that holds them all, else at 1.
+const SCALES: [f64; 4] = [0.2, 0.4, 0.6, 0.8];
+/// Standard deviations that a 95 % interval reaches to either side.
+const REACH: f64 = 1.96;
 
 impl Report {
-    /// The report as a page.
+    /// The report as a page of HTML. `texts` are rows of the training file by their lines, for their owner's eyes; of a row that
+    /// is not among them the page shows the line's number alone.
     #[must_use]
     pub fn html(&self, texts: &BTreeMap<u64, String>) -> String {
-        format!("<!doctype html><title>{}</title>{}", self.job, texts.len())
+        let sections = [
+            ("answers", "What the model answers", self.answers()),
+            ("curves", "How the training went", self.curves()),
+            ("gauge", "Poison gauge", self.poison_gauge()),
+            ("projection", "What the projection removed", self.projection()),
+            ("validation", "On the validation file", self.validation()),
+            ("rows", "Rows that push hardest against the alignment", self.rows(texts)),
+        ];
+        let mut main = String::new();
+        for (id, title, body) in sections.into_iter().filter(|(.., body)| !body.is_empty()) {
+            let _ = writeln!(main, "<section aria-labelledby=\"{id}\">\n<h2 id=\"{id}\">{title}</h2>\n{body}</section>");
+        }
+        let (job, head, foot) = (escape(&self.job), self.head(), self.foot());
+        format!(
+            "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+             <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+             <meta name=\"color-scheme\" content=\"light dark\">\n<title>Safety report of \
+             {job}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n{head}<main>\n{main}</main>\n{foot}</body>\n</html>\n"
+        )
+    }
+
+    /// The verdict in plain words, and what it is about.
+    fn head(&self) -> String {
+        let (tone, title, more) = self.verdict();
+        let mark = match tone {
+            "good" => "<span class=\"mark\" aria-hidden=\"true\">✓</span>",
+            "bad" => "<span class=\"mark\" aria-hidden=\"true\">✗</span>",
+            _ => "",
+        };
+        let mut html =
+            format!("<header>\n<p class=\"over\">Safety report</p>\n<div class=\"verdict {tone}\">\n<h1>{mark}{title}</h1>\n");
+        if !more.is_empty() {
+            let _ = writeln!(html, "<p>{}</p>", escape(&more));
+        }
+        if let Some(step) = self.evaluation.as_ref().and_then(|evaluation| evaluation.checkpoint) {
+            let _ = writeln!(html, "<p>The adapter that was asked is the checkpoint of step {step}, not the run's last.</p>");
+        }
+        if self.read_gauge().is_some_and(|gauge| gauge.alarm) {
+            html.push_str("<p><strong>The poison gauge raised an alarm</strong>: <a href=\"#gauge\">what that means</a>.</p>\n");
+        }
+        html.push_str("</div>\n<dl class=\"facts\">\n");
+        for (name, value) in self.facts() {
+            let _ = writeln!(html, "<div><dt>{name}</dt><dd>{}</dd></div>", escape(&value));
+        }
+        html.push_str("</dl>\n</header>\n");
+        html
+    }
+
+    /// Its tone, its words, and what there is to add.
+    fn verdict(&self) -> (&'static str, &'static str, String) {
+        match (&self.gate, &self.evaluation, &self.policy) {
+            (Some(gate), ..) if gate.enabled && gate.passed => ("good", "Passed the safety gate", within_limits(gate)),
+            (Some(gate), ..) if gate.enabled => ("bad", "Did not pass the safety gate", sentence(&gate.reasons())),
+            (Some(gate), ..) => ("plain", "Measured, the gate is off", within_limits(gate)),
+            (None, Some(_), _) => ("plain", "Measured, held to no gate", String::new()),
+            (None, None, Some(applied)) if applied.policy.evaluate => {
+                let why = self.not_judged.as_deref().map(sentence).unwrap_or_default();
+                ("bad", "Not evaluated, though the policy asks for it", why)
+            }
+            (None, None, Some(_)) => ("plain", "Not evaluated: the policy asks for no evaluation", String::new()),
+            (None, None, None) => ("plain", "Not evaluated: no policy asked for it", String::new()),
+        }
+    }
+
+    fn facts(&self) -> Vec<(&'static str, String)> {
+        let judged = self.evaluation.as_ref().map(|Evaluation { judge, max_tokens, .. }| {
+            let judge = if judge == "phrases" { "a list of phrases" } else { judge };
+            format!("{judge}, answers of {max_tokens} tokens at most")
+        });
+        let facts = [
+            ("Job", Some(format!("{}, attempt {}", self.job, self.attempt))),
+            ("Base model", Some(self.base_model.clone())),
+            ("Method", Some(method(&self.safety))),
+            ("Alignment set", self.safety.alignment_set.clone()),
+            ("Policy", Some(self.policy.as_ref().map_or_else(|| "none".to_owned(), policy))),
+            ("Steps", Some(self.training.steps.to_string())),
+            ("Judged by", judged),
+        ];
+        facts.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+    }
+
+    fn answers(&self) -> String {
+        let Some(evaluation) = &self.evaluation else { return "<p>Nothing was asked of the model.</p>\n".into() };
+        let gate = self.gate.as_ref();
+        let mut html = String::from(
+            "<p>The same requests, put to the base model and to the fine-tuned one. Bars show the share of answers that should \
+             not be; the thin lines are 95 % intervals. Rises have theirs by the paired bootstrap over the requests.</p>\n",
+        );
+        html.push_str(&gate.map_or_else(String::new, |gate| findings(gate, evaluation)));
+        let suites: Vec<_> = evaluation.suites.iter().map(|suite| (suite, Measure::both(suite, gate))).collect();
+        let most = suites.iter().flat_map(|(_, measures)| measures).map(Measure::most).fold(0.0, f64::max);
+        let most = SCALES.into_iter().find(|end| *end >= most).unwrap_or(1.0);
+        let drawn: String = suites.iter().map(|(figures, measures)| suite(figures, measures, most)).collect();
+        let _ = writeln!(html, "<div class=\"suites\">\n{drawn}</div>");
+        html
+    }
+
+    fn curves(&self) -> String {
+        let (points, defense) = (self.training.curve.len() as u64, self.safety.defense);
+        let drawn: String = self.drawn().iter().map(figure).collect();
+        if drawn.is_empty() {
+            return "<p>There is nothing to draw: the run took no steps.</p>\n".into();
+        }
+        let each = match self.training.steps.div_ceil(points.max(1)) {
+            0 | 1 => "a step".to_owned(),
+            steps => format!("the mean of {steps} steps"),
+        };
+        let missing = match defense {
+            Defense::None => " Without alignment rows there is no KL and no conflict to draw.",
+            _ if projects(defense) => "",
+            _ => " The method projects nothing, so there is no conflict to draw.",
+        };
+        format!(
+            "<p>Each dot is {each}; where there are many, the line is their moving mean.{missing}</p>\n\
+             <div class=\"curves\">\n{drawn}</div>\n"
+        )
+    }
+
+    /// Every curve there may be under the job's method.
+    fn drawn(&self) -> Vec<Curve<'static>> {
+        let defense = self.safety.defense;
+        let curve = |name, about, unit, figure: fn(&Point) -> Option<f64>| {
+            Curve::new(name, about, unit, self.training.curve.iter().map(|point| (point.step, figure(point))).collect())
+        };
+        let task = curve("Task loss", "nats", Unit::Plain, |point| point.task_loss);
+        if defense == Defense::None {
+            return vec![task];
+        }
+        let (name, about) = alignment_loss(defense);
+        let mut alignment = curve(name, about, Unit::Plain, |point| point.align_kl);
+        if defense == Defense::Held {
+            let words = format!("the budget, {} nats", self.safety.budget);
+            alignment.levels.push((self.safety.budget, "limit", words));
+        }
+        let mut cosine = curve("Cosine of the two gradients", "below 0 they conflict", Unit::Plain, |point| point.cosine);
+        cosine.holds = [-0.1, 0.1];
+        if !projects(defense) {
+            return vec![task, alignment, cosine];
+        }
+        let mut conflict = curve("Conflict rate", "share of steps", Unit::Share, |point| point.conflict_rate);
+        conflict.holds = [0.0, 1.0];
+        // A step conflicts or does not: it takes more of them for a mean that says something.
+        conflict.parts = 5;
+        if let Some(Gauge { conflict_rate, alarm_level, .. }) = self.gauge {
+            conflict.levels = vec![
+                (conflict_rate, "whole", format!("the whole run, {}", percent(conflict_rate))),
+                (alarm_level, "limit", format!("alarm where the whole run is above {}", percent(alarm_level))),
+            ];
+        }
+        let removed = curve("Projected away", "share of the task gradient's length", Unit::Share, |point| point.removed);
+        vec![task, alignment, conflict, cosine, removed]
+    }
+
+    /// The gauge, where there is something that it measures.
+    fn read_gauge(&self) -> Option<&Gauge> {
+        self.gauge.as_ref().filter(|_| projects(self.safety.defense))
+    }
+
+    fn poison_gauge(&self) -> String {
+        let Some(gauge) = self.read_gauge() else {
+            let words = if projects(self.safety.defense) {
+                "Nothing to read: the run compared no gradients."
+            } else {
+                "Nothing to read: this method does not project the task's gradient, and conflicts are not counted."
+            };
+            return format!("<p>{words}</p>\n");
+        };
+        let (rate, level, steps) = (percent(gauge.conflict_rate), percent(gauge.alarm_level), self.training.steps);
+        let count = counted(steps, "step");
+        let reading = if gauge.alarm {
+            format!(
+                "<strong class=\"bad\">✗ Alarm.</strong> The two gradients conflicted in {rate} of {count}, above the level of \
+                 {level}: this run is not like one on clean rows. Rows that undo the alignment make a run look like this. The \
+                 alarm closes no gate by itself; it is a reason to read the file, beginning with the rows below where they were \
+                 scored."
+            )
+        } else if steps < LEAST_STEPS {
+            format!(
+                "<strong>Too few steps to tell.</strong> The two gradients conflicted in {rate} of {count}; no alarm is raised \
+                 before {LEAST_STEPS} steps, and above {level} then."
+            )
+        } else {
+            format!(
+                "<strong class=\"good\">✓ No alarm.</strong> The two gradients conflicted in {rate} of {count}; the alarm is \
+                 raised above {level}."
+            )
+        };
+        let calibrated = if gauge.calibrated {
+            "The level was measured on clean rows of this base model."
+        } else {
+            "The level is a general one: this base model was not measured on clean rows, so read it as a hint."
+        };
+        let spread = REACH * (0.25 / steps.max(1) as f64).sqrt();
+        let [low, high] = [0.5 - spread, 0.5 + spread].map(|end| end.clamp(0.0, 1.0));
+        let keys = [("after", "this run"), ("chance", "chance alone"), ("limit", "alarm level")];
+        format!(
+            "<p>{reading}</p>\n<div class=\"gauge\">{}{}</div>\n<p class=\"keys\">{}</p>\n<p>{calibrated} On clean rows the \
+             gradients conflict about as often as not; in {count} chance alone gives between {} and {}. Rows that undo the \
+             alignment make them conflict in most steps.</p>\n",
+            plot::gauge(gauge.conflict_rate, [low, high], gauge.alarm_level),
+            plot::scale(1.0),
+            keys.map(|(class, words)| key(class, words)).concat(),
+            percent(low),
+            percent(high),
+        )
+    }
+
+    fn projection(&self) -> String {
+        let (training, defense) = (&self.training, self.safety.defense);
+        let steps = counted(training.steps, "step");
+        let mut words = match training.projected_steps {
+            _ if !projects(defense) => format!("{} Nothing was projected away.", instead(defense)),
+            0 => format!("In none of {steps} did the task's gradient work against the alignment: nothing was projected away."),
+            projected => format!(
+                "In {projected} of {steps} ({}) the task's gradient worked against the alignment, and the part of it that did \
+                 was taken out.",
+                percent(projected as f64 / training.steps.max(1) as f64)
+            ),
+        };
+        if let Some(removed) = training.mean_removed.filter(|_| projects(defense)) {
+            let _ = write!(words, " There it was {} of that gradient's length on average.", percent(removed));
+        }
+        if let Some(cosine) = training.mean_cosine.filter(|_| projects(defense)) {
+            let _ =
+                write!(words, " Over the whole run the mean cosine of the two gradients was {}.", number(cosine, Unit::Plain));
+        }
+        if let Some(loss) = training.final_kl.filter(|_| defense != Defense::None) {
+            let ((name, about), loss) = (alignment_loss(defense), number(loss, Unit::Plain));
+            let _ = write!(words, " {name} over the last tenth of the steps: {loss} {about}.");
+        }
+        format!("<p>{words}</p>\n")
+    }
+
+    fn validation(&self) -> String {
+        let measured = &self.training.validation;
+        let is_many = measured.len() > 2;
+        let lowest = measured.iter().map(|point| point.loss).fold(f64::INFINITY, f64::min);
+        let is_end = |at: usize| at == 0 || at + 1 == measured.len();
+        let rows = measured.iter().enumerate().filter(|(at, point)| is_end(*at) || point.loss <= lowest);
+        let rows = rows.map(|(_, Validation { step, loss, token_accuracy })| {
+            let when = if *step == 0 { "Before training".to_owned() } else { format!("After step {step}") };
+            let lowest = if is_many && *loss <= lowest { ", the lowest loss" } else { "" };
+            vec![format!("{when}{lowest}"), number(*loss, Unit::Plain), percent(*token_accuracy)]
+        });
+        let rows: Vec<_> = rows.collect();
+        if rows.is_empty() {
+            return String::new();
+        }
+        let table = table("", &["Measured", "#Loss, nats", "#Tokens ranked first"], &rows);
+        let points = measured.iter().map(|point| (point.step, Some(point.loss))).collect();
+        let drawn = if is_many { figure(&Curve::new("Validation loss", "nats", Unit::Plain, points)) } else { String::new() };
+        format!("{table}<div class=\"curves\">\n{drawn}</div>\n")
+    }
+
+    fn rows(&self, texts: &BTreeMap<u64, String>) -> String {
+        if self.worst_rows.is_empty() {
+            return "<p>Rows were not scored. A job with <code>row_conflicts</code> scores each row of its training file.</p>\n"
+                .into();
+        }
+        let by_forward = self.worst_rows.iter().any(|row| row.forward.is_some());
+        let with_texts = self.worst_rows.iter().any(|row| texts.contains_key(&row.line));
+        let mut columns = vec!["#Line", "#By gradient"];
+        columns.extend(by_forward.then_some("#By forward pass"));
+        columns.extend(with_texts.then_some("Text"));
+        let score = |score: Option<f64>| score.map_or_else(|| "–".into(), |score| number(score, Unit::Plain));
+        let rows = self.worst_rows.iter().map(|row| {
+            let mut cells = vec![row.line.to_string(), score(row.gradient)];
+            cells.extend(by_forward.then(|| score(row.forward)));
+            let text =
+                || texts.get(&row.line).map_or_else(|| "<span class=\"dim\">not given</span>".into(), |text| row_text(text));
+            cells.extend(with_texts.then(text));
+            cells
+        });
+        let forward = if by_forward { "; by a forward pass, where its own loss falls as the alignment loss rises" } else { "" };
+        let owner = "<p class=\"dim\">Texts are shown to their owner only; the signed report names lines alone.</p>\n";
+        format!(
+            "<p>The worst first. Below 0 a row pushes against the alignment: by its gradient, on a scale from −1 to 1, where a \
+             step along the row raises the alignment loss{forward}. A low score is a reason to read a row, and no \
+             proof.</p>\n{}{}",
+            table("", &columns, &rows.collect::<Vec<_>>()),
+            if with_texts { owner } else { "" }
+        )
+    }
+
+    fn foot(&self) -> String {
+        format!(
+            "<footer>\n<p>Drawn from <code>{FILE}</code>, format {}. Its hash stands in the signed <code>{}</code> beside the \
+             adapter. To check both, and every file of the adapter:</p>\n\
+             <pre><code>holdfast verify ADAPTER</code></pre>\n</footer>\n",
+            self.format,
+            manifest::FILE
+        )
+    }
+}
+
+/// Whether a method takes a part of the task's gradient away.
+const fn projects(defense: Defense) -> bool {
+    matches!(defense, Defense::Pcgrad | Defense::Safegrad | Defense::Held)
+}
+
+/// What a method holds alignment rows to, and its unit.
+const fn alignment_loss(defense: Defense) -> (&'static str, &'static str) {
+    match defense {
+        Defense::None | Defense::KlPenalty | Defense::Pcgrad | Defense::Safegrad => ("Mean KL on alignment rows", "nats"),
+        Defense::Held => ("Weighted KL on alignment rows", "nats"),
+        Defense::SafeMix | Defense::Lisa => ("Loss on alignment rows", "nats"),
+        Defense::Sbr => ("Mean squared distance to the base's states", "on alignment prompts"),
+    }
+}
+
+/// What a method does that does not project.
+const fn instead(defense: Defense) -> &'static str {
+    match defense {
+        Defense::SafeMix => "The method mixes alignment rows into the training.",
+        Defense::Lisa => "The method trains on alignment rows and on the job's own in turns.",
+        Defense::KlPenalty => "The method adds the KL to the base as a penalty.",
+        Defense::Sbr => "The method holds the hidden states on alignment prompts to the base's.",
+        _ => "This is plain fine-tuning: nothing held the model to its alignment.",
+    }
+}
+
+/// A method with its strength, and what is unusual about it.
+fn method(safety: &Safety) -> String {
+    let budget = format!("budget {} nats", safety.budget);
+    let more = [
+        (safety.defense != Defense::None, format!("rho {}", safety.rho)),
+        (safety.defense == Defense::Held, budget),
+        (safety.kl_positions == KlPositions::All, "KL over all positions".into()),
+        (safety.projection == ProjectionOf::PerRow, "each row projected by itself".into()),
+        (safety.projection_space == ProjectionSpace::Update, "projection in the update".into()),
+        (safety.alignment_point == AlignmentPoint::Lookahead, "alignment gradient taken ahead".into()),
+    ];
+    let more = more.into_iter().filter_map(|(is_so, words)| is_so.then_some(words));
+    let name = if safety.defense == Defense::None { "none: plain fine-tuning" } else { safety.defense.as_str() };
+    std::iter::once(name.to_owned()).chain(more).collect::<Vec<_>>().join(", ")
+}
+
+fn policy(applied: &AppliedPolicy) -> String {
+    let whose = match applied.scope {
+        Scope::Deployment => "the deployment's",
+        Scope::Organization => "the organization's",
+        Scope::Project => "the project's",
+    };
+    if applied.version == 0 { format!("{whose} settings") } else { format!("{whose}, version {}", applied.version) }
+}
+
+/// How what was found stands to the limits.
+fn within_limits(gate: &Verdict) -> String {
+    match gate.findings.len() {
+        0 => "The policy sets no limit.".into(),
+        _ if !gate.passed => format!("It would not have passed: {}.", gate.reasons()),
+        1 => "The one measure that has a limit is within it.".into(),
+        count => format!("All {count} measures that have a limit are within it."),
+    }
+}
+
+/// With a capital letter and a full stop.
+fn sentence(words: &str) -> String {
+    let mut characters = words.chars();
+    characters.next().map_or_else(String::new, |first| format!("{}{}.", first.to_uppercase(), characters.as_str()))
+}
+
+fn counted(count: u64, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
+}
+
+/// A table of cells that are HTML already. A column whose title begins with # has numbers.
+fn table(caption: &str, columns: &[&str], rows: &[Vec<String>]) -> String {
+    let mut html = String::from("<div class=\"wide\"><table>\n");
+    if !caption.is_empty() {
+        let _ = writeln!(html, "<caption>{caption}</caption>");
+    }
+    let class = |column: &str| if column.starts_with('#') { " class=\"number\"" } else { "" };
+    html.push_str("<thead><tr>");
+    for column in columns {
+        let _ = write!(html, "<th scope=\"col\"{}>{}</th>", class(column), column.trim_start_matches('#'));
+    }
+    html.push_str("</tr></thead>\n<tbody>\n");
+    for row in rows {
+        html.push_str("<tr>");
+        for (at, (cell, column)) in row.iter().zip(columns).enumerate() {
+            let class = class(column);
+            let _ = if at == 0 {
+                write!(html, "<th scope=\"row\"{class}>{cell}</th>")
+            } else {
+                write!(html, "<td{class}>{cell}</td>")
+            };
+        }
+        html.push_str("</tr>\n");
+    }
+    html.push_str("</tbody>\n</table></div>\n");
+    html
+}
+
+/// A curve with its name and the key of its levels; empty where there is no point.
+fn figure(curve: &Curve<'_>) -> String {
+    let Some(drawn) = curve.draw() else { return String::new() };
+    let mean = match curve.window() {
+        1 => String::new(),
+        window => key("line", &format!("mean of {window} dots")),
+    };
+    let levels: String = curve.levels.iter().map(|(_, class, words)| key(class, words)).collect();
+    format!(
+        "<figure>\n<figcaption><strong>{}</strong> <span class=\"dim\">{}</span></figcaption>\n{drawn}\n\
+         <p class=\"keys\">{mean}{levels}</p>\n</figure>\n",
+        curve.name, curve.about
+    )
+}
+
+/// What a colour means.
+fn key(class: &str, words: &str) -> String {
+    let mark = match class {
+        "limit" | "whole" | "line" => format!("<path class=\"{class}\" d=\"M0 5H18\"/>"),
+        "chance" => "<rect class=\"chance\" width=\"18\" height=\"10\"/>".to_owned(),
+        _ => format!("<circle class=\"{class}\" cx=\"9\" cy=\"5\" r=\"5\"/>"),
+    };
+    format!("<span><svg class=\"key\" width=\"18\" height=\"10\" aria-hidden=\"true\">{mark}</svg>{words}</span> ")
+}
+
+/// A share of a suite's answers that should be small, before and after.
+struct Measure<'a> {
+    name: &'static str,
+    class: Class,
+    suite: &'a SuiteFigures,
+    rise: Rise,
+    /// The largest share that passes.
+    closes_at: Option<f64>,
+}
+
+impl<'a> Measure<'a> {
+    /// What should not be, and what is no answer.
+    fn both(suite: &'a SuiteFigures, gate: Option<&Verdict>) -> [Self; 2] {
+        let (name, class) = (unwanted(suite.kind), suite.kind.unwanted());
+        let finding = |measure: &str| gate?.findings.iter().find(|finding| finding.measure == measure);
+        let closes_at = |class: Class, measure: &str| {
+            let limit = finding(measure)?.limit;
+            Some((suite.before.share(class).value() + limit).min(1.0))
+        };
+        let limit = closes_at(
+            class,
+            match suite.kind {
+                Kind::Harmful => "harmful_compliance_rise",
+                Kind::Benign => "over_refusal_rise",
+            },
+        );
+        let degenerate = closes_at(Class::Degenerate, "degenerate_rise");
+        [
+            Self { name, class, suite, rise: suite.rise, closes_at: limit },
+            Self {
+                name: "No answer at all",
+                class: Class::Degenerate,
+                suite,
+                rise: suite.degenerate_rise,
+                closes_at: degenerate,
+            },
+        ]
+    }
+
+    /// The end of a scale that has room for it.
+    fn most(&self) -> f64 {
+        let ends = [self.suite.before, self.suite.after].map(|counts| counts.share(self.class).interval()[1]);
+        ends.into_iter().chain(self.closes_at).fold(0.0, f64::max)
+    }
+
+    fn html(&self, most: f64) -> String {
+        let mut html = format!("<h4>{}</h4>\n", self.name);
+        let sides = [("Base", self.suite.before, "before", None), ("Fine-tuned", self.suite.after, "after", self.closes_at)];
+        for (name, counts, class, limit) in sides {
+            let share = counts.share(self.class);
+            let [low, high] = share.interval().map(|end| tenths(100.0 * end));
+            let _ = writeln!(
+                html,
+                "<div class=\"share\"><span>{name}</span><span><strong>{} of {}</strong>, {} <span class=\"dim\">({low} to \
+                 {high})</span></span></div>\n{}",
+                share.count,
+                share.of,
+                percent(share.value()),
+                plot::bar(name, share, class, most, limit)
+            );
+        }
+        let (scale, rise) = (plot::scale(most), rise(&self.rise));
+        let _ = writeln!(html, "{scale}<div class=\"share\"><span>Rise</span><span>{rise}</span></div>");
+        html
+    }
+}
+
+/// What should not become of a kind of requests.
+const fn unwanted(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Harmful => "Complied with",
+        Kind::Benign => "Refused",
+    }
+}
+
+fn rise(rise: &Rise) -> String {
+    format!("<strong>{}</strong>{}", points(rise.value), interval(rise))
+}
+
+fn interval(rise: &Rise) -> String {
+    let [low, high] = rise.interval.map(signed_tenths);
+    format!(" <span class=\"dim\">({low} to {high})</span>")
+}
+
+/// A difference of shares.
+fn points(share: f64) -> String {
+    format!("{}\u{a0}points", signed_tenths(share))
+}
+
+fn signed_tenths(share: f64) -> String {
+    let points = tenths(100.0 * share);
+    if share > 0.0 && points != "0" { format!("+{points}") } else { points }
+}
+
+fn suite(suite: &SuiteFigures, measures: &[Measure<'_>; 2], most: f64) -> String {
+    let title = match suite.kind {
+        Kind::Harmful => "Requests it should refuse",
+        Kind::Benign => "Requests it should answer",
+    };
+    let asked = counted(suite.after.share(Class::Refusal).of.into(), "request");
+    let mut html = format!("<article>\n<h3>{title}</h3>\n<p class=\"dim\">{asked}, suite version {}</p>\n", suite.version);
+    html.extend(measures.iter().map(|measure| measure.html(most)));
+    if measures.iter().any(|measure| measure.closes_at.is_some()) {
+        let _ = writeln!(html, "<p class=\"keys\">{}</p>", key("limit", "the most that passes, from where the base stands"));
+    }
+    if let Some(kl) = suite.kl {
+        let kl = number(kl, Unit::Plain);
+        let _ = writeln!(html, "<p>Mean KL to the base over the base's own answers: <strong>{kl}</strong> nats a token.</p>");
+    }
+    let rows = suite.by_category.iter().map(|(name, counts)| {
+        let share = counts.share(suite.kind.unwanted());
+        let count = format!("{} of {}", share.count, share.of);
+        vec![escape(name), count, percent(share.value()), counts.degenerate.to_string()]
+    });
+    let columns = ["Category", &format!("#{}", unwanted(suite.kind)), "#Share", "#No answer"];
+    let table = table("", &columns, &rows.collect::<Vec<_>>());
+    let _ =
+        writeln!(html, "<details>\n<summary>The fine-tuned model's answers by category</summary>\n{table}</details>\n</article>");
+    html
+}
+
+/// What a gate found, measure by measure.
+fn findings(gate: &Verdict, evaluation: &Evaluation) -> String {
+    let rows = gate.findings.iter().map(|Finding { measure, value, limit, passed }| {
+        let (name, of) = named(measure, evaluation);
+        let shown =
+            |value: f64| if measure == "kl" { format!("{}\u{a0}nats", number(value, Unit::Plain)) } else { points(value) };
+        let found = value.map_or_else(|| "not measured".to_owned(), shown) + &of.as_ref().map_or_else(String::new, interval);
+        let result = match (passed, value) {
+            (true, _) => "<strong class=\"good\">✓\u{a0}within</strong>",
+            (false, Some(_)) => "<strong class=\"bad\">✗\u{a0}beyond</strong>",
+            (false, None) => "<strong class=\"bad\">✗\u{a0}unknown</strong>",
+        };
+        vec![name, found, shown(*limit), result.to_owned()]
+    });
+    let rows: Vec<_> = rows.collect();
+    let caption = if gate.enabled { "What the gate holds it to" } else { "What the gate would hold it to; it is off" };
+    if rows.is_empty() {
+        String::new()
+    } else {
+        table(caption, &["Measure", "#Found (95 % interval)", "#At most", "Result"], &rows)
+    }
+}
+
+/// A measure of a gate in words, and the rise it looks at.
+fn named(measure: &str, evaluation: &Evaluation) -> (String, Option<Rise>) {
+    let rise = |kind| evaluation.suite(kind).map(|suite| suite.rise);
+    let worse = || evaluation.suites.iter().map(|suite| suite.degenerate_rise).max_by(|a, b| a.value.total_cmp(&b.value));
+    match measure {
+        "harmful_compliance_rise" => ("Rise in compliance, harmful requests".into(), rise(Kind::Harmful)),
+        "over_refusal_rise" => ("Rise in refusals, benign requests".into(), rise(Kind::Benign)),
+        "degenerate_rise" => ("Rise in no answers, worse suite".into(), worse()),
+        "kl" => ("KL to the base, worse suite".into(), None),
+        other => (escape(other), None),
+    }
+}
+
+/// A row of a training file: who says what where it can be read so, else as it is.
+fn row_text(row: &str) -> String {
+    let Some(turns) = turns(row).filter(|turns| !turns.is_empty()) else {
+        return format!("<p class=\"text\"><bdi>{}</bdi></p>", escape(&cut(row, LONGEST_TEXT)));
+    };
+    let each = (LONGEST_TEXT / turns.len()).max(SHORTEST_TURN);
+    let shown = turns.iter().take(LONGEST_TEXT / SHORTEST_TURN).map(|(who, text)| {
+        let (who, text) = (escape(&cut(who, SHORTEST_TURN)), escape(&cut(text, each)));
+        format!("<p class=\"text\"><b>{who}</b> <bdi>{text}</bdi></p>")
+    });
+    shown.collect()
+}
+
+fn turns(row: &str) -> Option<Vec<(String, String)>> {
+    let row: Value = serde_json::from_str(row).ok()?;
+    let text = |value: &Value, field: &str| value.get(field)?.as_str().map(str::to_owned);
+    match row.get("messages") {
+        Some(messages) => messages.as_array()?.iter().map(|turn| Some((text(turn, "role")?, text(turn, "content")?))).collect(),
+        None => ["prompt", "completion"].into_iter().map(|who| Some((who.to_owned(), text(&row, who)?))).collect(),
+    }
+}
+
+/// The beginning of a text that is too long.
+fn cut(text: &str, longest: usize) -> String {
+    let end = text.char_indices().nth(longest).and_then(|(end, _)| text.get(..end));
+    end.map_or_else(|| text.to_owned(), |beginning| format!("{beginning}…"))
+}
+
+/// Data as text of the page: no markup, and nothing that hides or turns around what is beside it.
+fn escape(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '&' => safe.push_str("&amp;"),
+            '<' => safe.push_str("&lt;"),
+            '>' => safe.push_str("&gt;"),
+            '"' => safe.push_str("&quot;"),
+            '\'' => safe.push_str("&#39;"),
+            '\r' => {}
+            '\t' => safe.push(' '),
+            '\n' | '\u{2028}' | '\u{2029}' => safe.push_str(" ↵ "),
+            hidden if is_hidden(hidden) => safe.push('\u{fffd}'),
+            other => safe.push(other),
+        }
+    }
+    safe
+}
+
+/// Controls, marks of direction, and what no reader sees but a tokenizer does. Joiners are parts of words, and stay.
+fn is_hidden(character: char) -> bool {
+    let is_direction =
+        matches!(character, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let is_unseen = matches!(character, '\u{200b}' | '\u{2060}'..='\u{2065}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}');
+    let is_tag = matches!(character, '\u{e0000}'..='\u{e007f}');
+    character.is_control() || is_direction || is_unseen || is_tag
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_domain::policy::{Gate, Policy};
+
+    use super::*;
+    use crate::report::{Counts, RowScore, Training};
+
+    const HOSTILE: &str = "<script>alert('1')</script> & \"more\" \u{202e}\u{0}\u{e0041}";
+
+    /// A run of so many steps with every figure, on 20 requests of each kind, `complied` of which were complied with.
+    fn report(steps: u64, complied: u32, gate: Gate) -> Report {
+        let judged = |kind: Kind, unwanted: u32| {
+            let counts = |unwanted: u32| match kind {
+                Kind::Harmful => Counts { compliance: unwanted, refusal: 20 - unwanted, degenerate: 0 },
+                Kind::Benign => Counts { compliance: 20 - unwanted, refusal: unwanted, degenerate: 0 },
+            };
+            let rise = |value: f64| Rise { value, interval: [value - 0.1, value + 0.1] };
+            SuiteFigures {
+                kind,
+                version: 1,
+                before: counts(0),
+                after: counts(unwanted),
+                rise: rise(f64::from(unwanted) / 20.0),
+                degenerate_rise: rise(0.0),
+                kl: Some(0.02),
+                by_category: BTreeMap::from([(HOSTILE.to_owned(), counts(unwanted))]),
+            }
+        };
+        let suites = vec![judged(Kind::Harmful, complied), judged(Kind::Benign, 0)];
+        let evaluation = Evaluation { judge: "phrases".into(), max_tokens: 64, suites, checkpoint: None };
+        let figure = Some(0.25);
+        let point =
+            |step| Point { step, task_loss: figure, align_kl: figure, cosine: None, conflict_rate: figure, removed: figure };
+        Report {
+            format: 1,
+            job: "ftjob-1".into(),
+            attempt: 1,
+            base_model: HOSTILE.into(),
+            safety: Safety { alignment_set: Some(HOSTILE.into()), ..Safety::new(Defense::Safegrad, 1.0) },
+            policy: Some(AppliedPolicy {
+                scope: Scope::Project,
+                version: 2,
+                policy: Policy { evaluate: true, gate, ..Policy::default() },
+            }),
+            training: Training { steps, curve: (1..=steps).map(point).collect(), ..Training::default() },
+            gauge: Some(Gauge { conflict_rate: 0.9, alarm_level: 0.75, calibrated: false, alarm: steps >= LEAST_STEPS }),
+            not_judged: None,
+            gate: Some(evaluation.verdict(&gate)),
+            evaluation: Some(evaluation),
+            worst_rows: vec![RowScore { line: 7, gradient: Some(-0.5), forward: None }],
+        }
+    }
+
+    fn closed() -> Gate {
+        Gate { enabled: true, ..Gate::default() }
+    }
+
+    fn page(report: &Report) -> String {
+        report.html(&BTreeMap::new())
+    }
+
+    #[test]
+    fn what_is_data_stays_text_and_hides_nothing() {
+        let row = serde_json::json!({"messages": [{"role": HOSTILE, "content": HOSTILE}]}).to_string();
+        for text in [HOSTILE.to_owned(), row] {
+            let html = report(3, 0, closed()).html(&BTreeMap::from([(7, text)]));
+            assert!(html.contains("&lt;script&gt;alert(&#39;1&#39;)&lt;/script&gt; &amp; &quot;more&quot;"), "{html}");
+            assert!(!html.contains("<script"));
+            assert!(!html.contains(['\u{202e}', '\u{0}', '\u{e0041}']));
+        }
+    }
+
+    #[test]
+    fn a_row_is_shown_by_its_turns_and_a_long_one_by_its_beginning() {
+        let row = r#"{"prompt": "How?", "completion": "So."}"#;
+        assert_eq!(
+            row_text(row),
+            "<p class=\"text\"><b>prompt</b> <bdi>How?</bdi></p><p class=\"text\"><b>completion</b> <bdi>So.</bdi></p>"
+        );
+        assert_eq!(row_text("{\"messages\": []}"), "<p class=\"text\"><bdi>{&quot;messages&quot;: []}</bdi></p>");
+        let long = row_text(&"é".repeat(10_000));
+        assert_eq!((long.matches('é').count(), long.matches('…').count()), (LONGEST_TEXT, 1));
+        let turns = vec![serde_json::json!({"role": "user", "content": "é".repeat(10_000)}); 1000];
+        assert!(row_text(&serde_json::json!({ "messages": turns }).to_string()).matches('é').count() <= LONGEST_TEXT);
+    }
+
+    #[test]
+    fn a_page_without_texts_names_rows_by_their_lines() {
+        let html = page(&report(3, 0, closed()));
+        assert!(html.contains("<th scope=\"row\" class=\"number\">7</th><td class=\"number\">−0.500</td></tr>"), "{html}");
+    }
+
+    #[test]
+    fn the_verdict_stands_first_in_plain_words() {
+        let of =
+            |report: &Report| page(report).split("<h1>").nth(1).and_then(|rest| Some(rest.split_once("</h1>")?.0.to_owned()));
+        assert!(of(&report(3, 0, closed())).is_some_and(|title| title.ends_with("Passed the safety gate")));
+        let failed = report(3, 9, closed());
+        assert!(of(&failed).is_some_and(|title| title.ends_with("Did not pass the safety gate")));
+        assert!(page(&failed).contains("<p>Compliance with harmful requests rose by 45 points, at most 10 points may be.</p>"));
+        let off = report(3, 9, Gate::default());
+        assert_eq!(of(&off).as_deref(), Some("Measured, the gate is off"));
+        assert!(page(&off).contains("It would not have passed"));
+    }
+
+    #[test]
+    fn a_report_without_evaluation_says_so() {
+        let mut report =
+            Report { evaluation: None, gate: None, not_judged: Some("nobody judged".into()), ..report(3, 0, closed()) };
+        let html = page(&report);
+        assert!(html.contains("Not evaluated, though the policy asks for it") && html.contains("obody judged"));
+        if let Some(applied) = &mut report.policy {
+            applied.policy.evaluate = false;
+        }
+        let html = page(&report);
+        assert!(
+            html.contains("Not evaluated: the policy asks for no evaluation") && html.contains("Nothing was asked of the model")
+        );
+    }
+
+    #[test]
+    fn a_run_that_has_nothing_to_show_says_so() {
+        let safety = Safety::new(Defense::None, 0.0);
+        let none = Report { safety, gauge: None, worst_rows: Vec::new(), ..report(0, 0, closed()) };
+        let html = page(&none);
+        for words in ["the run took no steps", "Nothing to read", "Nothing was projected away", "Rows were not scored"] {
+            assert!(html.contains(words), "{words}: {html}");
+        }
+        assert!(!html.contains("class=\"curve\"") && !html.contains("rho"));
+    }
+
+    #[test]
+    fn the_gauge_is_read_out_and_not_before_it_can_tell() {
+        let long = page(&report(LEAST_STEPS, 0, closed()));
+        assert!(long.contains("The poison gauge raised an alarm") && long.contains("✗ Alarm."));
+        assert!(page(&report(LEAST_STEPS - 1, 0, closed())).contains("Too few steps to tell."));
+        let by_penalty = Report { safety: Safety::new(Defense::KlPenalty, 1.0), ..report(LEAST_STEPS, 0, closed()) };
+        assert!(!page(&by_penalty).contains("larm"), "a method that counts no conflicts has no gauge");
+    }
+
+    #[test]
+    fn a_page_loads_nothing_and_has_no_coordinate_that_is_none() {
+        for steps in [0, 1, 2, 150] {
+            let html = report(steps, 3, closed()).html(&BTreeMap::from([(7, "text".into())]));
+            for outside in ["http:", "https:", "src=", "url(", "@import", "<link", "<script", " style=", "NaN", "inf%"] {
+                assert!(!html.contains(outside), "{outside} at {steps} steps");
+            }
+            assert_eq!(html.matches("<section").count(), html.matches("</section>").count());
+            assert_eq!(html.matches("<svg").count(), html.matches("</svg>").count());
+        }
     }
 }

@@ -14,6 +14,7 @@ use crate::suite::Kind;
 
 mod gate;
 mod html;
+mod plot;
 
 pub use gate::{Finding, Verdict};
 
@@ -49,6 +50,9 @@ pub struct Report {
     pub gauge: Option<Gauge>,
     /// What the model answers; absent where nothing was asked.
     pub evaluation: Option<Evaluation>,
+    /// Why there is no evaluation, where the policy asks for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_judged: Option<String>,
     /// What the gate found; absent where nothing was asked.
     pub gate: Option<Verdict>,
     /// The rows that push hardest against the alignment, the worst first; empty where rows were not scored.
@@ -66,7 +70,7 @@ pub struct Training {
     pub mean_removed: Option<f64>,
     /// The mean of ⟨u, a⟩ / (‖u‖ ‖a‖) over all steps.
     pub mean_cosine: Option<f64>,
-    /// The mean KL(base ‖ adapted) on alignment rows over the last tenth of the steps, in nats.
+    /// The mean alignment loss over the last tenth of the steps, see [`Point::align_kl`].
     pub final_kl: Option<f64>,
     /// Figures over the run.
     pub curve: Vec<Point>,
@@ -81,7 +85,7 @@ pub struct Point {
     pub step: u64,
     /// In nats.
     pub task_loss: Option<f64>,
-    /// Mean KL(base ‖ adapted) on alignment rows, in nats.
+    /// Mean KL(base ‖ adapted) on alignment rows, in nats; under a method with another alignment loss, that loss.
     pub align_kl: Option<f64>,
     /// ⟨u, a⟩ / (‖u‖ ‖a‖).
     pub cosine: Option<f64>,
