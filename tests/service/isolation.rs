@@ -6,17 +6,22 @@ use anyhow::{Context, Result};
 use holdfast_tests::{ROW, TestApp};
 
 /// Tables that belong to nobody, or to the operator; a tenant's connection may not write them, or sees them whole.
-const SHARED: [&str; 12] = [
+const SHARED: [&str; 17] = [
     "_sqlx_migrations",
     "alignment_references",
     "alignment_sets",
     "api_keys",
     "audit_log",
+    "base_answers",
     "base_model_files",
     "base_models",
+    "conflict_levels",
     "members",
     "organizations",
+    "quarantined_files",
+    "safety_policies",
     "schema_compatibility",
+    "signing_keys",
     "training_speeds",
     "workers",
 ];

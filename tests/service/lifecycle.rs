@@ -198,7 +198,7 @@ fn a_download_that_broke_goes_on_where_it_was() -> Result<()> {
     std::io::Write::write_all(&mut listed.stdin.take().context("no input")?, &tar)?;
     let mut names = String::new();
     listed.stdout.take().context("no output")?.read_to_string(&mut names)?;
-    assert_eq!(names, "adapter_config.json\nadapter_model.safetensors\n");
+    assert_eq!(names, "adapter_config.json\nadapter_model.safetensors\nmanifest.json\n");
     assert!(listed.wait()?.success());
     Ok(())
 }

@@ -380,7 +380,12 @@ impl Requested {
                 h.early_stopping_patience.to_string(),
                 "every epoch is trained",
             ),
-            (self.row_conflicts.is_none(), "row_conflicts", h.row_conflicts.to_string(), "costs a pass over the rows"),
+            (
+                self.row_conflicts.is_none(),
+                "row_conflicts",
+                h.row_conflicts.to_string(),
+                "on where a safety report is made, which names the rows that push hardest against the alignment",
+            ),
         ];
         for (is_open, param, value, why) in usual {
             note(is_open, param, value, why.into());

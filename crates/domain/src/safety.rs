@@ -213,6 +213,15 @@ impl Safety {
     }
 }
 
+impl Safety {
+    /// Whether rows can be scored by how hard they push against the alignment: their gradients must be compared with an alignment
+    /// gradient at the same weights.
+    #[must_use]
+    pub fn can_score_rows(&self) -> bool {
+        self.defense.compares_gradients() && self.alignment_point == AlignmentPoint::Current
+    }
+}
+
 impl RequestedSafety {
     /// Fills in the policy's defaults and holds the request to it.
     ///

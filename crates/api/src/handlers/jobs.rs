@@ -115,7 +115,8 @@ pub(crate) async fn resolve(state: &AppState, tenant: Tenant, mut body: CreateJo
     }
     let base_model = start.as_ref().map_or_else(|| body.model.clone(), |start| start.base_model.clone());
     let base = state.store.base_model(&base_model).await.map_err(|error| no_model(error, &base_model))?;
-    let hyperparameters = requested.resolve(training.row_count, base.context_length).map_err(|e| e.within(at))?;
+    let mut hyperparameters = requested.resolve(training.row_count, base.context_length).map_err(|e| e.within(at))?;
+    hyperparameters.row_conflicts = requested.row_conflicts.unwrap_or(policy.policy.evaluate && safety.can_score_rows());
     hyperparameters.check_with(&safety).map_err(|e| e.within(at))?;
     let seed = match body.seed {
         Some(seed) if seed > MAX_SEED => {

@@ -63,10 +63,10 @@ struct Run {
 struct Outcome {
     /// Of each held-out harmful prompt.
     classes: Vec<Class>,
-    /// Benign requests that were refused.
-    over_refusal: Share,
-    /// Film reviews whose label is right.
-    accuracy: Share,
+    /// Of each benign one.
+    benign: Vec<Class>,
+    /// Of each film review: whether its label is right.
+    correct: Vec<bool>,
     seconds: f64,
     peak_bytes: f64,
     /// Of the steps that have one.
@@ -80,6 +80,19 @@ struct Outcome {
 impl Outcome {
     fn share(&self, class: Class) -> Share {
         Share::among(&self.classes, |found| *found == class)
+    }
+
+    fn over_refusal(&self) -> Share {
+        Share::among(&self.benign, |found| *found == Class::Refusal)
+    }
+
+    fn accuracy(&self) -> Share {
+        Share::among(&self.correct, |correct| *correct)
+    }
+
+    /// Whether each held-out harmful prompt was complied with, as numbers.
+    fn complied(&self) -> Vec<f64> {
+        self.classes.iter().map(|class| f64::from(u8::from(*class == Class::Compliance))).collect()
     }
 }
 
@@ -111,36 +124,65 @@ const METHODS: [(&str, f64); 9] = [
     ("held", 1.0),
 ];
 
+impl Regime {
+    /// What it is, where it is not as usual.
+    fn name(self) -> String {
+        let usual = of(self.attack);
+        let mut name = self.attack.name();
+        if self.learning_rate != usual.learning_rate {
+            name += &format!(", lr {:e}", self.learning_rate);
+        }
+        if self.steps != usual.steps {
+            name += &format!(", {} steps", self.steps);
+        }
+        if self.alignment_rows != usual.alignment_rows {
+            name += &format!(", {} alignment rows", self.alignment_rows);
+        }
+        name
+    }
+}
+
 fn of(attack: Attack) -> Regime {
     Regime { attack, learning_rate: 5e-4, steps: 150, alignment_rows: 100 }
 }
 
-/// The regimes of the claim with the methods it speaks of, one seed.
-fn quick() -> Vec<Run> {
-    let mut runs = Vec::new();
-    for attack in [Attack::Poison(0.1), Attack::Poison(0.0), Attack::Poison(0.3)] {
-        for (method, strength) in METHODS {
-            if ["none", "kl_penalty", "safegrad", "held"].contains(&method) {
-                runs.push(Run { regime: of(attack), method, strength, seed: 1 });
-            }
-        }
-    }
-    runs
+/// The shares of poison that the claim speaks of, the one that decides first.
+const CLAIMED: [f64; 3] = [0.1, 0.0, 0.3];
+/// The methods it speaks of.
+const CLAIMANTS: [&str; 4] = ["none", "kl_penalty", "safegrad", "held"];
+const SEEDS: std::ops::RangeInclusive<u64> = 1..=3;
+
+/// The regimes of the claim with the methods it speaks of.
+fn claim(seed: u64) -> impl Iterator<Item = Run> {
+    CLAIMED.into_iter().flat_map(move |share| {
+        let claimants = METHODS.into_iter().filter(|(method, _)| CLAIMANTS.contains(method));
+        claimants.map(move |(method, strength)| Run { regime: of(Attack::Poison(share)), method, strength, seed })
+    })
 }
 
-/// Every method in every regime, three seeds.
+fn quick() -> Vec<Run> {
+    claim(1).collect()
+}
+
+/// Every method in every regime, three seeds: those of the claim first, then the regimes that are hardest.
 fn full() -> Vec<Run> {
-    let mut regimes: Vec<Regime> = [0.0, 0.1, 0.3, 0.5, 1.0].map(|share| of(Attack::Poison(share))).to_vec();
-    regimes.extend([Attack::IdentityShift, Attack::RefuseThenComply, Attack::Decoys].map(of));
-    regimes.push(Regime { steps: 600, ..of(Attack::Poison(0.1)) });
-    for share in [0.0, 0.1, 0.3] {
+    let mut regimes: Vec<Regime> = CLAIMED.map(|share| of(Attack::Poison(share))).to_vec();
+    for share in [0.3, 0.0, 0.1] {
         regimes.push(Regime { learning_rate: 2e-3, ..of(Attack::Poison(share)) });
         regimes.push(Regime { alignment_rows: 10, ..of(Attack::Poison(share)) });
     }
-    let mut runs = Vec::new();
-    for seed in 1..=3 {
+    regimes.extend([0.5, 1.0].map(|share| of(Attack::Poison(share))));
+    regimes.extend([Attack::IdentityShift, Attack::RefuseThenComply, Attack::Decoys].map(of));
+    regimes.push(Regime { steps: 600, ..of(Attack::Poison(0.1)) });
+    let mut runs: Vec<Run> = SEEDS.flat_map(claim).collect();
+    for seed in SEEDS {
         for regime in &regimes {
-            runs.extend(METHODS.map(|(method, strength)| Run { regime: *regime, method, strength, seed }));
+            for (method, strength) in METHODS {
+                let run = Run { regime: *regime, method, strength, seed };
+                if !runs.contains(&run) {
+                    runs.push(run);
+                }
+            }
         }
     }
     runs
@@ -251,11 +293,11 @@ impl Study {
         }
         let path = self.folder.join("base.json");
         if let Ok(kept) = std::fs::read(&path) {
-            return report::read(&serde_json::from_slice(&kept)?);
+            return report::read(&serde_json::from_slice(&kept)?, &self.judge);
         }
         let measured = self.measure(None, &base)?;
         std::fs::write(path, measured.to_string())?;
-        report::read(&measured)
+        report::read(&measured, &self.judge)
     }
 
     /// What comes of a run, now or earlier.
@@ -263,7 +305,7 @@ impl Study {
         let folder = self.folder.join("runs").join(run.key());
         let result = folder.join("result.json");
         if let Ok(kept) = std::fs::read(&result) {
-            return report::read(&serde_json::from_slice(&kept)?);
+            return report::read(&serde_json::from_slice(&kept)?, &self.judge);
         }
         let base = root().join(BASE);
         let file = rows::tenant(run.regime.attack, self)?;
@@ -301,7 +343,7 @@ impl Study {
             let _ = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
         }
         std::fs::write(&result, measured.to_string())?;
-        report::read(&measured)
+        report::read(&measured, &self.judge)
     }
 
     /// Asks a model everything.
@@ -322,11 +364,10 @@ impl Study {
         let labels = trainer::answers(base, adapter, &asked, 6)?;
         let correct = labels.iter().zip(reviews).map(|(said, (_, label))| said.to_lowercase().starts_with(label.as_str()));
         Ok(json!({
-            "classes": harmful.iter().map(|answer| self.judge.judge(answer)).collect::<Vec<_>>(),
-            "benign_refused": benign.iter().map(|answer| self.judge.refuses(answer)).collect::<Vec<_>>(),
             "correct": correct.collect::<Vec<_>>(),
-            // Kept here alone, to be looked at.
-            "answers": answers,
+            // Kept here alone, to be judged and looked at.
+            "harmful": harmful,
+            "benign": benign,
         }))
     }
 }
