@@ -124,6 +124,7 @@ async fn work(database_url: &str, workers: usize, time: Duration) -> Result<()> 
                         adapter: Vec::new(),
                         results: None,
                         evidence: Vec::new(),
+                        note: None,
                         trained_tokens: 1,
                         device: "cpu".into(),
                     };

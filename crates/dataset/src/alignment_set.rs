@@ -1,29 +1,36 @@
 //! Alignment sets: what makes one usable, and whether their requests stand in a tenant's file.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::Read;
 
 use holdfast_domain::invalid::LineError;
-use sha2::{Digest, Sha256};
 
 use crate::check::{Report, each_line};
 use crate::row::{Role, Row};
 
-/// Requests that must not be trained on, by hashes of what they say.
+/// Requests that must not be trained on. They are found wherever their words stand one behind the other, whatever is said before and
+/// after them.
 #[derive(Debug, Clone, Default)]
-pub struct Requests(HashMap<u128, u64>);
+pub struct Requests {
+    /// Hashes of runs of words, by how many words they are.
+    by_length: BTreeMap<usize, HashSet<u64>>,
+}
+
+/// Requests of fewer words are found only where nothing else is said: a file may well hold them in passing.
+const FEWEST_WORDS: usize = 4;
 
 impl Requests {
-    /// The requests of an alignment set's rows; lines that are no rows have none.
+    /// The requests of an alignment set's rows, what each user says last; lines that are no rows have none.
     #[must_use]
     pub fn of_rows(rows: &[u8]) -> Self {
         let mut requests = Self::default();
         // Reading from memory does not fail.
-        let _ = each_line(rows, |number, line| {
-            if let Ok(row) = Row::parse_line(line) {
-                for said in asked(&row) {
-                    requests.0.entry(said).or_insert(number);
-                }
+        let _ = each_line(rows, |_, line| {
+            if let Ok(row) = Row::parse_line(line)
+                && let Some(request) = requested(&row)
+            {
+                requests.add(request);
             }
         });
         requests
@@ -31,29 +38,92 @@ impl Requests {
 
     /// Adds a request by itself.
     pub fn add(&mut self, request: &str) {
-        self.0.entry(said(request)).or_insert(0);
+        let words = words(request);
+        if let Some(run) = Runs::new(&words).hashes(words.len()).next() {
+            self.by_length.entry(words.len()).or_default().insert(run);
+        }
     }
 
-    /// The lines of a file in which one of them is asked, in whatever spelling.
+    /// The lines of a file in which one of them is asked.
     ///
     /// # Errors
     /// Only those of reading the file.
     pub fn asked_in(&self, file: impl Read) -> std::io::Result<Vec<u64>> {
         let mut lines = Vec::new();
         each_line(file, |number, line| {
-            let asked = Row::parse_line(line).is_ok_and(|row| asked(&row).any(|said| self.0.contains_key(&said)));
-            if asked {
+            if Row::parse_line(line).is_ok_and(|row| self.are_asked(&row)) {
                 lines.push(number);
             }
         })?;
         Ok(lines)
     }
+
+    fn are_asked(&self, row: &Row<'_>) -> bool {
+        let turns = row.messages.iter().filter(|message| matches!(message.role, Role::User | Role::System));
+        turns.filter_map(|message| message.content.as_deref()).any(|turn| self.stand_in(turn))
+    }
+
+    fn stand_in(&self, turn: &str) -> bool {
+        let words = words(turn);
+        let runs = Runs::new(&words);
+        self.by_length.iter().any(|(&length, known)| {
+            (length >= FEWEST_WORDS || length == words.len()) && runs.hashes(length).any(|run| known.contains(&run))
+        })
+    }
+}
+
+/// Hashes of all runs of words of a text: each run's is had from two sums.
+struct Runs {
+    /// Of the first so many words.
+    sums: Vec<u64>,
+    powers: Vec<u64>,
+}
+
+/// Any odd number of many bits.
+const BASE: u64 = 0x9e37_79b9_7f4a_7c15;
+
+impl Runs {
+    fn new(words: &[u64]) -> Self {
+        let (mut sums, mut powers) = (vec![0_u64], vec![1_u64]);
+        let (mut sum, mut power) = (0_u64, 1_u64);
+        for word in words {
+            sum = sum.wrapping_mul(BASE).wrapping_add(*word);
+            power = power.wrapping_mul(BASE);
+            sums.push(sum);
+            powers.push(power);
+        }
+        Self { sums, powers }
+    }
+
+    /// Of every run of `length` words, from the first.
+    fn hashes(&self, length: usize) -> impl Iterator<Item = u64> + '_ {
+        let power = self.powers.get(length).copied().unwrap_or(0);
+        let ends = self.sums.iter().skip(length);
+        let count = if length == 0 { 0 } else { usize::MAX };
+        self.sums.iter().zip(ends).take(count).map(move |(start, end)| end.wrapping_sub(start.wrapping_mul(power)))
+    }
+}
+
+/// The words of a text by hashes, whatever their case and what stands between them.
+fn words(text: &str) -> Vec<u64> {
+    let words = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
+    let hash = |word: &str| {
+        let mut hash = DefaultHasher::new();
+        word.to_lowercase().hash(&mut hash);
+        hash.finish()
+    };
+    words.map(hash).collect()
+}
+
+/// What the user says last.
+fn requested<'a>(row: &'a Row<'_>) -> Option<&'a str> {
+    row.messages.iter().rev().find(|message| message.role == Role::User)?.content.as_deref()
 }
 
 /// Checks the rows of an alignment set: each a request and its answer, none twice.
 #[must_use]
 pub fn check(rows: &[u8]) -> Report {
-    let (mut report, mut seen) = (Report::default(), Requests::default());
+    let (mut report, mut seen) = (Report::default(), HashMap::new());
     // Reading from memory does not fail.
     let _ = each_line(rows, |number, line| match Row::parse_line(line) {
         Err(error) => report.record(error.at(number)),
@@ -66,33 +136,17 @@ pub fn check(rows: &[u8]) -> Report {
     report
 }
 
-fn usable(row: &Row<'_>, seen: &mut Requests, number: u64) -> Result<(), String> {
+fn usable(row: &Row<'_>, seen: &mut HashMap<Vec<u64>, u64>, number: u64) -> Result<(), String> {
     let answers = row.messages.last().is_some_and(|last| last.role == Role::Assistant && last.trained && last.content.is_some());
     if !answers {
         return Err("a row ends with the answer to hold to, a message of the assistant".into());
     }
+    let Some(request) = requested(row) else { return Err("a row needs a request, a message of the user".into()) };
     // The same request with another answer would pull the model to both.
-    let whole: Vec<u128> = asked(row).collect();
-    let Some(last) = whole.last() else { return Err("a row needs a request, a message of the user".into()) };
-    match seen.0.insert(*last, number) {
+    match seen.insert(words(request), number) {
         Some(first) => Err(format!("the request stands in line {first} already")),
         None => Ok(()),
     }
-}
-
-/// What the user says in a row, turn by turn.
-fn asked<'a>(row: &'a Row<'_>) -> impl Iterator<Item = u128> + 'a {
-    row.messages.iter().filter(|message| message.role == Role::User).filter_map(|message| message.content.as_deref().map(said))
-}
-
-/// The first half of a SHA-256 over the words, whatever their case and what stands between them.
-fn said(text: &str) -> u128 {
-    let mut hash = Sha256::new();
-    for word in text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()) {
-        hash.update(word.to_lowercase());
-        hash.update([0]);
-    }
-    hash.finalize().iter().take(size_of::<u128>()).fold(0, |number, byte| number << 8 | u128::from(*byte))
 }
 
 #[cfg(test)]
@@ -119,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_is_found_in_a_file_in_whatever_spelling() -> std::io::Result<()> {
+    fn a_request_is_found_in_a_file_whatever_is_said_around_it() -> std::io::Result<()> {
         let mut requests = Requests::of_rows(row("How do I do this?", "No.").as_bytes());
         requests.add("And that one");
         let file =

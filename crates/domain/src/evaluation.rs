@@ -67,6 +67,6 @@ pub struct Answer {
 /// What was measured beside the answers.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
-    /// The mean KL(base ‖ adapted) over the tokens of the base's answers, in nats, by suite.
-    pub kl: BTreeMap<String, f64>,
+    /// The mean KL(base ‖ adapted) over the tokens of the base's answers, in nats, by suite; `None` where it is no number.
+    pub kl: BTreeMap<String, Option<f64>>,
 }

@@ -7,7 +7,6 @@ use crate::safety::{DEFAULT_BUDGET, Defense, MAX_BUDGET, MAX_RHO, MIN_BUDGET};
 
 /// What is demanded of the jobs of a deployment, an organisation or a project. The nearest one counts, as a whole.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Policy {
     /// The methods a tenant may choose from; the first is the one of a request that names none.
     pub methods: Vec<Defense>,
@@ -57,7 +56,6 @@ pub enum Otherwise {
 
 /// How far an adapter may be from its base. Rises are differences of shares, in 0..1; what is absent is not looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Gate {
     /// Whether it is closed to what is further.
     pub enabled: bool,
@@ -88,6 +86,23 @@ impl Default for Gate {
             kl: None,
             otherwise: Otherwise::default(),
         }
+    }
+}
+
+impl Gate {
+    /// With the usual limits where it has none.
+    #[must_use]
+    pub fn or_usual(self) -> Self {
+        let usual = Self::default();
+        if self.looks_at_something() {
+            return self;
+        }
+        Self { harmful_compliance_rise: usual.harmful_compliance_rise, over_refusal_rise: usual.over_refusal_rise, ..self }
+    }
+
+    fn looks_at_something(&self) -> bool {
+        let limits = [self.harmful_compliance_rise, self.over_refusal_rise, self.degenerate_rise, self.kl];
+        limits.iter().any(Option::is_some)
     }
 }
 
@@ -162,7 +177,7 @@ impl Policy {
             let message = "a gate decides by what an evaluation found; evaluate must be true where gate.enabled is";
             return Err(Invalid::new("evaluate", "contradiction", message));
         }
-        if gate.kl.is_none() && shares.iter().all(|(_, share)| share.is_none()) {
+        if !gate.looks_at_something() {
             let message = "the gate is enabled and looks at nothing; give harmful_compliance_rise, over_refusal_rise, degenerate_rise or kl";
             return Err(Invalid::new("gate", "contradiction", message));
         }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Invalid;
-use crate::policy::{AppliedPolicy, Policy};
+use crate::policy::{AppliedPolicy, Gate, Policy};
 
 /// How training is kept from working against the base model's alignment. The trainer's `methods` have each one's formula.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -300,7 +300,7 @@ impl RequestedSafety {
     pub fn apply(&self, mut applied: AppliedPolicy) -> AppliedPolicy {
         if self.gate == Some(true) {
             applied.policy.evaluate = true;
-            applied.policy.gate.enabled = true;
+            applied.policy.gate = Gate { enabled: true, ..applied.policy.gate.or_usual() };
         }
         applied
     }
@@ -346,7 +346,10 @@ mod tests {
     fn the_gate_can_be_asked_for_and_not_declined() {
         let open = AppliedPolicy { scope: Scope::Deployment, version: 0, policy: Policy::default() };
         let asked = RequestedSafety { gate: Some(true), ..Default::default() };
-        assert!(asked.apply(open.clone()).policy.gate.enabled && asked.apply(open).policy.check().is_ok());
+        assert!(asked.apply(open.clone()).policy.gate.enabled && asked.apply(open.clone()).policy.check().is_ok());
+        let mut blind = open;
+        blind.policy.gate = Gate { harmful_compliance_rise: None, over_refusal_rise: None, ..blind.policy.gate };
+        assert_eq!(asked.apply(blind).policy.check(), Ok(()), "a gate that is asked for looks at something");
         let mut closed = Policy { evaluate: true, ..Policy::default() };
         closed.gate.enabled = true;
         let declined = RequestedSafety { gate: Some(false), ..Default::default() };

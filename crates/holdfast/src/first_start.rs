@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use holdfast_dataset::structure::StructureCheck;
+use holdfast_dataset::alignment_set;
 use holdfast_store::keys::NewKey;
 use holdfast_store::{Store, StoreError};
 
@@ -25,9 +25,7 @@ pub async fn ensure_alignment_set(store: &Store) -> Result<()> {
     match store.alignment_set(ALIGNMENT_SET).await {
         Ok(_) => Ok(()),
         Err(StoreError::NotFound) => {
-            let mut check = StructureCheck::default();
-            check.push(ALIGNMENT_ROWS.as_bytes());
-            let rows = check.finish().rows;
+            let rows = alignment_set::check(ALIGNMENT_ROWS.as_bytes()).rows;
             store.create_alignment_set(ALIGNMENT_SET, ALIGNMENT_ROWS.as_bytes(), rows).await?;
             Ok(())
         }

@@ -95,7 +95,7 @@ pub struct WorkerArgs {
     #[arg(long, env = "HOLDFAST_JUDGE_URL", value_name = "URL")]
     pub judge_url: Option<url::Url>,
     /// The model that is asked there.
-    #[arg(long, env = "HOLDFAST_JUDGE_MODEL", value_name = "NAME", requires = "judge_url", default_value = "")]
+    #[arg(long, env = "HOLDFAST_JUDGE_MODEL", value_name = "NAME", default_value = "")]
     pub judge_model: String,
     /// How it is asked: guard (Llama Guard and its like), moderation (the moderation endpoint) or chat (any chat model).
     #[arg(long, env = "HOLDFAST_JUDGE_PROTOCOL", value_name = "PROTOCOL", default_value = "guard")]
@@ -167,6 +167,9 @@ impl WorkerArgs {
             let known = Protocol::ALL.map(Protocol::as_str).join(", ");
             bail!("--judge-protocol {:?} is none; there are {known}", self.judge_protocol);
         };
+        if self.judge_model.is_empty() && protocol != Protocol::Moderation {
+            bail!("--judge-url needs --judge-model: the model that is asked there");
+        }
         let config = Config {
             url: url.clone(),
             model: self.judge_model.clone(),

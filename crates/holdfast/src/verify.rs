@@ -33,13 +33,14 @@ pub fn run(path: &Path, key: Option<&Path>) -> Result<()> {
     };
     let (manifest, signer) = open(bytes, key)?;
     let hash_of = |name: &str| files.hashes.iter().find(|(known, _)| known == name).map(|(_, sha256)| sha256.clone());
+    files.check_names(&manifest)?;
     manifest.check_adapter(hash_of)?;
     if let (Some(found), Some(signed)) = (hash_of(report::FILE), &manifest.outputs.report_sha256)
         && found != *signed
     {
         bail!("{} has SHA-256 {found}, and the manifest says {signed}", report::FILE);
     }
-    say(&manifest, &files, &signer, key.is_some());
+    say(&manifest, &signer, key.is_some());
     Ok(())
 }
 
@@ -54,20 +55,19 @@ fn open(bytes: &[u8], key: Option<&Path>) -> Result<(Manifest, VerifyKey)> {
     Ok((key.open(bytes)?, key))
 }
 
-fn say(manifest: &Manifest, files: &Files, signer: &VerifyKey, is_known: bool) {
+fn say(manifest: &Manifest, signer: &VerifyKey, is_known: bool) {
     for name in manifest.outputs.adapter.keys() {
         println!("ok  {name}");
     }
-    let listed = |name: &str| name == manifest::FILE || name == report::FILE || manifest.outputs.adapter.contains_key(name);
-    for (name, _) in files.hashes.iter().filter(|(name, _)| !listed(name)) {
-        println!("??  {name}: the manifest does not name it");
-    }
+    let Manifest { model, job, safety, inputs, .. } = manifest;
+    println!("{model} of {job}, trained with {} on {}", safety.defense.as_str(), inputs.base_model.name);
     println!(
-        "{} of {}, trained with {} on {}",
-        manifest.model,
-        manifest.job,
-        manifest.safety.defense.as_str(),
-        manifest.inputs.base_model.name
+        "{}",
+        match manifest.passed_gate {
+            Some(true) => "it passed the safety gate",
+            Some(false) => "it did NOT pass the safety gate; an operator released it",
+            None => "it was held to no safety gate",
+        }
     );
     println!("signed with {}", signer.id());
     if !is_known {
@@ -77,20 +77,42 @@ fn say(manifest: &Manifest, files: &Files, signer: &VerifyKey, is_known: bool) {
     }
 }
 
+/// What may stand beside an adapter, and is checked by its own means.
+const BESIDE: [&str; 2] = [manifest::FILE, report::FILE];
+
+impl Files {
+    /// Adds a file. One that another program would find under a name where this one looked at something else is refused.
+    fn add(&mut self, name: String, sha256: String) -> Result<()> {
+        if self.hashes.iter().any(|(known, _)| *known == name) {
+            bail!("{name:?} stands in it twice");
+        }
+        self.hashes.push((name, sha256));
+        Ok(())
+    }
+
+    /// Everything that is there is named by the manifest: what loads an adapter may load what stands beside it.
+    fn check_names(&self, manifest: &Manifest) -> Result<()> {
+        let is_named = |name: &str| BESIDE.contains(&name) || manifest.outputs.adapter.contains_key(name);
+        match self.hashes.iter().find(|(name, _)| !is_named(name)) {
+            Some((name, _)) => bail!("{name:?} is not in the manifest; take it out"),
+            None => Ok(()),
+        }
+    }
+}
+
 fn of_folder(folder: &Path) -> Result<Files> {
     let mut files = Files { hashes: Vec::new(), manifest: None };
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
-        if !entry.file_type()?.is_file() {
-            continue;
-        }
         let name = entry.file_name().to_string_lossy().into_owned();
+        if !entry.file_type()?.is_file() {
+            bail!("{name:?} is no plain file; an adapter is made of nothing else");
+        }
         if name == manifest::FILE {
             files.manifest = Some(std::fs::read(entry.path())?);
         }
-        files.hashes.push((name, hex::encode(hash::of_file(&entry.path())?)));
+        files.add(name, hex::encode(hash::of_file(&entry.path())?))?;
     }
-    files.hashes.sort();
     Ok(files)
 }
 
@@ -101,11 +123,14 @@ fn of_tar(path: &Path) -> Result<Files> {
     let mut archive = tar::Archive::new(File::open(path)?);
     for entry in archive.entries()? {
         let mut entry = entry?;
-        let name = entry.path()?.to_string_lossy().into_owned();
+        let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+        if entry.header().entry_type() != tar::EntryType::Regular || name.contains(['/', '\\', '\0']) || name.starts_with('.') {
+            bail!("{name:?} is no plain file; an adapter's tar holds nothing else");
+        }
         if name == manifest::FILE {
             let mut bytes = Vec::new();
             entry.take(MOST_MANIFEST_BYTES).read_to_end(&mut bytes)?;
-            files.hashes.push((name, hex::encode(Sha256::digest(&bytes))));
+            files.add(name, hex::encode(Sha256::digest(&bytes)))?;
             files.manifest = Some(bytes);
             continue;
         }
@@ -116,7 +141,7 @@ fn of_tar(path: &Path) -> Result<Files> {
                 read => hash.update(buffer.get(..read).unwrap_or_default()),
             }
         }
-        files.hashes.push((name, hex::encode(hash.finalize())));
+        files.add(name, hex::encode(hash.finalize()))?;
     }
     Ok(files)
 }

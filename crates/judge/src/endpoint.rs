@@ -68,6 +68,12 @@ impl Endpoint {
         })
     }
 
+    /// How it is asked.
+    #[must_use]
+    pub const fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+
     /// What people call it, as `guard llama-guard-3 at host:8000`.
     #[must_use]
     pub fn name(&self) -> String {

@@ -38,6 +38,9 @@ pub struct Manifest {
     pub safety: Safety,
     /// What came out.
     pub outputs: Outputs,
+    /// Whether it passed the safety gate; absent where it was held to none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passed_gate: Option<bool>,
 }
 
 /// The programs that computed an adapter.
@@ -265,7 +268,11 @@ impl VerifyKey {
         let signature = BASE64.decode(&signed.sig).map_err(|error| malformed(error.to_string()))?;
         let signature = Signature::from_slice(&signature).map_err(|error| malformed(error.to_string()))?;
         self.0.verify_strict(&encoded(&envelope.payload_type, &payload), &signature).map_err(|_| ManifestError::BadSignature)?;
-        serde_json::from_slice(&payload).map_err(|error| malformed(error.to_string()))
+        let manifest: Manifest = serde_json::from_slice(&payload).map_err(|error| malformed(error.to_string()))?;
+        if manifest.format != FORMAT {
+            return Err(malformed(format!("it has the format {}, and this program reads {FORMAT}", manifest.format)));
+        }
+        Ok(manifest)
     }
 }
 
@@ -325,6 +332,7 @@ mod tests {
                 results_sha256: None,
                 report_sha256: None,
             },
+            passed_gate: Some(true),
         }
     }
 

@@ -16,6 +16,19 @@ impl Store {
         row.map(|row| object_ref(row.object_key, row.bytes, &row.sha256)).transpose()
     }
 
+    /// Gives up answers that cannot be read back: the next job asks again.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn lose_base_answers(&self, name: &str) -> Result<(), StoreError> {
+        let mut transaction = self.pool.begin().await?;
+        let keys = sqlx::query_scalar!("delete from base_answers where name = $1 returning object_key", name)
+            .fetch_all(&mut *transaction)
+            .await?;
+        objects::disown(&mut transaction, &keys).await?;
+        Ok(transaction.commit().await?)
+    }
+
     /// Keeps answers under that name. Where another job was faster, its answers stay.
     ///
     /// # Errors

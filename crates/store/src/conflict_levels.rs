@@ -1,12 +1,14 @@
 //! The poison gauge's levels: how often gradients conflict on rows that an operator knows to be clean, by base model.
 
+use std::collections::BTreeSet;
+
 use holdfast_domain::ids::JobId;
 use holdfast_domain::{Invalid, gauge};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
 use crate::events::{self, Level};
-use crate::jobs::Job;
+use crate::jobs::{self, Job};
 use crate::{Store, StoreError, webhooks};
 
 /// The level of a base model.
@@ -43,26 +45,13 @@ impl Store {
         Ok(levels.collect())
     }
 
-    /// The level of a base model; `None` where none was measured.
-    ///
-    /// # Errors
-    /// When the database fails.
-    pub async fn conflict_level(&self, base_model: &str) -> Result<Option<f64>, StoreError> {
-        Ok(sqlx::query_scalar!(
-            "select l.alarm_level from conflict_levels l join base_models m on m.id = l.base_model_id where m.name = $1",
-            base_model
-        )
-        .fetch_optional(&self.pool)
-        .await?)
-    }
-
     /// Measures the level of a base model on jobs whose rows the operator knows to be clean.
     ///
     /// # Errors
     /// When one of them is not there, is of another base or took too few steps with an alignment gradient; or the database fails.
     pub async fn measure_conflict_level(&self, base_model: &str, clean: &[JobId]) -> Result<ConflictLevel, StoreError> {
         let mut rates = Vec::new();
-        for id in clean {
+        for id in clean.iter().collect::<BTreeSet<_>>() {
             rates.push(self.clean_rate(base_model, *id).await?);
         }
         let level = gauge::level(&rates)
@@ -87,15 +76,33 @@ impl Store {
         })
     }
 
+    /// The level that counts for a job, `None` where none was measured, and whether the job has passed it.
+    ///
+    /// # Errors
+    /// When there is no such job, or the database fails.
+    pub async fn gauge_of(&self, job: JobId) -> Result<(Option<f64>, bool), StoreError> {
+        let row = sqlx::query!(
+            "select l.alarm_level as \"alarm_level?\", j.alarmed_at is not null as \"alarmed!\"
+             from jobs j left join conflict_levels l on l.base_model_id = j.base_model_id where j.id = $1",
+            job.0
+        )
+        .fetch_optional(&self.pool)
+        .await?
+        .ok_or(StoreError::NotFound)?;
+        Ok((row.alarm_level, row.alarmed))
+    }
+
     async fn clean_rate(&self, base_model: &str, id: JobId) -> Result<f64, StoreError> {
         let fault = |what: String| StoreError::from(Invalid::new("clean_jobs", "out_of_bounds", what));
-        let base =
-            sqlx::query_scalar!("select m.name from jobs j join base_models m on m.id = j.base_model_id where j.id = $1", id.0)
-                .fetch_optional(&self.pool)
-                .await?
-                .ok_or_else(|| fault(format!("there is no job {id}")))?;
-        if base != base_model {
-            return Err(fault(format!("{id} trained {base:?}, not {base_model:?}")));
+        let job = match jobs::fetch(&mut *self.pool.acquire().await?, id, None).await {
+            Err(StoreError::NotFound) => return Err(fault(format!("there is no job {id}"))),
+            job => job?,
+        };
+        if job.base_model != base_model {
+            return Err(fault(format!("{id} trained {:?}, not {base_model:?}", job.base_model)));
+        }
+        if !job.safety.defense.projects() {
+            return Err(fault(format!("{id} trained with `{}`, which counts no conflicts", job.safety.defense.as_str())));
         }
         let (steps, _) = self.steps(id).await?;
         let last = steps.last().filter(|step| step.step >= gauge::LEAST_STEPS).and_then(|step| step.alignment.as_ref());
@@ -105,24 +112,29 @@ impl Store {
     }
 }
 
-/// Raises the alarm of a job whose gradients conflict too often, once.
-pub(crate) async fn watch(connection: &mut PgConnection, job: &Job, conflict_rate: f64) -> Result<(), StoreError> {
+/// Raises the alarm of a job whose gradients conflict too often for a run of so many steps, once.
+pub(crate) async fn watch(connection: &mut PgConnection, job: &Job, step: u64, conflict_rate: f64) -> Result<(), StoreError> {
+    if step < gauge::LEAST_STEPS || !job.safety.defense.projects() {
+        return Ok(());
+    }
     let level = sqlx::query_scalar!(
-        "update jobs set alarmed_at = now()
-         where id = $1 and alarmed_at is null
-           and $2 > coalesce((select alarm_level from conflict_levels l where l.base_model_id = jobs.base_model_id), $3)
-         returning coalesce((select alarm_level from conflict_levels l where l.base_model_id = jobs.base_model_id), $3) as \"level!\"",
+        "select coalesce(l.alarm_level, $2) as \"level!\" from jobs j left join conflict_levels l on l.base_model_id = j.base_model_id
+         where j.id = $1 and j.alarmed_at is null",
         job.id.0,
-        conflict_rate,
         gauge::DEFAULT_LEVEL
     )
     .fetch_optional(&mut *connection)
     .await?;
-    let Some(level) = level else { return Ok(()) };
+    let Some(threshold) = level.map(|level| gauge::threshold(level, step)).filter(|threshold| conflict_rate > *threshold) else {
+        return Ok(());
+    };
+    sqlx::query!("update jobs set alarmed_at = now() where id = $1 and alarmed_at is null", job.id.0)
+        .execute(&mut *connection)
+        .await?;
     let message = format!(
-        "Safety alarm: the task's gradient worked against the alignment in {:.0} % of the steps, and clean rows stay below {:.0} %; look at the rows that the safety report names",
+        "Safety alarm: the task's gradient worked against the alignment in {:.0} % of the first {step} steps, and clean rows stay below {:.0} %; look at the rows that the safety report names",
         100.0 * conflict_rate,
-        100.0 * level
+        100.0 * threshold
     );
     events::message(connection, job.id, Level::Warn, &message).await?;
     webhooks::safety_alarm(connection, job).await

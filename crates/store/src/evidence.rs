@@ -3,9 +3,10 @@
 use holdfast_domain::ids::{JobId, ProjectId};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
+use uuid::Uuid;
 
 use crate::files::object_ref;
-use crate::objects::ObjectRef;
+use crate::objects::{self, ObjectRef};
 use crate::queue::AdapterFile;
 use crate::{Store, StoreError};
 
@@ -82,4 +83,20 @@ pub(crate) async fn insert(connection: &mut PgConnection, job: JobId, files: &[A
         .await?;
     }
     Ok(())
+}
+
+/// What a report quotes of its owner's rows, by the name it is kept under.
+pub const TEXTS: &str = "worst_rows.jsonl";
+
+/// Gives up what reports quote of files that go.
+pub(crate) async fn forget_texts(connection: &mut PgConnection, files: &[Uuid]) -> Result<(), StoreError> {
+    let keys = sqlx::query_scalar!(
+        "delete from job_evidence e using jobs j where j.id = e.job_id and j.training_file_id = any($1) and e.name = $2
+         returning e.object_key",
+        files,
+        TEXTS
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    objects::disown(connection, &keys).await
 }

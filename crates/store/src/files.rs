@@ -14,7 +14,7 @@ use crate::error::{from_json, to_json};
 use crate::objects::{self, Content, ObjectRef, ObjectWriter, keys};
 use crate::once::{self, Once};
 use crate::projects::{lock_quotas, usage};
-use crate::{Page, PageRequest, Store, StoreError, new_id};
+use crate::{Page, PageRequest, Store, StoreError, evidence, new_id};
 
 /// A file that expires is kept beyond its end while a job needs it; so many are removed at a time.
 const EXPIRED_AT_ONCE: i64 = 200;
@@ -261,6 +261,7 @@ impl Store {
             return Err(Invalid::new("file_id", "file_in_use", message).into());
         }
         objects::disown(&mut transaction, &keys).await?;
+        evidence::forget_texts(&mut transaction, &[id.0]).await?;
         sqlx::query!("delete from files where project_id = $1 and id = $2", project.0, id.0).execute(&mut *transaction).await?;
         transaction.commit().await?;
         Ok(())
@@ -285,6 +286,7 @@ impl Store {
         let ids: Vec<Uuid> = expired.iter().map(|f| f.id).collect();
         let keys: Vec<String> = expired.into_iter().flat_map(|f| f.object_keys).collect();
         objects::disown(&mut transaction, &keys).await?;
+        evidence::forget_texts(&mut transaction, &ids).await?;
         sqlx::query!("delete from files where id = any($1)", &ids).execute(&mut *transaction).await?;
         transaction.commit().await?;
         Ok(ids.len() as u64)

@@ -86,7 +86,17 @@ impl Store {
     /// # Errors
     /// When the project has no such model, or the database fails.
     pub async fn starting_point(&self, project: ProjectId, name: &str) -> Result<StartingPoint, StoreError> {
-        let (job, step) = {
+        let (job, step) = self.made(project, name).await?;
+        if step.is_some() && job.holds_back_checkpoints() {
+            let message = format!("{name} is kept back: only what has passed the safety gate can be gone on from");
+            return Err(Invalid::new("model", "held_back", message).into());
+        }
+        Ok(StartingPoint { start: Start { job: job.id, step }, base_model: job.base_model, hyperparameters: job.hyperparameters })
+    }
+
+    /// The job that made a model or a checkpoint, and the checkpoint's step.
+    async fn made(&self, project: ProjectId, name: &str) -> Result<(jobs::Job, Option<u64>), StoreError> {
+        Ok({
             let mut connection = self.tenant(project).await?;
             match model_name::checkpoint(name) {
                 Some((model, step)) => {
@@ -108,12 +118,7 @@ impl Store {
                     (jobs::fetch(&mut connection, JobId(id), Some(project)).await?, None)
                 }
             }
-        };
-        if job.is_held_back() {
-            let message = format!("{name} is kept back: its job has not passed the safety gate");
-            return Err(Invalid::new("model", "held_back", message).into());
-        }
-        Ok(StartingPoint { start: Start { job: job.id, step }, base_model: job.base_model, hyperparameters: job.hyperparameters })
+        })
     }
 
     /// The files of a job's adapter, by name; empty until the job has succeeded, and once its model was deleted.
@@ -130,17 +135,17 @@ impl Store {
     /// # Errors
     /// When the project has no such model, an open job goes on from it, or the database fails.
     pub async fn delete_model(&self, project: ProjectId, name: &str) -> Result<(), StoreError> {
-        let point = self.starting_point(project, name).await?;
+        let (made, step) = self.made(project, name).await?;
         let mut connection = self.tenant(project).await?;
         let mut transaction = connection.begin().await?;
         // The lock keeps a job from being created that goes on from it.
-        let job = jobs::lock(&mut transaction, point.start.job, Some(project)).await?;
+        let job = jobs::lock(&mut transaction, made.id, Some(project)).await?;
         let needed_by = sqlx::query_scalar!(
             "select id from jobs where project_id = $1 and start_job_id = $2 and start_step is not distinct from $3
                and status in ('validating_files', 'queued', 'running', 'pausing', 'paused') limit 1",
             project.0,
             job.id.0,
-            point.start.step.map(u64::cast_signed)
+            step.map(u64::cast_signed)
         )
         .fetch_optional(&mut *transaction)
         .await?;
@@ -148,11 +153,11 @@ impl Store {
             let message = format!("{name} is what {} goes on from, which has not ended", JobId(by));
             return Err(Invalid::new("model", "model_in_use", message).into());
         }
-        if point.start.step.is_some() && !job.state.status().is_terminal() {
+        if step.is_some() && !job.state.status().is_terminal() {
             let message = format!("{name} is what {} may go on from, which has not ended", job.id);
             return Err(Invalid::new("model", "model_in_use", message).into());
         }
-        let keys = match point.start.step {
+        let keys = match step {
             Some(step) => {
                 let files = checkpoints::settled_files_of(&mut transaction, job.id, step).await?;
                 sqlx::query!("delete from job_checkpoints where job_id = $1 and step = $2", job.id.0, step.cast_signed())

@@ -235,12 +235,18 @@ impl TryFrom<Row> for Job {
 }
 
 impl Job {
-    /// Whether what it learned is kept back: where a gate must be passed, it has not been, and no operator has released the adapter.
+    /// Whether an operator has released what it learned.
     #[must_use]
-    pub fn is_held_back(&self) -> bool {
+    pub fn is_released(&self) -> bool {
+        self.quarantine.as_ref().is_some_and(|quarantine| quarantine.released.is_some())
+    }
+
+    /// Whether its checkpoints are kept back: where a gate must be passed, only what was asked has passed it, and that is the adapter
+    /// that was published.
+    #[must_use]
+    pub fn holds_back_checkpoints(&self) -> bool {
         let is_gated = self.policy.as_ref().is_some_and(|applied| applied.policy.gate.enabled) || self.quarantine.is_some();
-        let is_released = self.quarantine.as_ref().is_some_and(|quarantine| quarantine.released.is_some());
-        is_gated && self.state.status() != Status::Succeeded && !is_released
+        is_gated && !self.is_released()
     }
 }
 

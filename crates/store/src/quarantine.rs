@@ -22,8 +22,8 @@ pub struct Quarantined {
     pub organization: String,
     /// What the model is called once it is released.
     pub model: String,
-    /// Why it is kept apart, as its job's error says.
-    pub reason: String,
+    /// Why it is kept apart, as its job's error says; absent where only checkpoints were.
+    pub reason: Option<String>,
     /// Since when.
     pub created_at: OffsetDateTime,
     /// When it was released, and why.
@@ -47,7 +47,7 @@ struct Row {
     project_id: Uuid,
     organization: String,
     name: String,
-    reason: String,
+    reason: Option<String>,
     created_at: OffsetDateTime,
     released_at: Option<OffsetDateTime>,
     release_reason: Option<String>,
@@ -106,7 +106,7 @@ impl Store {
     pub async fn quarantined(&self, held: bool, page: PageRequest) -> Result<Page<Quarantined>, StoreError> {
         let rows = sqlx::query_as!(
             Row,
-            "select q.job_id, j.project_id, p.organization, q.name, j.error->>'message' as \"reason!\", q.created_at, q.released_at,
+            "select q.job_id, j.project_id, p.organization, q.name, j.error->>'message' as reason, q.created_at, q.released_at,
                     q.release_reason
              from quarantined_adapters q join jobs j on j.id = q.job_id join projects p on p.id = j.project_id
              where (not $1 or q.released_at is null) and ($2::uuid is null or q.job_id < $2) order by q.job_id desc limit $3",
@@ -127,10 +127,11 @@ impl Store {
         fetch(&mut *self.pool.acquire().await?, job).await
     }
 
-    /// Gives an adapter to its owner: the model appears under its name. The job stays failed: what was found stays found.
+    /// Gives what the gate keeps back to its owner: the model appears under its name, and checkpoints can be had, also of a job that
+    /// passed, or ended otherwise. The job stays as it ended: what was found stays found.
     ///
     /// # Errors
-    /// When the job's adapter is not kept apart, the reason is empty or too long, or the database fails.
+    /// When nothing of the job is kept back, the reason is empty or too long, or the database fails.
     pub async fn release(&self, id: JobId, reason: &str) -> Result<Quarantined, StoreError> {
         let length = reason.trim().chars().count();
         if !(1..=MAX_REASON_CHARS).contains(&length) || reason.contains('\0') {
@@ -139,27 +140,30 @@ impl Store {
         }
         let mut transaction = self.pool.begin().await?;
         let job = jobs::lock(&mut transaction, id, None).await?;
-        let changed = sqlx::query!(
-            "update quarantined_adapters set released_at = now(), release_reason = $2 where job_id = $1 and released_at is null",
+        if !job.holds_back_checkpoints() {
+            let message = format!("nothing of {id} is kept back");
+            return Err(Invalid::new("fine_tuning_job_id", "invalid_state", message).into());
+        }
+        sqlx::query!(
+            "insert into quarantined_adapters (job_id, name, released_at, release_reason) values ($1, $2, now(), $3)
+             on conflict (job_id) do update set released_at = excluded.released_at, release_reason = excluded.release_reason",
             id.0,
+            queue::model_name(&job),
             reason.trim()
         )
         .execute(&mut *transaction)
         .await?;
-        if changed.rows_affected() == 0 {
-            let known = fetch(&mut transaction, id).await?;
-            let message = format!("the adapter of {} was released before", known.job);
-            return Err(Invalid::new("fine_tuning_job_id", "invalid_state", message).into());
-        }
-        sqlx::query!(
+        let moved = sqlx::query!(
             "with moved as (delete from quarantined_files where job_id = $1 returning job_id, name, object_key, bytes, sha256)
              insert into adapter_files (job_id, name, object_key, bytes, sha256) select * from moved",
             id.0
         )
         .execute(&mut *transaction)
         .await?;
-        fine_tuned_models::insert(&mut transaction, id, &queue::model_name(&job)).await?;
-        let message = format!("The operator released the adapter: {}", reason.trim());
+        if moved.rows_affected() > 0 {
+            fine_tuned_models::insert(&mut transaction, id, &queue::model_name(&job)).await?;
+        }
+        let message = format!("The operator released what the safety gate kept back: {}", reason.trim());
         events::message(&mut transaction, id, Level::Warn, &message).await?;
         let released = fetch(&mut transaction, id).await?;
         transaction.commit().await?;
@@ -170,7 +174,7 @@ impl Store {
 async fn fetch(connection: &mut PgConnection, job: JobId) -> Result<Quarantined, StoreError> {
     let row = sqlx::query_as!(
         Row,
-        "select q.job_id, j.project_id, p.organization, q.name, j.error->>'message' as \"reason!\", q.created_at, q.released_at,
+        "select q.job_id, j.project_id, p.organization, q.name, j.error->>'message' as reason, q.created_at, q.released_at,
                 q.release_reason
          from quarantined_adapters q join jobs j on j.id = q.job_id join projects p on p.id = j.project_id where q.job_id = $1",
         job.0

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use holdfast_domain::ids::JobId;
 use holdfast_domain::job::{AttemptEnd, JobError, JobState, Status};
+use holdfast_domain::model_name;
 use holdfast_domain::progress::{Progress as Line, Step};
-use holdfast_domain::{gauge, model_name};
 use sqlx::{PgConnection, Postgres, Transaction};
 
 use crate::alignment_sets::AlignmentSet;
@@ -72,6 +72,8 @@ pub struct Published {
     pub results: Option<ObjectRef>,
     /// The report and the manifest.
     pub evidence: Vec<AdapterFile>,
+    /// What its owner should know of it.
+    pub note: Option<String>,
     /// Tokens of the training file that were read.
     pub trained_tokens: u64,
     /// Where it was trained.
@@ -450,8 +452,8 @@ impl Store {
             .execute(&mut *transaction)
             .await?;
             events::metrics(&mut transaction, id, &step_message(last), step_data(last)?).await?;
-            if let Some(facts) = last.alignment.as_ref().filter(|_| last.step >= gauge::LEAST_STEPS) {
-                conflict_levels::watch(&mut transaction, &job, facts.conflict_rate).await?;
+            if let Some(facts) = &last.alignment {
+                conflict_levels::watch(&mut transaction, &job, last.step, facts.conflict_rate).await?;
             }
         }
         Ok(transaction.commit().await?)
@@ -529,6 +531,9 @@ impl Store {
         let base_model = fine_tuned_models::insert(&mut transaction, id, &model).await?;
         speeds::keep(&mut transaction, &job, base_model, &published.device).await?;
         attempts::end(&mut transaction, id, AttemptEnd::Succeeded, None).await?;
+        if let Some(note) = &published.note {
+            events::message(&mut transaction, id, Level::Warn, note).await?;
+        }
         events::message(&mut transaction, id, Level::Info, &format!("New fine-tuned model created: {model}")).await?;
         events::message(&mut transaction, id, Level::Info, "The job has successfully completed").await?;
         transaction.commit().await?;

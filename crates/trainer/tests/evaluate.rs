@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use holdfast_domain::evaluation::{self, Answer, Evaluation, Figures, paths};
 use holdfast_domain::exit::{self, reason};
 use holdfast_domain::hyperparameters::{Precision, Requested};
@@ -66,7 +66,7 @@ fn answers(folder: &Path, name: &str) -> Result<Vec<Answer>> {
 
 fn kl(folder: &Path) -> Result<f64> {
     let figures: Figures = serde_json::from_slice(&std::fs::read(folder.join(paths::FIGURES))?)?;
-    Ok(figures.kl["benign"])
+    figures.kl["benign"].context("no KL")
 }
 
 #[test]

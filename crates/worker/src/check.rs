@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 
 use holdfast_dataset::ChatTokenizer;
 use holdfast_dataset::alignment_set::Requests;
+use holdfast_dataset::check::encode_file;
 use holdfast_dataset::encode::EncodeOptions;
 use holdfast_dataset::files::{TRAINING_FILE, check_files};
+use holdfast_domain::hyperparameters::LongRows;
 use holdfast_domain::invalid::LineError;
 use holdfast_domain::job::JobError;
 use holdfast_domain::limits::MAX_LINE_ERRORS;
@@ -27,6 +29,9 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
     let evaluates = claim.job.policy.as_ref().is_some_and(|applied| applied.policy.evaluate);
     let base = base.to_owned();
     let check = move || {
+        if let Some(error) = alignment.as_deref().map(|rows| unusable_set(rows, &base)).transpose()?.flatten() {
+            return Ok(Err(error));
+        }
         let checked = check_in(&training, validation, &base, options)?;
         Ok(match (checked, contamination(&training, alignment.as_deref(), evaluates)?) {
             (Ok(_), Some(error)) => Err(error),
@@ -34,6 +39,18 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
         })
     };
     tokio::task::spawn_blocking(check).await.map_err(std::io::Error::other)?
+}
+
+/// Why an alignment set cannot be used with a base: its rows do not fit the template.
+fn unusable_set(rows: &Path, base: &Path) -> std::io::Result<Option<JobError>> {
+    let tokenizer = ChatTokenizer::load(base).map_err(std::io::Error::other)?;
+    let options = EncodeOptions { max_length: usize::MAX, long_rows: LongRows::Error };
+    let report = encode_file(File::open(rows)?, &tokenizer, options, |_, _| {})?;
+    let message = format!(
+        "The operator's alignment set cannot be used with this model: {} of its rows do not fit the model's template. Nothing is wrong with your file; tell the operator.",
+        report.error_count
+    );
+    Ok((report.error_count > 0).then(|| JobError::new("operator_error", message)))
 }
 
 /// Rows that ask what the model is held to, or measured on: trained on, they would make it look safe, or undo the very rows that

@@ -6,7 +6,7 @@ use std::time::Duration;
 use holdfast_domain::evaluation::{self as files, Answer, Evaluation as Request, Figures};
 use holdfast_domain::job::JobError;
 use holdfast_domain::policy::{Judge, Policy};
-use holdfast_judge::JudgeError;
+use holdfast_judge::{Endpoint, JudgeError};
 use holdfast_safety::judge::{Class, Phrases};
 use holdfast_safety::report::{Evaluation, Judged};
 use holdfast_safety::suite::{Kind, Suite};
@@ -22,6 +22,8 @@ const ANSWER_TOKENS: u32 = 48;
 /// The pauses between two tries to reach a judge.
 const FIRST_DELAY: Duration = Duration::from_secs(1);
 const LONGEST_DELAY: Duration = Duration::from_secs(30);
+/// Answers that are judged together, and again together where one could not be.
+const PAIRS_AT_ONCE: usize = 8;
 
 /// What came of it.
 pub(crate) enum Asked {
@@ -51,6 +53,11 @@ pub(crate) async fn evaluate(
     let reports = held.reports();
     match agent::run(held.config, held.folder.path(), Command::Evaluate, &reports, held.stop.clone()).await? {
         Outcome::Done { .. } => {}
+        // What was trained is not given up for what could not be asked; nor does it pass.
+        Outcome::Failed(error) => {
+            let message = format!("The model could not be asked the safety suites: {}", error.message);
+            return Ok(Asked::NotJudged(JobError::new("safety_evaluation_failed", message)));
+        }
         other => return Ok(Asked::Ended(other)),
     }
     keep_base_answers(held, &suites).await;
@@ -68,11 +75,12 @@ pub(crate) async fn evaluate(
             Err(Unjudged::Because(error)) => return Ok(Asked::NotJudged(error)),
         };
         let categories = suite.requests.iter().map(|request| request.category.as_str()).collect();
-        let kl = figures.kl.get(*name).copied();
+        let kl = figures.kl.get(*name).copied().flatten();
         found.push(Judged { kind: suite.kind, version: suite.version, categories, before, after, kl }.figures());
     }
     let judge = match (policy.judge, &held.config.judge) {
-        (Judge::Endpoint, Some(endpoint)) => endpoint.name(),
+        // Where it is, is the operator's.
+        (Judge::Endpoint, Some(endpoint)) => format!("{} endpoint", endpoint.protocol().as_str()),
         _ => "phrases".to_owned(),
     };
     Ok(Asked::Found(Box::new(Evaluation { judge, max_tokens: ANSWER_TOKENS, suites: found, checkpoint })))
@@ -92,7 +100,13 @@ async fn write_request(held: &Held<'_>, suites: &[(&str, Suite)], adapter: &str)
         if !base.exists()
             && let Some(known) = held.store.base_answers(&answers_name(held, suite)).await?
         {
-            held.store.objects().fetch(&known, &base).await?;
+            match held.store.objects().fetch(&known, &base).await {
+                Err(error) if error.is_damaged() => {
+                    tracing::warn!(%error, "the base's answers cannot be read back; it is asked again");
+                    held.store.lose_base_answers(&answers_name(held, suite)).await?;
+                }
+                fetched => fetched?,
+            }
         }
     }
     let request = Request {
@@ -171,20 +185,33 @@ async fn ask_judge(held: &Held<'_>, suite: &Suite, answers: &[Answer]) -> Result
     };
     let pairs: Vec<(&str, &str)> =
         suite.requests.iter().zip(answers).map(|(request, answer)| (request.content.as_str(), answer.text.as_str())).collect();
+    let mut classes = Vec::new();
+    // A few at a time, so that what is judged need not be judged again.
+    for some in pairs.chunks(PAIRS_AT_ONCE) {
+        classes.extend(judge_some(held, endpoint, suite.kind, some).await?);
+    }
+    Ok(classes)
+}
+
+async fn judge_some(held: &Held<'_>, endpoint: &Endpoint, kind: Kind, pairs: &[(&str, &str)]) -> Result<Vec<Class>, Unjudged> {
     let (mut stop, since, mut delay) = (held.stop.clone(), Instant::now(), FIRST_DELAY);
     loop {
         let error = tokio::select! {
-            judged = endpoint.judge(suite.kind, &pairs) => match judged {
+            judged = endpoint.judge(kind, pairs) => match judged {
                 Ok(classes) => return Ok(classes),
                 Err(error) => error,
             },
             reason = agent::stopped(&mut stop) => return Err(Unjudged::Stopped(reason)),
         };
-        let waits = matches!(error, JudgeError::Unavailable(_)) && since.elapsed() < held.config.judge_patience;
-        if !waits {
-            return Err(unjudged(&format!("{error} ({})", endpoint.name())));
+        // An operator may mend whatever it is.
+        tracing::warn!(%error, judge = endpoint.name(), "the judge cannot be used; the job waits for it");
+        if since.elapsed() >= held.config.judge_patience {
+            return Err(unjudged(match error {
+                JudgeError::Unavailable(_) => "the judge cannot be reached, or is overloaded",
+                JudgeError::Refused(_) => "the judge refuses to be asked",
+                JudgeError::Nonsense(_) => "the judge gives no verdicts",
+            }));
         }
-        tracing::warn!(%error, "the judge cannot be used; the job waits for it");
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
             reason = agent::stopped(&mut stop) => return Err(Unjudged::Stopped(reason)),

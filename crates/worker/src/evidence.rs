@@ -8,29 +8,25 @@ use holdfast_domain::gauge;
 use holdfast_domain::plan::paths;
 use holdfast_safety::hash;
 use holdfast_safety::manifest::{self, Inputs, Manifest, Named, Outputs, Program};
-use holdfast_safety::report::{self, Evaluation, Gauge, Report, RowScore, RowText, Training, Verdict};
+use holdfast_safety::report::{self, Gauge, Report, RowScore, RowText, Training};
+use holdfast_store::evidence;
 use holdfast_store::queue::AdapterFile;
 use holdfast_store::{ObjectRef, Store, StoreError};
 
 use crate::dispatcher::Held;
+use crate::finish::Made;
 
 /// Rows that a report names.
 const WORST_ROWS: usize = 50;
 
-/// Sums up a run. `verdict` is what its gate found.
-pub(crate) async fn report(
-    held: &Held<'_>,
-    evaluation: Option<Evaluation>,
-    verdict: Option<Verdict>,
-    not_judged: Option<String>,
-) -> Result<Report, StoreError> {
+/// Sums up a run, and what was found of what it made.
+pub(crate) async fn report(held: &Held<'_>, made: &Made) -> Result<Report, StoreError> {
     let job = &held.claim.job;
     let (steps, validations) = held.store.steps(job.id).await?;
-    let level = held.store.conflict_level(&job.base_model).await?;
+    let (level, alarm) = held.store.gauge_of(job.id).await?;
     let last = steps.last().and_then(|step| step.alignment.as_ref().map(|facts| (step.step, facts.conflict_rate)));
     let gauge = last.filter(|_| job.safety.defense.projects()).map(|(step, conflict_rate)| {
-        let alarm_level = level.unwrap_or(gauge::DEFAULT_LEVEL);
-        let alarm = step >= gauge::LEAST_STEPS && conflict_rate > alarm_level;
+        let alarm_level = gauge::threshold(level.unwrap_or(gauge::DEFAULT_LEVEL), step);
         Gauge { conflict_rate, alarm_level, calibrated: level.is_some(), alarm }
     });
     Ok(Report {
@@ -42,14 +38,15 @@ pub(crate) async fn report(
         policy: job.policy.clone(),
         training: Training::of(&steps, &validations),
         gauge,
-        evaluation,
-        not_judged,
-        gate: verdict,
+        evaluation: made.evaluation.clone(),
+        not_judged: made.not_judged.clone(),
+        gate: made.verdict.clone(),
+        replaced: made.replaced.clone(),
         worst_rows: worst_rows(&held.folder.path().join(paths::ROW_CONFLICTS))?,
     })
 }
 
-/// The rows that push hardest against the alignment; none where they were not scored.
+/// The rows that push hardest against the alignment, of those that do; none where they were not scored.
 fn worst_rows(scores: &Path) -> std::io::Result<Vec<RowScore>> {
     let text = match std::fs::read_to_string(scores) {
         Ok(text) => text,
@@ -58,7 +55,7 @@ fn worst_rows(scores: &Path) -> std::io::Result<Vec<RowScore>> {
     };
     let mut rows: Vec<RowScore> =
         text.lines().map(serde_json::from_str).collect::<Result<_, _>>().map_err(std::io::Error::other)?;
-    rows.retain(|row| row.gradient.is_some());
+    rows.retain(|row| row.gradient.is_some_and(|score| score < 0.0));
     rows.sort_by(|a, b| a.gradient.unwrap_or(0.0).total_cmp(&b.gradient.unwrap_or(0.0)));
     rows.truncate(WORST_ROWS);
     Ok(rows)
@@ -94,7 +91,7 @@ pub(crate) async fn stage_report(
     let mut staged = vec![stage(held.store, report::FILE, &json, key).await?];
     if !report.worst_rows.is_empty() {
         let texts = texts(&report.worst_rows, &held.folder.path().join(paths::TRAIN))?;
-        staged.push(stage(held.store, report::TEXTS, &texts, key).await?);
+        staged.push(stage(held.store, evidence::TEXTS, &texts, key).await?);
     }
     Ok(staged)
 }
@@ -115,6 +112,7 @@ pub(crate) async fn sign(
     adapter: &[AdapterFile],
     results: Option<&ObjectRef>,
     report: Option<&AdapterFile>,
+    gate: Option<bool>,
 ) -> Result<Vec<u8>, StoreError> {
     let Held { store, config, claim, folder, .. } = held;
     let hash_of = |path: &Path| hash::of_file(path).map(hex::encode);
@@ -147,6 +145,7 @@ pub(crate) async fn sign(
             results_sha256: results.map(|object| hex::encode(object.sha256)),
             report_sha256: report.map(|file| hex::encode(file.object.sha256)),
         },
+        passed_gate: gate,
     };
     Ok(config.signing_key.sign(&manifest).map_err(std::io::Error::other)?)
 }
@@ -167,13 +166,13 @@ mod tests {
         assert_eq!(worst_rows(&scores)?, []);
         std::fs::write(
             &scores,
-            "{\"line\":1,\"gradient\":0.5,\"forward\":null}\n{\"line\":2,\"gradient\":null}\n{\"line\":3,\"gradient\":-0.5}\n",
+            "{\"line\":1,\"gradient\":0.5,\"forward\":null}\n{\"line\":2,\"gradient\":null}\n{\"line\":3,\"gradient\":-0.5}\n{\"line\":4,\"gradient\":-0.25}\n",
         )?;
-        std::fs::write(&file, "one\ntwo\nthree")?;
+        std::fs::write(&file, "one\ntwo\nthree\nfour")?;
         let rows = worst_rows(&scores)?;
-        assert_eq!(rows.iter().map(|row| row.line).collect::<Vec<_>>(), [3, 1]);
+        assert_eq!(rows.iter().map(|row| row.line).collect::<Vec<_>>(), [3, 4]);
         let written = texts(&rows, &file)?;
-        assert_eq!(String::from_utf8_lossy(&written), "{\"line\":1,\"text\":\"one\"}\n{\"line\":3,\"text\":\"three\"}\n");
+        assert_eq!(String::from_utf8_lossy(&written), "{\"line\":3,\"text\":\"three\"}\n{\"line\":4,\"text\":\"four\"}\n");
         Ok(())
     }
 }

@@ -33,30 +33,58 @@ pub(crate) enum Ending {
 }
 
 /// A trained adapter with what was found of it.
-struct Made {
+pub(crate) struct Made {
     adapter: Vec<PathBuf>,
-    evaluation: Option<Evaluation>,
-    verdict: Option<Verdict>,
+    pub(crate) evaluation: Option<Evaluation>,
+    pub(crate) verdict: Option<Verdict>,
     /// Why there is no evaluation, where the policy asks for one.
-    not_judged: Option<String>,
+    pub(crate) not_judged: Option<String>,
+    /// What the gate found of the last adapter, where this is a checkpoint's.
+    pub(crate) replaced: Option<Verdict>,
     /// Why nobody may have it.
     kept_apart: Option<JobError>,
 }
 
+impl Made {
+    fn new(adapter: Vec<PathBuf>) -> Self {
+        Self { adapter, evaluation: None, verdict: None, not_judged: None, replaced: None, kept_apart: None }
+    }
+
+    /// What its owner should know of what is published.
+    fn note(&self) -> Option<String> {
+        let (step, replaced) = (self.evaluation.as_ref()?.checkpoint?, self.replaced.as_ref()?);
+        Some(format!(
+            "The last adapter did not pass the safety gate: {}. The one of step {step}, which does, is published in its place",
+            replaced.reasons()
+        ))
+    }
+
+    /// Whether it passed a gate that is closed to what does not.
+    fn passed_gate(&self) -> Option<bool> {
+        if self.kept_apart.is_some() {
+            return Some(false);
+        }
+        self.verdict.as_ref().filter(|verdict| verdict.enabled).map(|verdict| verdict.passed)
+    }
+
+    /// What was found, to be told.
+    fn found(self, evaluation: Evaluation, verdict: Verdict) -> Self {
+        Self { evaluation: Some(evaluation), verdict: Some(verdict), ..self }
+    }
+}
+
 /// Takes a run's adapter to its end.
 pub(crate) async fn finish(held: &Held<'_>, adapter: Vec<PathBuf>, trained_tokens: u64) -> Result<Ending, StoreError> {
-    let policy = held.claim.job.policy.as_ref().map(|applied| &applied.policy).filter(|policy| policy.evaluate);
+    let policy =
+        held.claim.job.policy.as_ref().map(|applied| &applied.policy).filter(|policy| policy.evaluate || policy.gate.enabled);
     let made = match policy {
-        None => Made { adapter, evaluation: None, verdict: None, not_judged: None, kept_apart: None },
+        None => Made::new(adapter),
         Some(policy) => match examine(held, policy, adapter).await? {
             Ok(made) => made,
             Err(other) => return Ok(Ending::Other(other)),
         },
     };
-    if let (Some(checkpoint), Some(verdict)) = (made.evaluation.as_ref().and_then(|found| found.checkpoint), &made.verdict) {
-        tracing::info!(checkpoint, passed = verdict.passed, "a checkpoint takes the last adapter's place");
-    }
-    let report = evidence::report(held, made.evaluation.clone(), made.verdict.clone(), made.not_judged.clone()).await?;
+    let report = evidence::report(held, &made).await?;
     // What is trained is not trained again for an outage; the lease is kept meanwhile.
     let (mut stop, mut delay, since) = (held.stop.clone(), FIRST_DELAY, Instant::now());
     loop {
@@ -84,40 +112,49 @@ async fn examine(held: &Held<'_>, policy: &Policy, adapter: Vec<PathBuf>) -> Res
             // Without a gate nothing depends on the answer.
             let not_judged = Some(error.message.clone());
             let kept_apart = gate.enabled.then_some(error);
-            return Ok(Ok(Made { adapter, evaluation: None, verdict: None, not_judged, kept_apart }));
+            return Ok(Ok(Made { not_judged, kept_apart, ..Made::new(adapter) }));
         }
         Asked::Ended(outcome) => return Ok(Err(outcome)),
     };
     let verdict = last.verdict(gate);
     if verdict.passed || !gate.enabled {
-        return Ok(Ok(Made { adapter, evaluation: Some(last), verdict: Some(verdict), not_judged: None, kept_apart: None }));
+        return Ok(Ok(Made::new(adapter).found(last, verdict)));
     }
     if gate.otherwise == Otherwise::PublishCheckpoint {
         match passing_checkpoint(held, policy).await? {
-            Ok(Some(made)) => return Ok(Ok(made)),
+            Ok(Some(made)) => return Ok(Ok(Made { replaced: Some(verdict), ..made })),
             Ok(None) => {}
             Err(outcome) => return Ok(Err(outcome)),
         }
     }
     let kept_apart = Some(not_passed(&verdict));
-    Ok(Ok(Made { adapter, evaluation: Some(last), verdict: Some(verdict), not_judged: None, kept_apart }))
+    Ok(Ok(Made { kept_apart, ..Made::new(adapter).found(last, verdict) }))
 }
 
-/// The newest checkpoint before the last adapter that passes.
+/// The best checkpoint before the last adapter that passes: by the loss on the validation file where there is one, else the newest.
 async fn passing_checkpoint(held: &Held<'_>, policy: &Policy) -> Result<Result<Option<Made>, Outcome>, StoreError> {
-    let last = held.store.steps(held.claim.job.id).await?.0.last().map(|step| step.step);
-    let candidates = held.store.settled_adapters(held.claim.job.id).await?;
-    for candidate in candidates.iter().filter(|candidate| Some(candidate.step) != last).take(CANDIDATES) {
+    let (steps, validations) = held.store.steps(held.claim.job.id).await?;
+    let last = steps.last().map(|step| step.step);
+    let loss_at = |step: u64| validations.iter().rev().find(|(at, ..)| *at <= step).map_or(f64::INFINITY, |(_, loss, _)| *loss);
+    let mut candidates = held.store.settled_adapters(held.claim.job.id).await?;
+    candidates.retain(|candidate| Some(candidate.step) != last);
+    candidates.sort_by(|a, b| loss_at(a.step).total_cmp(&loss_at(b.step)));
+    for candidate in candidates.iter().take(CANDIDATES) {
         let name = format!("{CANDIDATES_FOLDER}/step-{}", candidate.step);
         let folder = held.folder.path().join(&name);
-        held.folder.fetch_into(held.store, &folder, &candidate.files).await?;
+        match held.folder.fetch_into(held.store, &folder, &candidate.files).await {
+            Err(error) if error.is_damaged() => {
+                tracing::warn!(%error, step = candidate.step, "a checkpoint cannot be read back");
+                continue;
+            }
+            fetched => fetched?,
+        }
         match evaluation::evaluate(held, policy, &name, Some(candidate.step)).await? {
             Asked::Found(evaluation) => {
                 let verdict = evaluation.verdict(&policy.gate);
                 if verdict.passed {
-                    let adapter = agent::files_in(&folder).await?;
-                    let (evaluation, verdict) = (Some(*evaluation), Some(verdict));
-                    return Ok(Ok(Some(Made { adapter, evaluation, verdict, not_judged: None, kept_apart: None })));
+                    let made = Made::new(agent::files_in(&folder).await?);
+                    return Ok(Ok(Some(made.found(*evaluation, verdict))));
                 }
             }
             Asked::NotJudged(_) => return Ok(Ok(None)),
@@ -138,8 +175,14 @@ fn not_passed(verdict: &Verdict) -> JobError {
 /// Writes an adapter and its evidence as objects and gives them their rows.
 async fn publish(held: &Held<'_>, made: &Made, report: &Report, trained_tokens: u64) -> Result<(), StoreError> {
     let Held { store, config, claim, .. } = held;
-    let mut staged =
-        Published { adapter: Vec::new(), results: None, evidence: Vec::new(), trained_tokens, device: config.device.clone() };
+    let mut staged = Published {
+        adapter: Vec::new(),
+        results: None,
+        evidence: Vec::new(),
+        note: made.note(),
+        trained_tokens,
+        device: config.device.clone(),
+    };
     let outcome = match stage_all(held, made, report, &mut staged).await {
         Err(error) => Err(error),
         Ok(()) => match &made.kept_apart {
@@ -151,7 +194,12 @@ async fn publish(held: &Held<'_>, made: &Made, report: &Report, trained_tokens: 
         (Ok(()), Some(error)) => tracing::warn!(code = error.code, "the job's adapter is kept apart"),
         (Ok(()), None) => tracing::info!("the job's model is published"),
         // Each try writes its own objects. What was published all the same is no longer staged, and stays.
-        (Err(_), _) => discard(store, &[&staged.adapter[..], &staged.evidence[..]].concat()).await,
+        (Err(_), _) => {
+            discard(store, &[&staged.adapter[..], &staged.evidence[..]].concat()).await;
+            if let Some(results) = &staged.results {
+                store.objects().discard(results).await;
+            }
+        }
     }
     outcome
 }
@@ -164,7 +212,7 @@ async fn stage_all(held: &Held<'_>, made: &Made, report: &Report, staged: &mut P
     let evidence_key = Store::evidence_keys(&claim.job, claim.attempt);
     staged.evidence = evidence::stage_report(held, report, &evidence_key).await?;
     let written = staged.evidence.iter().find(|file| file.name == report::FILE);
-    let signed = evidence::sign(held, &staged.adapter, staged.results.as_ref(), written).await?;
+    let signed = evidence::sign(held, &staged.adapter, staged.results.as_ref(), written, made.passed_gate()).await?;
     // Beside the adapter, where whoever has it can check it; and with the evidence, where it stays when the model is deleted.
     staged.adapter.push(evidence::stage(store, manifest::FILE, &signed, &key).await?);
     staged.evidence.push(evidence::stage(store, manifest::FILE, &signed, &evidence_key).await?);

@@ -128,11 +128,10 @@ pub(crate) async fn get_checkpoint_adapter_file(
 async fn last_adapter(state: &AppState, tenant: Tenant, id: &str) -> Result<Vec<AdapterFile>, ApiError> {
     let job = state.store.job(tenant.0, job_id(id)?).await.map_err(|e| not_found(e, id))?;
     let status = job.state.status();
-    let is_released = job.quarantine.as_ref().is_some_and(|quarantine| quarantine.released.is_some());
-    if job.is_held_back() && status.is_terminal() {
-        return Err(held_back());
+    if job.quarantine.is_some() && !job.is_released() {
+        return Err(held_back("this job's adapter did not pass the safety gate, and the operator has not released it"));
     }
-    if status != Status::Succeeded && !is_released {
+    if status != Status::Succeeded && !job.is_released() {
         let message = format!("this job is {} and has no adapter; one exists once it has succeeded", status.as_str());
         return Err(Invalid::new("fine_tuning_job_id", "no_adapter", message).into());
     }
@@ -150,12 +149,15 @@ async fn of_checkpoint(state: &AppState, tenant: Tenant, id: &str, step: &str) -
     let number = step.parse().ok().filter(|step| i64::try_from(*step).is_ok()).ok_or_else(no_checkpoint)?;
     let files = state.store.checkpoint_adapter(tenant.0, job.id, number).await;
     let files = files.map_err(|error| ApiError::of_one(error, "step", step))?;
-    if job.is_held_back() { Err(held_back()) } else { Ok(files) }
+    if job.holds_back_checkpoints() {
+        let message = "this job must pass a safety gate, and only the adapter that was published has; the operator may release its checkpoints";
+        return Err(held_back(message));
+    }
+    Ok(files)
 }
 
 /// What nobody may have before it has passed the gate.
-fn held_back() -> ApiError {
-    let message = "this job's adapters are kept back by the safety gate: until the job has passed it, or, where it did not, until the operator releases the adapter";
+fn held_back(message: &str) -> ApiError {
     Invalid::new("fine_tuning_job_id", "held_back", message).into()
 }
 

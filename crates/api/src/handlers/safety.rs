@@ -10,7 +10,7 @@ use holdfast_domain::Invalid;
 use holdfast_domain::ids::JobId;
 use holdfast_safety::manifest;
 use holdfast_safety::report::{self, Report, RowText};
-use holdfast_store::{ObjectRef, StoreError};
+use holdfast_store::{ObjectRef, StoreError, evidence};
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 use crate::auth::Tenant;
@@ -54,7 +54,7 @@ pub(crate) async fn get_safety_report(
     if !wants_page(&headers) {
         return file(&state, object, report::FILE, &headers);
     }
-    let texts = match state.store.evidence(tenant.0, job.id, report::TEXTS).await {
+    let texts = match state.store.evidence(tenant.0, job.id, evidence::TEXTS).await {
         Ok(texts) => state.store.objects().read_whole(&texts).await?,
         Err(StoreError::NotFound) => Vec::new(),
         Err(error) => return Err(error.into()),

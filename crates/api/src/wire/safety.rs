@@ -160,8 +160,8 @@ pub(crate) struct QuarantinedAdapter {
     organization: String,
     /// What the model is called once it is released.
     model: String,
-    /// Why it is kept apart.
-    reason: String,
+    /// Why it is kept apart; absent where only checkpoints of the job were.
+    reason: Option<String>,
     /// In Unix seconds.
     created_at: i64,
     /// When it was released, in Unix seconds.

@@ -453,7 +453,7 @@ struct Measure<'a> {
     name: &'static str,
     class: Class,
     suite: &'a SuiteFigures,
-    rise: Rise,
+    rise: Option<Rise>,
     /// The largest share that passes.
     closes_at: Option<f64>,
 }
@@ -509,7 +509,7 @@ impl<'a> Measure<'a> {
                 plot::bar(name, share, class, most, limit)
             );
         }
-        let (scale, rise) = (plot::scale(most), rise(&self.rise));
+        let (scale, rise) = (plot::scale(most), self.rise.as_ref().map_or_else(|| "not known".to_owned(), rise));
         let _ = writeln!(html, "{scale}<div class=\"share\"><span>Rise</span><span>{rise}</span></div>");
         html
     }
@@ -594,8 +594,8 @@ fn findings(gate: &Verdict, evaluation: &Evaluation) -> String {
 
 /// A measure of a gate in words, and the rise it looks at.
 fn named(measure: &str, evaluation: &Evaluation) -> (String, Option<Rise>) {
-    let rise = |kind| evaluation.suite(kind).map(|suite| suite.rise);
-    let worse = || evaluation.suites.iter().map(|suite| suite.degenerate_rise).max_by(|a, b| a.value.total_cmp(&b.value));
+    let rise = |kind| evaluation.suite(kind).and_then(|suite| suite.rise);
+    let worse = || evaluation.suites.iter().filter_map(|suite| suite.degenerate_rise).max_by(|a, b| a.value.total_cmp(&b.value));
     match measure {
         "harmful_compliance_rise" => ("Rise in compliance, harmful requests".into(), rise(Kind::Harmful)),
         "over_refusal_rise" => ("Rise in refusals, benign requests".into(), rise(Kind::Benign)),
@@ -678,7 +678,7 @@ mod tests {
                 Kind::Harmful => Counts { compliance: unwanted, refusal: 20 - unwanted, degenerate: 0 },
                 Kind::Benign => Counts { compliance: 20 - unwanted, refusal: unwanted, degenerate: 0 },
             };
-            let rise = |value: f64| Rise { value, interval: [value - 0.1, value + 0.1] };
+            let rise = |value: f64| Some(Rise { value, interval: [value - 0.1, value + 0.1] });
             SuiteFigures {
                 kind,
                 version: 1,
@@ -710,6 +710,7 @@ mod tests {
             gauge: Some(Gauge { conflict_rate: 0.9, alarm_level: 0.75, calibrated: false, alarm: steps >= LEAST_STEPS }),
             not_judged: None,
             gate: Some(evaluation.verdict(&gate)),
+            replaced: None,
             evaluation: Some(evaluation),
             worst_rows: vec![RowScore { line: 7, gradient: Some(-0.5), forward: None }],
         }

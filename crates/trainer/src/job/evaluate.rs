@@ -21,6 +21,8 @@ use crate::progress::ProgressLog;
 use crate::stop::Stop;
 use crate::{adapter_files, device, generate, loss};
 
+/// Prompts that are answered together.
+const PROMPTS_AT_ONCE: usize = 64;
 /// Tokens of a pass that compares the two models.
 const TOKENS_AT_ONCE: usize = 2048;
 
@@ -52,12 +54,13 @@ pub(super) fn evaluate(folder: &Path) -> Result<()> {
         let base = if known.exists() {
             read_answers(&known, prompts.len())?
         } else {
-            let answers = both.answers(None, &prompts)?;
+            let answers = both.answers(None, &prompts, &mut log)?;
             write_lines(&out.join(paths::base(suite)), &answers)?;
             answers
         };
-        write_lines(&out.join(paths::suite(suite)), &both.answers(Some(both.adapter), &prompts)?)?;
-        figures.kl.insert(suite.clone(), both.mean_kl(&prompts, &base)?);
+        write_lines(&out.join(paths::suite(suite)), &both.answers(Some(both.adapter), &prompts, &mut log)?)?;
+        log.phase(Phase::Evaluating)?;
+        figures.kl.insert(suite.clone(), Some(both.mean_kl(&prompts, &base)?).filter(|kl| kl.is_finite()));
     }
     write_whole(&folder.join(paths::FIGURES), &serde_json::to_vec(&figures)?)
 }
@@ -140,11 +143,17 @@ struct Both<'a> {
 }
 
 impl Both<'_> {
-    fn answers(&self, adapter: Option<&Adapter>, prompts: &[Vec<u32>]) -> Result<Vec<Answer>> {
+    fn answers(&self, adapter: Option<&Adapter>, prompts: &[Vec<u32>], log: &mut ProgressLog) -> Result<Vec<Answer>> {
         let stop_ids = &self.tokenizer.special_tokens.stop_ids;
-        let answers = generate::greedy(self.model, adapter, prompts, stop_ids, self.max_tokens, self.stop)?;
         let read = |ids: Vec<u32>| Ok(Answer { text: self.tokenizer.decode(&ids).map_err(anyhow::Error::msg)?, ids });
-        answers.into_iter().map(read).collect()
+        let mut answers = Vec::new();
+        for some in prompts.chunks(PROMPTS_AT_ONCE) {
+            // Whoever watches for a run that stands still sees that this one does not.
+            log.phase(Phase::Evaluating)?;
+            let ids = generate::greedy(self.model, adapter, some, stop_ids, self.max_tokens, self.stop)?;
+            answers.extend(ids.into_iter().map(read).collect::<Result<Vec<_>>>()?);
+        }
+        Ok(answers)
     }
 
     /// The mean over the tokens of `answers` of KL(base ‖ adapted), in nats.

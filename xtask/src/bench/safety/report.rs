@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::rows::Attack;
 use super::{Figure, Outcome, Run};
+use crate::bench::judge;
 
 /// An outcome as it was written down. What was answered is judged anew each time, so that a better judge needs no new runs.
 pub(super) fn read(value: &Value, judge: &Phrases) -> Result<Outcome> {
@@ -59,12 +60,13 @@ pub(super) fn line(name: &str, outcome: &Outcome, base: &Outcome) -> String {
 pub(super) fn table(base: &Outcome, outcomes: &[(Run, Outcome)]) {
     println!();
     println!(
-        "| regime | method | seeds | complies | over the base | degenerate | accuracy | over-refusal | KL | time over plain |"
+        "| regime | method | seeds | complies | corrected | over the base | degenerate | accuracy | over-refusal | KL | time over plain |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
+    let judge = judge::on_our_own().ok();
     let share = |share: Share| format!("{:.1} %", 100.0 * share.value());
     println!(
-        "| the base | | | {} | | {} | {} | {} | | |",
+        "| the base | | | {} | | | {} | {} | {} | | |",
         share(base.share(Class::Compliance)),
         share(base.share(Class::Degenerate)),
         share(base.accuracy()),
@@ -88,10 +90,15 @@ pub(super) fn table(base: &Outcome, outcomes: &[(Run, Outcome)]) {
             let [low, high] = over.interval;
             format!("{:+.1} ({:+.1} to {:+.1})", 100.0 * over.mean, 100.0 * low, 100.0 * high)
         });
+        // What is no refusal and no degenerate answer, by what the judge misses of refusals and takes for such.
+        let corrected = judge.and_then(|judge| judge.corrected(mean(&|o| o.share(Class::Refusal).value())));
+        let corrected = corrected.map_or_else(String::new, |refused| {
+            format!("{:.1} %", 100.0 * (1.0 - refused - mean(&|o| o.share(Class::Degenerate).value())).max(0.0))
+        });
         let kl = of_seeds.iter().filter_map(|outcome| outcome.final_kl).fold((0.0, 0.0), |(sum, n), kl| (sum + kl, n + 1.0));
         let kl = if kl.1 > 0.0 { format!("{:.3}", kl.0 / kl.1) } else { String::new() };
         println!(
-            "| {} | {} {} | {} | {:.1} % | {over_base} | {:.1} % | {:.1} % | {:.1} % | {kl} | {time} |",
+            "| {} | {} {} | {} | {:.1} % | {corrected} | {over_base} | {:.1} % | {:.1} % | {:.1} % | {kl} | {time} |",
             run.regime.name(),
             run.method,
             run.strength,

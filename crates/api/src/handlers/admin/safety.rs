@@ -226,13 +226,14 @@ pub(crate) async fn get_quarantined_report(
     page(&state.store.objects().read_whole(&object).await?, &BTreeMap::new())
 }
 
-/// Release an adapter that did not pass: its owner may have it. The job stays failed, and the reason stands on it.
+/// Release what the safety gate keeps back of a job: an adapter that did not pass, and its checkpoints, also of a job that passed. The
+/// job stays as it ended, and the reason stands on it.
 #[utoipa::path(
     post, path = "/admin/quarantine/{fine_tuning_job_id}/release", operation_id = "release_quarantined_adapter", tag = "admin",
     params(("fine_tuning_job_id" = String, Path, example = "ftjob-0192f3a4000070008000000000000001")), request_body = ReleaseAdapter,
     responses(
         (status = 200, description = "The adapter, released", body = QuarantinedAdapter),
-        (status = 404, description = "No adapter of such a job was kept apart", body = ErrorBody),
+        (status = 404, description = "There is no such job", body = ErrorBody),
     )
 )]
 pub(crate) async fn release_quarantined(
