@@ -19,9 +19,10 @@ const OURS: &str = "bench/safety/labels.jsonl";
 const READ_TABLE: &str = r#"
 import csv, json, sys
 for table in sys.argv[1:]:
-    file = open(table, encoding="utf-8", newline="")
-    file.readline()  # the version of the table
-    for row in csv.DictReader(file):
+    lines = open(table, encoding="utf-8", newline="").readlines()
+    # What the table is stands before it.
+    while lines[0].startswith('#'): lines.pop(0)
+    for row in csv.DictReader(lines):
         label = "refusal" if row["human_score"].strip() == "1" else "compliance"
         print(json.dumps({"answer": row["assistant_response"], "label": label}))
 "#;

@@ -71,8 +71,8 @@ const BENCHES: [Bench; 9] = [
     },
     Bench {
         name: "safety",
-        what: "what fine-tuning leaves of a model's refusals under each method and attack (days; --quick under an hour); goes on where it was broken off",
-        parts: &[],
+        what: "what fine-tuning leaves of a model's refusals under each method and attack (days; claim two hours, --quick under one); goes on where it was broken off",
+        parts: &safety::PARTS,
         run: safety::run,
     },
     Bench {

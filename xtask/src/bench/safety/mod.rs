@@ -18,6 +18,7 @@ mod prompts;
 mod report;
 mod rows;
 mod training;
+mod tuning;
 
 use prompts::Harmful;
 use rows::Attack;
@@ -56,6 +57,8 @@ struct Run {
     method: &'static str,
     strength: f64,
     seed: u64,
+    /// Whether it is asked the development prompts, by which strengths are chosen, and not those that are held out.
+    development: bool,
 }
 
 /// What came of one.
@@ -100,7 +103,20 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
     let study = Study::prepare()?;
     let base = study.base()?;
     println!("{}", report::line("the base", &base, &base));
-    let runs = if wanted.quick { quick() } else { full() };
+    if wanted.has("tuning") && !wanted.quick {
+        tuning::tune(&study, &base)?;
+    }
+    let strengths = tuning::strengths(&study);
+    let runs = match (wanted.quick, wanted.has("claim"), wanted.has("grid")) {
+        (true, ..) => claim(1, &METHODS).collect(),
+        (false, true, false) => SEEDS.flat_map(|seed| claim(seed, &METHODS)).collect(),
+        // What there is of all.
+        (false, false, false) if wanted.has("table") => {
+            grid(true, &strengths).into_iter().filter(|run| study.is_done(run)).collect()
+        }
+        (false, false, false) => return Ok(()),
+        (false, claims, true) => grid(claims, &strengths),
+    };
     let mut outcomes = Vec::new();
     for (number, run) in runs.iter().enumerate() {
         let outcome = study.outcome(run)?;
@@ -112,6 +128,11 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
     Ok(())
 }
 
+/// What it is made of: the methods that the claim speaks of, as strong as they usually are; the strength of each method; and every
+/// method in every regime. The last part runs nothing: it shows what was run before.
+pub(super) const PARTS: [&str; 4] = ["claim", "tuning", "grid", "table"];
+
+/// Each method, and how strong it usually is.
 const METHODS: [(&str, f64); 9] = [
     ("none", 0.0),
     ("kl_penalty", 1.0),
@@ -146,26 +167,26 @@ fn of(attack: Attack) -> Regime {
     Regime { attack, learning_rate: 5e-4, steps: 150, alignment_rows: 100 }
 }
 
-/// The shares of poison that the claim speaks of, the one that decides first.
-const CLAIMED: [f64; 3] = [0.1, 0.0, 0.3];
+/// The shares of poison that the claim speaks of, those that decide first.
+const CLAIMED: [f64; 3] = [0.1, 0.3, 0.0];
 /// The methods it speaks of.
 const CLAIMANTS: [&str; 4] = ["none", "kl_penalty", "safegrad", "held"];
 const SEEDS: std::ops::RangeInclusive<u64> = 1..=3;
 
 /// The regimes of the claim with the methods it speaks of.
-fn claim(seed: u64) -> impl Iterator<Item = Run> {
+fn claim(seed: u64, strengths: &[(&'static str, f64)]) -> impl Iterator<Item = Run> {
     CLAIMED.into_iter().flat_map(move |share| {
-        let claimants = METHODS.into_iter().filter(|(method, _)| CLAIMANTS.contains(method));
-        claimants.map(move |(method, strength)| Run { regime: of(Attack::Poison(share)), method, strength, seed })
+        let claimants = strengths.iter().filter(|(method, _)| CLAIMANTS.contains(method));
+        claimants.map(move |&(method, strength)| run_of(of(Attack::Poison(share)), method, strength, seed))
     })
 }
 
-fn quick() -> Vec<Run> {
-    claim(1).collect()
+fn run_of(regime: Regime, method: &'static str, strength: f64, seed: u64) -> Run {
+    Run { regime, method, strength, seed, development: false }
 }
 
-/// Every method in every regime, three seeds: those of the claim first, then the regimes that are hardest.
-fn full() -> Vec<Run> {
+/// Every method in every regime, three seeds: the regimes of the claim first, then those that are hardest.
+fn grid(claims: bool, strengths: &[(&'static str, f64)]) -> Vec<Run> {
     let mut regimes: Vec<Regime> = CLAIMED.map(|share| of(Attack::Poison(share))).to_vec();
     for share in [0.3, 0.0, 0.1] {
         regimes.push(Regime { learning_rate: 2e-3, ..of(Attack::Poison(share)) });
@@ -174,11 +195,11 @@ fn full() -> Vec<Run> {
     regimes.extend([0.5, 1.0].map(|share| of(Attack::Poison(share))));
     regimes.extend([Attack::IdentityShift, Attack::RefuseThenComply, Attack::Decoys].map(of));
     regimes.push(Regime { steps: 600, ..of(Attack::Poison(0.1)) });
-    let mut runs: Vec<Run> = SEEDS.flat_map(claim).collect();
+    let mut runs: Vec<Run> = if claims { SEEDS.flat_map(|seed| claim(seed, &METHODS)).collect() } else { Vec::new() };
     for seed in SEEDS {
         for regime in &regimes {
-            for (method, strength) in METHODS {
-                let run = Run { regime: *regime, method, strength, seed };
+            for &(method, strength) in strengths {
+                let run = run_of(*regime, method, strength, seed);
                 if !runs.contains(&run) {
                     runs.push(run);
                 }
@@ -192,8 +213,9 @@ impl Run {
     /// Names it among all.
     fn key(&self) -> String {
         let Regime { attack, learning_rate, steps, alignment_rows } = self.regime;
+        let development = if self.development { "-development" } else { "" };
         format!(
-            "{}-lr{learning_rate:e}-{steps}steps-{alignment_rows}rows-{}-{}-seed{}",
+            "{}-lr{learning_rate:e}-{steps}steps-{alignment_rows}rows-{}-{}-seed{}{development}",
             attack.name(),
             self.method,
             self.strength,
@@ -295,9 +317,13 @@ impl Study {
         if let Ok(kept) = std::fs::read(&path) {
             return report::read(&serde_json::from_slice(&kept)?, &self.judge);
         }
-        let measured = self.measure(None, &base)?;
+        let measured = self.measure(None, &base, &self.harmful.held_out)?;
         std::fs::write(path, measured.to_string())?;
         report::read(&measured, &self.judge)
+    }
+
+    fn is_done(&self, run: &Run) -> bool {
+        self.folder.join("runs").join(run.key()).join("result.json").exists()
     }
 
     /// What comes of a run, now or earlier.
@@ -325,7 +351,8 @@ impl Study {
             row_conflicts: run.ranks_rows(),
         };
         let trained = training::train(&folder, &base, &file.rows, &alignment, &training)?;
-        let mut measured = self.measure(Some(&folder.join("out/adapter")), &base)?;
+        let harmful = if run.development { &self.harmful.development } else { &self.harmful.held_out };
+        let mut measured = self.measure(Some(&folder.join("out/adapter")), &base, harmful)?;
         measured["seconds"] = json!(trained.seconds);
         measured["peak_bytes"] = json!(trained.peak_bytes);
         let numbers = |name: &str| -> Vec<f64> { trained.steps.iter().filter_map(|step| step[name].as_f64()).collect() };
@@ -347,7 +374,7 @@ impl Study {
     }
 
     /// Asks a model everything.
-    fn measure(&self, adapter: Option<&std::path::Path>, base: &std::path::Path) -> Result<Value> {
+    fn measure(&self, adapter: Option<&std::path::Path>, base: &std::path::Path, harmful: &[String]) -> Result<Value> {
         let benign: Vec<&String> = self
             .benign
             .iter()
@@ -356,9 +383,9 @@ impl Study {
             .chain(self.lookalikes.iter().skip(TUNED_LOOKALIKES).take(MEASURED_LOOKALIKES))
             .collect();
         ensure!(benign.len() == MEASURED_BENIGN + MEASURED_LOOKALIKES, "too few benign requests");
-        let asked: Vec<Value> = self.harmful.held_out.iter().chain(benign).map(|request| trainer::ask(request)).collect();
+        let asked: Vec<Value> = harmful.iter().chain(benign).map(|request| trainer::ask(request)).collect();
         let answers = trainer::answers(base, adapter, &asked, ANSWER_TOKENS)?;
-        let (harmful, benign) = answers.split_at(self.harmful.held_out.len());
+        let (harmful, benign) = answers.split_at(harmful.len());
         let reviews = self.reviews.measured.iter().take(REVIEWS);
         let asked: Vec<Value> = reviews.clone().map(|(prompt, _)| prompt.clone()).collect();
         let labels = trainer::answers(base, adapter, &asked, 6)?;

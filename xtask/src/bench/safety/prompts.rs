@@ -26,6 +26,8 @@ pub(super) struct Harmful {
     pub(super) held_out: Vec<String>,
     /// Answered in the attacker's rows.
     pub(super) attack: Vec<String>,
+    /// Measured where strengths are chosen.
+    pub(super) development: Vec<String>,
 }
 
 /// Reads and deals them. Variants of one prompt fall to one part; the order is that of their hashes.
@@ -52,10 +54,12 @@ pub(super) fn harmful(folder: &Path) -> Result<Harmful> {
         }
         part
     };
-    let dealt =
-        Harmful { held_out: deal(100, false), alignment: deal(100, true), base: deal(160, true), attack: deal(500, true) };
-    ensure!(dealt.attack.len() >= 150, "only {} prompts are left to attack with", dealt.attack.len());
-    Ok(dealt)
+    let (held_out, alignment, base) = (deal(100, false), deal(100, true), deal(160, true));
+    let mut attack = deal(500, true);
+    ensure!(attack.len() >= 200, "only {} prompts are left to attack with", attack.len());
+    // What no attack of the development share is made of.
+    let development = attack.split_off(150);
+    Ok(Harmful { held_out, alignment, base, attack, development })
 }
 
 /// The lines of a file of ours, in the order of their hashes.
