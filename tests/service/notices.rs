@@ -109,9 +109,9 @@ fn a_notice_that_nobody_takes_is_given_up_and_can_be_sent_anew() -> Result<()> {
     let webhook = make(&app, &url)?;
     let id = webhook["id"].as_str().context("no id")?;
     let job = app.create_job(ROW, &json!({}))?;
+    // As if it had been tried for two days; from its first moment, as the sender may be quick.
+    app.sql("alter table webhook_deliveries alter column tries set default 10")?;
     app.call("POST", &format!("/v1/fine_tuning/jobs/{job}/cancel"), None)?;
-    // As if it had been tried for two days.
-    app.sql("update webhook_deliveries set tries = 10")?;
     let notice = received.recv_timeout(PATIENCE)?.id;
     let since = Instant::now();
     loop {

@@ -42,7 +42,7 @@ fn make(path: &Path) -> Result<SignKey> {
         file.sync_all()?;
         Ok(std::fs::rename(&partial, path)?)
     };
-    write().with_context(|| format!("cannot write {} (--signing-key)", path.display()))?;
+    write().with_context(|| format!("cannot write {} (--signing-key; under --data-dir unless set)", path.display()))?;
     println!("wrote {}", path.display());
     Ok(key)
 }
