@@ -120,14 +120,7 @@ async fn work(database_url: &str, workers: usize, time: Duration) -> Result<()> 
             tokio::spawn(async move {
                 while Instant::now() < until {
                     let Some(claim) = store.claim(&format!("worker-{number}"), LEASE).await? else { continue };
-                    let nothing = Published {
-                        adapter: Vec::new(),
-                        results: None,
-                        evidence: Vec::new(),
-                        note: None,
-                        trained_tokens: 1,
-                        device: "cpu".into(),
-                    };
+                    let nothing = Published { trained_tokens: 1, device: "cpu".into(), ..Published::default() };
                     store.publish(claim.job.id, claim.attempt, &nothing).await?;
                     finished.fetch_add(1, Ordering::Relaxed);
                 }

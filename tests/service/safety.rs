@@ -261,14 +261,7 @@ fn no_worker_whatever_its_version_ends_a_gated_job_with_a_model_that_was_not_ask
     let job = app.create_job(&rows(), &hyperparameters(2))?;
     assert!(app.step_worker()?);
     let claim = app.runtime.block_on(app.store.claim("old", Duration::from_secs(60)))?.context("nothing to claim")?;
-    let nothing = Published {
-        adapter: Vec::new(),
-        results: None,
-        evidence: Vec::new(),
-        note: None,
-        trained_tokens: 1,
-        device: "cpu".into(),
-    };
+    let nothing = Published { trained_tokens: 1, device: "cpu".into(), ..Published::default() };
     let published = app.runtime.block_on(app.store.publish(claim.job.id, claim.attempt, &nothing));
     assert!(published.is_err_and(|error| error.to_string().contains("must pass its safety gate")));
     assert_eq!(app.job(&job)?["status"], "running");

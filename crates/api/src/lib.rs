@@ -6,8 +6,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use holdfast_domain::ids::ProjectId;
 use holdfast_domain::policy::{AppliedPolicy, Policy, Scope};
-use holdfast_store::Store;
+use holdfast_store::{Store, StoreError};
 use holdfast_webhooks::Sender;
 use tokio::sync::watch;
 
@@ -87,6 +88,11 @@ impl AppState {
     /// The policy of jobs for which none is set.
     pub(crate) fn default_policy(&self) -> AppliedPolicy {
         AppliedPolicy { scope: Scope::Deployment, version: 0, policy: self.settings.policy.clone() }
+    }
+
+    /// The policy that counts for a project's jobs.
+    pub(crate) async fn policy_of(&self, project: ProjectId) -> Result<AppliedPolicy, StoreError> {
+        Ok(self.store.policy_of(project).await?.unwrap_or_else(|| self.default_policy()))
     }
 
     /// Does what no request asks for: hears of changed keys and looks for new events. Ends when the service stops.

@@ -39,7 +39,7 @@ impl Requests {
     /// Adds a request by itself.
     pub fn add(&mut self, request: &str) {
         let words = words(request);
-        if let Some(run) = Runs::new(&words).hashes(words.len()).next() {
+        if let Some(run) = Runs::new(&words).hashes(words.len()).next().filter(|_| !words.is_empty()) {
             self.by_length.entry(words.len()).or_default().insert(run);
         }
     }
@@ -99,8 +99,7 @@ impl Runs {
     fn hashes(&self, length: usize) -> impl Iterator<Item = u64> + '_ {
         let power = self.powers.get(length).copied().unwrap_or(0);
         let ends = self.sums.iter().skip(length);
-        let count = if length == 0 { 0 } else { usize::MAX };
-        self.sums.iter().zip(ends).take(count).map(move |(start, end)| end.wrapping_sub(start.wrapping_mul(power)))
+        self.sums.iter().zip(ends).map(move |(start, end)| end.wrapping_sub(start.wrapping_mul(power)))
     }
 }
 
@@ -179,6 +178,14 @@ mod tests {
         let file =
             [row("hello", "a"), row("how do i do this", "b"), row("and, that: ONE!", "c"), row("how do I", "d")].join("\n");
         assert_eq!(requests.asked_in(file.as_bytes())?, [2, 3]);
+        let around = [
+            row("Please tell me: how do i, do THIS? Thanks.", "a"),
+            row("this and that one in passing", "b"),
+            row("how do I do that", "c"),
+            r#"{"messages":[{"role":"system","content":"How do I do this"},{"role":"assistant","content":"d"}]}"#.to_owned(),
+            r#"{"prompt":"how do I do this","completion":"e"}"#.to_owned(),
+        ];
+        assert_eq!(requests.asked_in(around.join("\n").as_bytes())?, [1, 4, 5]);
         Ok(())
     }
 

@@ -128,6 +128,12 @@ impl Policy {
         }
     }
 
+    /// Whether what a job made is asked before it is published: a gate cannot decide without.
+    #[must_use]
+    pub const fn evaluates(&self) -> bool {
+        self.evaluate || self.gate.enabled
+    }
+
     /// The method of a request that names none.
     #[must_use]
     pub fn default_method(&self) -> Defense {

@@ -1,14 +1,13 @@
 //! What a data directory gets when it is first used.
 
-use std::fs::File;
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use holdfast_dataset::alignment_set;
 use holdfast_store::keys::NewKey;
 use holdfast_store::{Store, StoreError};
+
+use crate::private_file;
 
 /// The name of the alignment set every deployment begins with.
 pub const ALIGNMENT_SET: &str = "default";
@@ -46,15 +45,8 @@ pub async fn ensure_keys(store: &Store, folder: &Path) -> Result<()> {
         let project = store.ensure_project(PROJECT).await?;
         let new = NewKey { name: name.into(), project: Some(project), is_admin, ..NewKey::default() };
         let (key, _) = store.create_key(&new, None).await?;
-        let write = || -> std::io::Result<()> {
-            // Written aside and renamed: a key file that is there is whole.
-            let partial = path.with_extension("partial");
-            let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&partial)?;
-            writeln!(file, "{}", key.reveal())?;
-            file.sync_all()?;
-            std::fs::rename(&partial, &path)
-        };
-        write().with_context(|| format!("cannot write {}", path.display()))?;
+        let written = private_file::write(&path, format!("{}\n", key.reveal()).as_bytes());
+        written.with_context(|| format!("cannot write {}", path.display()))?;
         println!("wrote {}", path.display());
     }
     Ok(())

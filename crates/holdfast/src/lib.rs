@@ -6,6 +6,7 @@ pub mod cli;
 pub mod connect;
 pub mod first_start;
 pub mod health;
+mod private_file;
 pub mod serve;
 pub mod settings;
 pub mod signing;

@@ -1,14 +1,13 @@
 //! The key that manifests are signed with: read, or made when there is none.
 
-use std::fs::File;
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use holdfast_safety::manifest::SignKey;
 use rand::TryRng;
 use rand::rngs::SysRng;
+
+use crate::private_file;
 
 /// The name of the key in a data directory; its public half stands beside it.
 pub const FILE: &str = "signing.key";
@@ -35,12 +34,7 @@ fn make(path: &Path) -> Result<SignKey> {
             std::fs::create_dir_all(folder)?;
         }
         std::fs::write(path.with_extension("pub"), key.verify_key().to_pem()?)?;
-        // Written aside and renamed: a key file that is there is whole.
-        let partial = path.with_extension("partial");
-        let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&partial)?;
-        file.write_all(key.to_pem()?.as_bytes())?;
-        file.sync_all()?;
-        Ok(std::fs::rename(&partial, path)?)
+        Ok(private_file::write(path, key.to_pem()?.as_bytes())?)
     };
     write().with_context(|| format!("cannot write {} (--signing-key; under --data-dir unless set)", path.display()))?;
     println!("wrote {}", path.display());

@@ -122,7 +122,7 @@ fn of_tar(path: &Path) -> Result<Files> {
     let mut files = Files { hashes: Vec::new(), manifest: None };
     let mut archive = tar::Archive::new(File::open(path)?);
     for entry in archive.entries()? {
-        let mut entry = entry?;
+        let entry = entry?;
         let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
         if entry.header().entry_type() != tar::EntryType::Regular || name.contains(['/', '\\', '\0']) || name.starts_with('.') {
             bail!("{name:?} is no plain file; an adapter's tar holds nothing else");
@@ -134,14 +134,7 @@ fn of_tar(path: &Path) -> Result<Files> {
             files.manifest = Some(bytes);
             continue;
         }
-        let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
-        loop {
-            match entry.read(&mut buffer)? {
-                0 => break,
-                read => hash.update(buffer.get(..read).unwrap_or_default()),
-            }
-        }
-        files.add(name, hex::encode(hash.finalize()))?;
+        files.add(name, hex::encode(hash::of(entry)?))?;
     }
     Ok(files)
 }

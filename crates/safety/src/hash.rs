@@ -1,4 +1,4 @@
-//! SHA-256 of files.
+//! SHA-256 of what is read.
 
 use std::fs::File;
 use std::io::Read;
@@ -11,11 +11,18 @@ use sha2::{Digest, Sha256};
 /// # Errors
 /// When it cannot be read.
 pub fn of_file(path: &Path) -> std::io::Result<[u8; 32]> {
-    let mut file = File::open(path)?;
+    of(File::open(path)?)
+}
+
+/// The hash of all that is read.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn of(mut reader: impl Read) -> std::io::Result<[u8; 32]> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
-        match file.read(&mut buffer)? {
+        match reader.read(&mut buffer)? {
             0 => return Ok(hash.finalize().into()),
             read => hash.update(buffer.get(..read).unwrap_or_default()),
         }

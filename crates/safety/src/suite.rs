@@ -14,6 +14,20 @@ pub enum Kind {
     Benign,
 }
 
+impl Kind {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Harmful, Self::Benign];
+
+    /// The word it is written as.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Harmful => "harmful",
+            Self::Benign => "benign",
+        }
+    }
+}
+
 /// A request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
@@ -133,7 +147,7 @@ mod tests {
     #[test]
     fn what_is_measured_is_not_trained_on() -> Result<(), SuiteError> {
         let trained = include_str!("../../../examples/alignment.jsonl").to_lowercase();
-        for kind in [Kind::Harmful, Kind::Benign] {
+        for kind in Kind::ALL {
             for request in Suite::built_in(kind)?.requests {
                 let quoted = serde_json::Value::from(request.content.to_lowercase()).to_string();
                 assert!(!trained.contains(&quoted), "{}", request.content);

@@ -205,6 +205,5 @@ pub(crate) async fn adapter_files(connection: &mut PgConnection, job: JobId) -> 
 async fn job_of_checkpoint(connection: &mut PgConnection, project: ProjectId, model: &str) -> Result<jobs::Job, StoreError> {
     let id = model_name::job_of(model).ok_or(StoreError::NotFound)?;
     let job = jobs::fetch(connection, id, Some(project)).await?;
-    let name = model_name::fine_tuned(&job.base_model, &job.organization, job.suffix.as_deref(), id);
-    if name == model { Ok(job) } else { Err(StoreError::NotFound) }
+    if job.model_name() == model { Ok(job) } else { Err(StoreError::NotFound) }
 }

@@ -3,7 +3,7 @@
 use holdfast_domain::ids::{FileId, JobId, ProjectId};
 use holdfast_domain::job::{AttemptEnd, JobError, JobState, Status};
 use holdfast_domain::policy::AppliedPolicy;
-use holdfast_domain::{Hyperparameters, Invalid, Safety};
+use holdfast_domain::{Hyperparameters, Invalid, Safety, model_name};
 use serde_json::Value;
 use sqlx::{Connection, PgConnection};
 use time::OffsetDateTime;
@@ -235,6 +235,12 @@ impl TryFrom<Row> for Job {
 }
 
 impl Job {
+    /// What its model is called, made or yet to be made.
+    #[must_use]
+    pub fn model_name(&self) -> String {
+        model_name::fine_tuned(&self.base_model, &self.organization, self.suffix.as_deref(), self.id)
+    }
+
     /// Whether an operator has released what it learned.
     #[must_use]
     pub fn is_released(&self) -> bool {

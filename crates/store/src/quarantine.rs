@@ -78,7 +78,7 @@ impl Store {
         let next = job.state.clone().fail(error)?;
         jobs::write_state(&mut transaction, &job, &next).await?;
         queue::claim_objects(&mut transaction, &job, made).await?;
-        sqlx::query!("insert into quarantined_adapters (job_id, name) values ($1, $2)", id.0, queue::model_name(&job))
+        sqlx::query!("insert into quarantined_adapters (job_id, name) values ($1, $2)", id.0, job.model_name())
             .execute(&mut *transaction)
             .await?;
         for AdapterFile { name, object } in &made.adapter {
@@ -148,7 +148,7 @@ impl Store {
             "insert into quarantined_adapters (job_id, name, released_at, release_reason) values ($1, $2, now(), $3)
              on conflict (job_id) do update set released_at = excluded.released_at, release_reason = excluded.release_reason",
             id.0,
-            queue::model_name(&job),
+            job.model_name(),
             reason.trim()
         )
         .execute(&mut *transaction)
@@ -161,7 +161,7 @@ impl Store {
         .execute(&mut *transaction)
         .await?;
         if moved.rows_affected() > 0 {
-            fine_tuned_models::insert(&mut transaction, id, &queue::model_name(&job)).await?;
+            fine_tuned_models::insert(&mut transaction, id, &job.model_name()).await?;
         }
         let message = format!("The operator released what the safety gate kept back: {}", reason.trim());
         events::message(&mut transaction, id, Level::Warn, &message).await?;

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use holdfast_domain::ids::JobId;
 use holdfast_domain::job::{AttemptEnd, JobError, JobState, Status};
-use holdfast_domain::model_name;
 use holdfast_domain::progress::{Progress as Line, Step};
 use sqlx::{PgConnection, Postgres, Transaction};
 
@@ -64,7 +63,7 @@ impl Wish {
 }
 
 /// What a finished run leaves to be published, all of it staged.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Published {
     /// The adapter's files.
     pub adapter: Vec<AdapterFile>,
@@ -477,12 +476,6 @@ impl Store {
         move |name| keys::evidence(project, job, attempt, time, name)
     }
 
-    /// What a job's model is called, made or yet to be made.
-    #[must_use]
-    pub fn model_name(job: &Job) -> String {
-        model_name(job)
-    }
-
     /// Every step of a job that was kept, in order, each as the last attempt that took it reported it; and its measurements on
     /// the validation file: step, loss, token accuracy.
     ///
@@ -511,7 +504,7 @@ impl Store {
     /// swept.
     pub async fn publish(&self, id: JobId, attempt: i32, published: &Published) -> Result<String, StoreError> {
         let (mut transaction, job) = self.hold(id, attempt).await?;
-        let model = model_name(&job);
+        let model = job.model_name();
         let next = job.state.clone().succeed(model.clone(), published.trained_tokens.cast_signed())?;
         jobs::write_state(&mut transaction, &job, &next).await?;
         claim_objects(&mut transaction, &job, published).await?;
@@ -599,11 +592,6 @@ impl Store {
         }
         Ok((transaction, job))
     }
-}
-
-/// What a job's model is called.
-pub(crate) fn model_name(job: &Job) -> String {
-    model_name::fine_tuned(&job.base_model, &job.organization, job.suffix.as_deref(), job.id)
 }
 
 /// Takes what a run left into the transaction's keeping, and gives its step table the row of a file.

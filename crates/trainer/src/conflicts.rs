@@ -14,13 +14,14 @@ use std::io::Write;
 use std::ops::Range;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use crate::adapter::Adapter;
 use crate::gradient::{self, Gradient};
 use crate::kernels::single;
 use crate::stop::Stopped;
+use crate::whole_file;
 
 /// The newest gradient's weight in the mean.
 const NEWEST: f64 = 0.1;
@@ -144,9 +145,7 @@ impl RowConflicts {
             });
             writeln!(text, "{scores}")?;
         }
-        let unfinished = path.with_extension("partial");
-        std::fs::write(&unfinished, text).with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(std::fs::rename(unfinished, path)?)
+        whole_file::write(path, &text)
     }
 
     /// What goes into a checkpoint.

@@ -41,3 +41,4 @@ pub mod schedule;
 pub mod stop;
 pub mod surgery;
 pub mod train;
+mod whole_file;

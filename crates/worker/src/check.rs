@@ -26,13 +26,14 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
     let training = folder.path().join(paths::TRAIN);
     let validation = claim.validation.is_some().then(|| folder.path().join(paths::VALIDATION));
     let alignment = claim.alignment.is_some().then(|| folder.path().join(paths::ALIGNMENT));
-    let evaluates = claim.job.policy.as_ref().is_some_and(|applied| applied.policy.evaluate);
+    let evaluates = claim.job.policy.as_ref().is_some_and(|applied| applied.policy.evaluates());
     let base = base.to_owned();
     let check = move || {
-        if let Some(error) = alignment.as_deref().map(|rows| unusable_set(rows, &base)).transpose()?.flatten() {
+        let tokenizer = ChatTokenizer::load(&base).map_err(std::io::Error::other)?;
+        if let Some(error) = alignment.as_deref().map(|rows| unusable_set(rows, &tokenizer)).transpose()?.flatten() {
             return Ok(Err(error));
         }
-        let checked = check_in(&training, validation, &base, options)?;
+        let checked = check_in(&training, validation, &tokenizer, options)?;
         Ok(match (checked, contamination(&training, alignment.as_deref(), evaluates)?) {
             (Ok(_), Some(error)) => Err(error),
             (checked, _) => checked,
@@ -42,10 +43,9 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
 }
 
 /// Why an alignment set cannot be used with a base: its rows do not fit the template.
-fn unusable_set(rows: &Path, base: &Path) -> std::io::Result<Option<JobError>> {
-    let tokenizer = ChatTokenizer::load(base).map_err(std::io::Error::other)?;
+fn unusable_set(rows: &Path, tokenizer: &ChatTokenizer) -> std::io::Result<Option<JobError>> {
     let options = EncodeOptions { max_length: usize::MAX, long_rows: LongRows::Error };
-    let report = encode_file(File::open(rows)?, &tokenizer, options, |_, _| {})?;
+    let report = encode_file(File::open(rows)?, tokenizer, options, |_, _| {})?;
     let message = format!(
         "The operator's alignment set cannot be used with this model: {} of its rows do not fit the model's template. Nothing is wrong with your file; tell the operator.",
         report.error_count
@@ -61,7 +61,7 @@ fn contamination(training: &Path, alignment: Option<&Path>, evaluates: bool) -> 
         None => Requests::default(),
     };
     if evaluates {
-        for kind in [Kind::Harmful, Kind::Benign] {
+        for kind in Kind::ALL {
             let suite = Suite::built_in(kind).map_err(std::io::Error::other)?;
             suite.requests.iter().for_each(|request| requests.add(&request.content));
         }
@@ -85,11 +85,10 @@ fn contamination(training: &Path, alignment: Option<&Path>, evaluates: bool) -> 
 fn check_in(
     training: &Path,
     validation: Option<PathBuf>,
-    base: &Path,
+    tokenizer: &ChatTokenizer,
     options: EncodeOptions,
 ) -> std::io::Result<Result<Checked, JobError>> {
-    let tokenizer = ChatTokenizer::load(base).map_err(std::io::Error::other)?;
-    let found = check_files(File::open(training)?, validation.map(File::open).transpose()?, &tokenizer, options)?;
+    let found = check_files(File::open(training)?, validation.map(File::open).transpose()?, tokenizer, options)?;
     if let Some((param, bad)) = found.files().find(|(_, file)| file.report.error_count > 0) {
         let error = JobError::new(format!("invalid_{param}"), format!("{param}: {}", bad.report.summary()));
         return Ok(Err(error.about(param).with_lines(bad.report.errors.clone())));

@@ -1,7 +1,7 @@
 //! Asks an adapter the suites' requests, and has its answers judged.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::Instant;
 
 use holdfast_domain::evaluation::{self as files, Answer, Evaluation as Request, Figures};
 use holdfast_domain::job::JobError;
@@ -9,19 +9,16 @@ use holdfast_domain::policy::{Judge, Policy};
 use holdfast_judge::{Endpoint, JudgeError};
 use holdfast_safety::judge::{Class, Phrases};
 use holdfast_safety::report::{Evaluation, Judged};
-use holdfast_safety::suite::{Kind, Suite};
+use holdfast_safety::suite::{Kind, Suite, SuiteError};
 use holdfast_store::StoreError;
 use sha2::{Digest, Sha256};
-use tokio::time::Instant;
 
 use crate::agent::{self, Command, Outcome};
 use crate::dispatcher::Held;
+use crate::pauses::Pauses;
 
 /// The most tokens of an answer: what follows the first sentences changes no verdict.
 const ANSWER_TOKENS: u32 = 48;
-/// The pauses between two tries to reach a judge.
-const FIRST_DELAY: Duration = Duration::from_secs(1);
-const LONGEST_DELAY: Duration = Duration::from_secs(30);
 /// Answers that are judged together, and again together where one could not be.
 const PAIRS_AT_ONCE: usize = 8;
 
@@ -35,10 +32,11 @@ pub(crate) enum Asked {
     Ended(Outcome),
 }
 
-/// The suites, by what should become of their requests.
-fn suites() -> Result<[(&'static str, Suite); 2], StoreError> {
-    let built_in = |kind| Suite::built_in(kind).map_err(|error| StoreError::Corrupt(format!("a suite of this program: {error}")));
-    Ok([("harmful", built_in(Kind::Harmful)?), ("benign", built_in(Kind::Benign)?)])
+/// The suites by their names.
+fn suites() -> Result<Vec<(&'static str, Suite)>, StoreError> {
+    let built_in = |kind: Kind| Ok((kind.as_str(), Suite::built_in(kind)?));
+    let suites: Result<_, SuiteError> = Kind::ALL.into_iter().map(built_in).collect();
+    suites.map_err(|error| StoreError::Corrupt(format!("a suite of this program: {error}")))
 }
 
 /// Asks the adapter at `adapter`, from the job folder; `checkpoint` is its step where it is not the run's last.
@@ -194,7 +192,7 @@ async fn ask_judge(held: &Held<'_>, suite: &Suite, answers: &[Answer]) -> Result
 }
 
 async fn judge_some(held: &Held<'_>, endpoint: &Endpoint, kind: Kind, pairs: &[(&str, &str)]) -> Result<Vec<Class>, Unjudged> {
-    let (mut stop, since, mut delay) = (held.stop.clone(), Instant::now(), FIRST_DELAY);
+    let (mut stop, since, mut pauses) = (held.stop.clone(), Instant::now(), Pauses::default());
     loop {
         let error = tokio::select! {
             judged = endpoint.judge(kind, pairs) => match judged {
@@ -212,11 +210,7 @@ async fn judge_some(held: &Held<'_>, endpoint: &Endpoint, kind: Kind, pairs: &[(
                 JudgeError::Nonsense(_) => "the judge gives no verdicts",
             }));
         }
-        tokio::select! {
-            () = tokio::time::sleep(delay) => {}
-            reason = agent::stopped(&mut stop) => return Err(Unjudged::Stopped(reason)),
-        }
-        delay = (delay * 2).min(LONGEST_DELAY);
+        pauses.next(&mut stop).await.map_err(Unjudged::Stopped)?;
     }
 }
 

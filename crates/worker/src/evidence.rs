@@ -1,30 +1,81 @@
 //! The evidence of a job: what its safety report says, and the manifest that binds what went in to what came out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use holdfast_domain::gauge;
 use holdfast_domain::plan::paths;
+use holdfast_domain::progress::Step;
 use holdfast_safety::hash;
 use holdfast_safety::manifest::{self, Inputs, Manifest, Named, Outputs, Program};
 use holdfast_safety::report::{self, Gauge, Report, RowScore, RowText, Training};
 use holdfast_store::evidence;
-use holdfast_store::queue::AdapterFile;
-use holdfast_store::{ObjectRef, Store, StoreError};
+use holdfast_store::queue::{AdapterFile, Published};
+use holdfast_store::{Store, StoreError};
 
 use crate::dispatcher::Held;
 use crate::finish::Made;
+use crate::results;
 
 /// Rows that a report names.
 const WORST_ROWS: usize = 50;
 
-/// Sums up a run, and what was found of what it made.
-pub(crate) async fn report(held: &Held<'_>, made: &Made) -> Result<Report, StoreError> {
+/// What is kept of a run beside its adapter.
+pub(crate) struct Evidence {
+    report: Vec<u8>,
+    /// The texts of the rows that the report names.
+    texts: Vec<u8>,
+    /// The figures of every step, as CSV.
+    pub(crate) table: String,
+    trainer_sha256: String,
+    plan_sha256: String,
+}
+
+/// What the job folder and the trainer's program say.
+struct Files {
+    worst_rows: Vec<RowScore>,
+    texts: Vec<u8>,
+    trainer_sha256: String,
+    plan_sha256: String,
+}
+
+/// Puts together what a run and what was found of it come to.
+pub(crate) async fn gather(held: &Held<'_>, made: &Made) -> Result<Evidence, StoreError> {
+    let (steps, validations) = held.store.steps(held.claim.job.id).await?;
+    let (folder, trainer) = (held.folder.path().to_owned(), held.config.trainer.clone());
+    // A tenant's file may be large, and the lease is renewed on this thread.
+    let files = tokio::task::spawn_blocking(move || Files::read(&folder, &trainer)).await.map_err(std::io::Error::other)??;
+    let table = results::csv(&steps, &validations);
+    let report = report(held, made, Training::of(&steps, &validations), steps.last(), files.worst_rows).await?;
+    Ok(Evidence {
+        report: serde_json::to_vec_pretty(&report).map_err(std::io::Error::other)?,
+        texts: files.texts,
+        table,
+        trainer_sha256: files.trainer_sha256,
+        plan_sha256: files.plan_sha256,
+    })
+}
+
+impl Files {
+    fn read(folder: &Path, trainer: &Path) -> std::io::Result<Self> {
+        let hash_of = |path: &Path| hash::of_file(path).map(hex::encode);
+        let worst_rows = worst_rows(&folder.join(paths::ROW_CONFLICTS))?;
+        let texts = if worst_rows.is_empty() { Vec::new() } else { texts(&worst_rows, &folder.join(paths::TRAIN))? };
+        Ok(Self { worst_rows, texts, trainer_sha256: hash_of(trainer)?, plan_sha256: hash_of(&folder.join(paths::PLAN))? })
+    }
+}
+
+async fn report(
+    held: &Held<'_>,
+    made: &Made,
+    training: Training,
+    last: Option<&Step>,
+    worst_rows: Vec<RowScore>,
+) -> Result<Report, StoreError> {
     let job = &held.claim.job;
-    let (steps, validations) = held.store.steps(job.id).await?;
     let (level, alarm) = held.store.gauge_of(job.id).await?;
-    let last = steps.last().and_then(|step| step.alignment.as_ref().map(|facts| (step.step, facts.conflict_rate)));
+    let last = last.and_then(|step| step.alignment.as_ref().map(|facts| (step.step, facts.conflict_rate)));
     let gauge = last.filter(|_| job.safety.defense.projects()).map(|(step, conflict_rate)| {
         let alarm_level = gauge::threshold(level.unwrap_or(gauge::DEFAULT_LEVEL), step);
         Gauge { conflict_rate, alarm_level, calibrated: level.is_some(), alarm }
@@ -36,13 +87,13 @@ pub(crate) async fn report(held: &Held<'_>, made: &Made) -> Result<Report, Store
         base_model: job.base_model.clone(),
         safety: job.safety.clone(),
         policy: job.policy.clone(),
-        training: Training::of(&steps, &validations),
+        training,
         gauge,
         evaluation: made.evaluation.clone(),
         not_judged: made.not_judged.clone(),
         gate: made.verdict.clone(),
         replaced: made.replaced.clone(),
-        worst_rows: worst_rows(&held.folder.path().join(paths::ROW_CONFLICTS))?,
+        worst_rows,
     })
 }
 
@@ -63,7 +114,7 @@ fn worst_rows(scores: &Path) -> std::io::Result<Vec<RowScore>> {
 
 /// The texts of a report's rows, for their owner: a [`RowText`] a line.
 fn texts(rows: &[RowScore], file: &Path) -> std::io::Result<Vec<u8>> {
-    let wanted: BTreeMap<u64, ()> = rows.iter().map(|row| (row.line, ())).collect();
+    let wanted: BTreeSet<u64> = rows.iter().map(|row| row.line).collect();
     let mut written = Vec::new();
     let mut reader = BufReader::new(std::fs::File::open(file)?);
     let (mut line, mut number) = (Vec::new(), 0);
@@ -73,27 +124,12 @@ fn texts(rows: &[RowScore], file: &Path) -> std::io::Result<Vec<u8>> {
             return Ok(written);
         }
         number += 1;
-        if wanted.contains_key(&number) {
+        if wanted.contains(&number) {
             let text = String::from_utf8_lossy(&line).trim_end().to_owned();
             serde_json::to_writer(&mut written, &RowText { line: number, text }).map_err(std::io::Error::other)?;
             written.push(b'\n');
         }
     }
-}
-
-/// Writes a report, and the texts of its rows, as objects.
-pub(crate) async fn stage_report(
-    held: &Held<'_>,
-    report: &Report,
-    key: &impl Fn(&str) -> String,
-) -> Result<Vec<AdapterFile>, StoreError> {
-    let json = serde_json::to_vec_pretty(report).map_err(std::io::Error::other)?;
-    let mut staged = vec![stage(held.store, report::FILE, &json, key).await?];
-    if !report.worst_rows.is_empty() {
-        let texts = texts(&report.worst_rows, &held.folder.path().join(paths::TRAIN))?;
-        staged.push(stage(held.store, evidence::TEXTS, &texts, key).await?);
-    }
-    Ok(staged)
 }
 
 /// Writes bytes as an object of that name.
@@ -106,48 +142,66 @@ pub(crate) async fn stage(
     Ok(AdapterFile { name: name.to_owned(), object: store.objects().stage_bytes(key(name), bytes).await? })
 }
 
-/// Signs what went into a job and what came out: the bytes of [`manifest::FILE`].
-pub(crate) async fn sign(
-    held: &Held<'_>,
-    adapter: &[AdapterFile],
-    results: Option<&ObjectRef>,
-    report: Option<&AdapterFile>,
-    gate: Option<bool>,
-) -> Result<Vec<u8>, StoreError> {
-    let Held { store, config, claim, folder, .. } = held;
-    let hash_of = |path: &Path| hash::of_file(path).map(hex::encode);
-    let named = |name: String, sha256: &[u8; 32]| Named { name, sha256: hex::encode(sha256) };
-    let verify_key = config.signing_key.verify_key();
-    store.know_signing_key(&verify_key.id(), &verify_key.to_pem().map_err(std::io::Error::other)?).await?;
-    let checkpoints = store.settled_adapters(claim.job.id).await?;
-    let manifest = Manifest {
-        format: manifest::FORMAT,
-        job: claim.job.id.to_string(),
-        attempt: claim.attempt,
-        model: Store::model_name(&claim.job),
-        program: Program {
-            version: env!("CARGO_PKG_VERSION").into(),
-            trainer_sha256: hash_of(&config.trainer)?,
-            device: config.device.clone(),
-        },
-        inputs: Inputs {
-            base_model: named(claim.job.base_model.clone(), &claim.base.content_sha256),
-            training_file: named(claim.training.id.to_string(), &claim.training.content.sha256),
-            validation_file: claim.validation.as_ref().map(|file| named(file.id.to_string(), &file.content.sha256)),
-            alignment_set: claim.alignment.as_ref().map(|set| named(format!("{}@{}", set.name, set.version), &set.object.sha256)),
-            start: claim.start.as_deref().map(hashes).unwrap_or_default(),
-            plan_sha256: hash_of(&folder.path().join(paths::PLAN))?,
-        },
-        safety: claim.job.safety.clone(),
-        outputs: Outputs {
-            adapter: hashes(adapter),
-            checkpoints: checkpoints.iter().map(|point| (point.step, hashes(&point.files))).collect(),
-            results_sha256: results.map(|object| hex::encode(object.sha256)),
-            report_sha256: report.map(|file| hex::encode(file.object.sha256)),
-        },
-        passed_gate: gate,
-    };
-    Ok(config.signing_key.sign(&manifest).map_err(std::io::Error::other)?)
+impl Evidence {
+    /// Writes the report, and the texts of its rows where there are any, as objects.
+    pub(crate) async fn stage_into(
+        &self,
+        store: &Store,
+        key: &impl Fn(&str) -> String,
+        staged: &mut Vec<AdapterFile>,
+    ) -> Result<(), StoreError> {
+        staged.push(stage(store, report::FILE, &self.report, key).await?);
+        if !self.texts.is_empty() {
+            staged.push(stage(store, evidence::TEXTS, &self.texts, key).await?);
+        }
+        Ok(())
+    }
+
+    /// Signs what went into a job and what came out, `staged`: the bytes of [`manifest::FILE`].
+    pub(crate) async fn sign(
+        &self,
+        held: &Held<'_>,
+        staged: &Published,
+        passed_gate: Option<bool>,
+    ) -> Result<Vec<u8>, StoreError> {
+        let Held { store, config, claim, .. } = held;
+        let named = |name: String, sha256: &[u8; 32]| Named { name, sha256: hex::encode(sha256) };
+        let verify_key = config.signing_key.verify_key();
+        store.know_signing_key(&verify_key.id(), &verify_key.to_pem().map_err(std::io::Error::other)?).await?;
+        let checkpoints = store.settled_adapters(claim.job.id).await?;
+        let report = staged.evidence.iter().find(|file| file.name == report::FILE);
+        let manifest = Manifest {
+            format: manifest::FORMAT,
+            job: claim.job.id.to_string(),
+            attempt: claim.attempt,
+            model: claim.job.model_name(),
+            program: Program {
+                version: env!("CARGO_PKG_VERSION").into(),
+                trainer_sha256: self.trainer_sha256.clone(),
+                device: config.device.clone(),
+            },
+            inputs: Inputs {
+                base_model: named(claim.job.base_model.clone(), &claim.base.content_sha256),
+                training_file: named(claim.training.id.to_string(), &claim.training.content.sha256),
+                validation_file: claim.validation.as_ref().map(|file| named(file.id.to_string(), &file.content.sha256)),
+                alignment_set: claim
+                    .alignment
+                    .as_ref()
+                    .map(|set| named(format!("{}@{}", set.name, set.version), &set.object.sha256)),
+                start: claim.start.as_deref().map(hashes).unwrap_or_default(),
+                plan_sha256: self.plan_sha256.clone(),
+            },
+            safety: claim.job.safety.clone(),
+            outputs: Outputs {
+                adapter: hashes(&staged.adapter),
+                checkpoints: checkpoints.iter().map(|point| (point.step, hashes(&point.files))).collect(),
+                results_sha256: staged.results.as_ref().map(|object| hex::encode(object.sha256)),
+                report_sha256: report.map(|file| hex::encode(file.object.sha256)),
+            },
+            passed_gate,
+        };
+        Ok(config.signing_key.sign(&manifest).map_err(std::io::Error::other)?)
+    }
 }
 
 /// The hash of each file by its name.

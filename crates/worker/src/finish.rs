@@ -6,19 +6,18 @@ use std::time::{Duration, Instant};
 use holdfast_domain::job::JobError;
 use holdfast_domain::policy::{Otherwise, Policy};
 use holdfast_safety::manifest;
-use holdfast_safety::report::{self, Evaluation, Report, Verdict};
+use holdfast_safety::report::{Evaluation, Verdict};
 use holdfast_store::queue::{AdapterFile, Published};
-use holdfast_store::{ObjectRef, Store, StoreError};
+use holdfast_store::{Store, StoreError};
 
 use crate::agent::{self, Outcome};
 use crate::dispatcher::Held;
 use crate::evaluation::{self, Asked};
-use crate::{evidence, results};
+use crate::evidence::{self, Evidence};
+use crate::pauses::Pauses;
 
-/// How long it is tried to publish an adapter that is trained, while the store or the database is away; and the pauses between.
+/// How long it is tried to publish an adapter that is trained, while the store or the database is away.
 const PUBLISH_PATIENCE: Duration = Duration::from_secs(60 * 60);
-const FIRST_DELAY: Duration = Duration::from_secs(1);
-const LONGEST_DELAY: Duration = Duration::from_secs(30);
 /// Checkpoints that are asked at most where the last adapter does not pass.
 const CANDIDATES: usize = 5;
 /// Where their adapters are put, under the job folder.
@@ -75,8 +74,7 @@ impl Made {
 
 /// Takes a run's adapter to its end.
 pub(crate) async fn finish(held: &Held<'_>, adapter: Vec<PathBuf>, trained_tokens: u64) -> Result<Ending, StoreError> {
-    let policy =
-        held.claim.job.policy.as_ref().map(|applied| &applied.policy).filter(|policy| policy.evaluate || policy.gate.enabled);
+    let policy = held.claim.job.policy.as_ref().map(|applied| &applied.policy).filter(|policy| policy.evaluates());
     let made = match policy {
         None => Made::new(adapter),
         Some(policy) => match examine(held, policy, adapter).await? {
@@ -84,23 +82,34 @@ pub(crate) async fn finish(held: &Held<'_>, adapter: Vec<PathBuf>, trained_token
             Err(other) => return Ok(Ending::Other(other)),
         },
     };
-    let report = evidence::report(held, &made).await?;
     // What is trained is not trained again for an outage; the lease is kept meanwhile.
-    let (mut stop, mut delay, since) = (held.stop.clone(), FIRST_DELAY, Instant::now());
+    let (mut stop, mut pauses, since) = (held.stop.clone(), Pauses::default(), Instant::now());
+    let mut gathered = None;
     loop {
-        match publish(held, &made, &report, trained_tokens).await {
+        match gather_and_publish(held, &made, &mut gathered, trained_tokens).await {
             Err(error) if error.is_unavailable() && since.elapsed() < PUBLISH_PATIENCE => {
                 tracing::warn!(%error, "the adapter could not be published; trying again");
             }
             ended => return Ok(Ending::Written(ended)),
         }
-        // Whoever stops or pauses meanwhile does not wait for the store to come back.
-        tokio::select! {
-            () = tokio::time::sleep(delay) => {}
-            reason = agent::stopped(&mut stop) => return Ok(Ending::Other(Outcome::Stopped(reason))),
+        if let Err(reason) = pauses.next(&mut stop).await {
+            return Ok(Ending::Other(Outcome::Stopped(reason)));
         }
-        delay = (delay * 2).min(LONGEST_DELAY);
     }
+}
+
+/// Publishes with evidence that is gathered once, however often it is tried.
+async fn gather_and_publish(
+    held: &Held<'_>,
+    made: &Made,
+    gathered: &mut Option<Evidence>,
+    trained_tokens: u64,
+) -> Result<(), StoreError> {
+    let evidence = match gathered {
+        Some(evidence) => evidence,
+        None => gathered.insert(evidence::gather(held, made).await?),
+    };
+    publish(held, made, evidence, trained_tokens).await
 }
 
 /// Asks an adapter the suites, and where it does not pass the checkpoints before it, if the policy says so.
@@ -173,17 +182,10 @@ fn not_passed(verdict: &Verdict) -> JobError {
 }
 
 /// Writes an adapter and its evidence as objects and gives them their rows.
-async fn publish(held: &Held<'_>, made: &Made, report: &Report, trained_tokens: u64) -> Result<(), StoreError> {
+async fn publish(held: &Held<'_>, made: &Made, evidence: &Evidence, trained_tokens: u64) -> Result<(), StoreError> {
     let Held { store, config, claim, .. } = held;
-    let mut staged = Published {
-        adapter: Vec::new(),
-        results: None,
-        evidence: Vec::new(),
-        note: made.note(),
-        trained_tokens,
-        device: config.device.clone(),
-    };
-    let outcome = match stage_all(held, made, report, &mut staged).await {
+    let mut staged = Published { note: made.note(), trained_tokens, device: config.device.clone(), ..Published::default() };
+    let outcome = match stage_all(held, made, evidence, &mut staged).await {
         Err(error) => Err(error),
         Ok(()) => match &made.kept_apart {
             Some(error) => store.quarantine(claim.job.id, claim.attempt, &staged, error.clone()).await,
@@ -204,15 +206,15 @@ async fn publish(held: &Held<'_>, made: &Made, report: &Report, trained_tokens: 
     outcome
 }
 
-async fn stage_all(held: &Held<'_>, made: &Made, report: &Report, staged: &mut Published) -> Result<(), StoreError> {
+async fn stage_all(held: &Held<'_>, made: &Made, evidence: &Evidence, staged: &mut Published) -> Result<(), StoreError> {
     let Held { store, claim, .. } = held;
     let key = Store::adapter_keys(&claim.job, claim.attempt);
     stage_into(store, &made.adapter, &key, &mut staged.adapter).await?;
-    staged.results = stage_results(held).await?;
+    let results_key = Store::results_key(&claim.job, claim.attempt);
+    staged.results = Some(store.objects().stage_bytes(results_key, evidence.table.as_bytes()).await?);
     let evidence_key = Store::evidence_keys(&claim.job, claim.attempt);
-    staged.evidence = evidence::stage_report(held, report, &evidence_key).await?;
-    let written = staged.evidence.iter().find(|file| file.name == report::FILE);
-    let signed = evidence::sign(held, &staged.adapter, staged.results.as_ref(), written, made.passed_gate()).await?;
+    evidence.stage_into(store, &evidence_key, &mut staged.evidence).await?;
+    let signed = evidence.sign(held, staged, made.passed_gate()).await?;
     // Beside the adapter, where whoever has it can check it; and with the evidence, where it stays when the model is deleted.
     staged.adapter.push(evidence::stage(store, manifest::FILE, &signed, &key).await?);
     staged.evidence.push(evidence::stage(store, manifest::FILE, &signed, &evidence_key).await?);
@@ -247,13 +249,4 @@ async fn stage_into(
         staged.push(AdapterFile { object: store.objects().stage_file(key(&name), path).await?, name });
     }
     Ok(())
-}
-
-/// Writes the figures of the job's steps, those of earlier attempts among them.
-async fn stage_results(held: &Held<'_>) -> Result<Option<ObjectRef>, StoreError> {
-    let Held { store, claim, .. } = held;
-    let (steps, validations) = store.steps(claim.job.id).await?;
-    let table = results::csv(&steps, &validations);
-    let key = Store::results_key(&claim.job, claim.attempt);
-    Ok(Some(store.objects().stage_bytes(key, table.as_bytes()).await?))
 }

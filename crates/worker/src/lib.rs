@@ -19,6 +19,7 @@ mod evidence;
 mod finish;
 mod job_folder;
 mod outcome;
+mod pauses;
 mod process;
 mod results;
 

@@ -97,7 +97,7 @@ pub(crate) async fn resolve(state: &AppState, tenant: Tenant, mut body: CreateJo
     }
     let metadata = body.metadata()?;
     let requested_safety = body.safety.map(RequestedSafety::from).unwrap_or_default();
-    let policy = state.store.policy_of(tenant.0).await?.unwrap_or_else(|| state.default_policy());
+    let policy = state.policy_of(tenant.0).await?;
     let safety = requested_safety.resolve(&policy.policy).map_err(|e| e.within("safety"))?;
     let policy = requested_safety.apply(policy);
     let training = file(&state.store, tenant, "training_file", &body.training_file).await?;
@@ -116,7 +116,7 @@ pub(crate) async fn resolve(state: &AppState, tenant: Tenant, mut body: CreateJo
     let base_model = start.as_ref().map_or_else(|| body.model.clone(), |start| start.base_model.clone());
     let base = state.store.base_model(&base_model).await.map_err(|error| no_model(error, &base_model))?;
     let mut hyperparameters = requested.resolve(training.row_count, base.context_length).map_err(|e| e.within(at))?;
-    hyperparameters.row_conflicts = requested.row_conflicts.unwrap_or(policy.policy.evaluate && safety.can_score_rows());
+    hyperparameters.row_conflicts = requested.row_conflicts.unwrap_or(policy.policy.evaluates() && safety.can_score_rows());
     hyperparameters.check_with(&safety).map_err(|e| e.within(at))?;
     let seed = match body.seed {
         Some(seed) if seed > MAX_SEED => {

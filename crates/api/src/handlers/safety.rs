@@ -51,18 +51,15 @@ pub(crate) async fn get_safety_report(
 ) -> Result<Response, ApiError> {
     let job = state.store.job(tenant.0, job_id(&id)?).await.map_err(|e| not_found(e, &id))?;
     let object = state.store.evidence(tenant.0, job.id, report::FILE).await.map_err(|error| missing(error, job.id))?;
-    if !wants_page(&headers) {
-        return file(&state, object, report::FILE, &headers);
-    }
-    let texts = match state.store.evidence(tenant.0, job.id, evidence::TEXTS).await {
-        Ok(texts) => state.store.objects().read_whole(&texts).await?,
-        Err(StoreError::NotFound) => Vec::new(),
-        Err(error) => return Err(error.into()),
-    };
-    let texts = serde_json::Deserializer::from_slice(&texts).into_iter::<RowText>();
-    let texts =
-        texts.map(|row| row.map(|row| (row.line, row.text))).collect::<Result<_, _>>().map_err(|e| ApiError::internal(&e))?;
-    page(&state.store.objects().read_whole(&object).await?, &texts)
+    show_report(&state, object, &headers, async {
+        match state.store.evidence(tenant.0, job.id, evidence::TEXTS).await {
+            Ok(texts) => state.store.objects().read_whole(&texts).await,
+            // The file they stood in is gone, or no row was named.
+            Err(StoreError::NotFound) => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    })
+    .await
 }
 
 /// Get the signed manifest of what went into a job and what came out.
@@ -104,7 +101,7 @@ pub(crate) async fn list_signing_keys(_: Tenant, State(state): State<AppState>) 
     responses((status = 200, description = "The policy that counts", body = SafetyPolicy))
 )]
 pub(crate) async fn get_safety_policy(tenant: Tenant, State(state): State<AppState>) -> Result<Json<SafetyPolicy>, ApiError> {
-    let policy = state.store.policy_of(tenant.0).await?.unwrap_or_else(|| state.default_policy());
+    let policy = state.policy_of(tenant.0).await?;
     Ok(Json(policy.into()))
 }
 
@@ -118,11 +115,27 @@ pub(crate) fn missing(error: StoreError, job: JobId) -> ApiError {
     }
 }
 
-pub(crate) fn wants_page(headers: &HeaderMap) -> bool {
+/// A report as it was written, or as a page, which shows the texts of rows: lines of [`RowText`], read only where they are shown.
+pub(crate) async fn show_report(
+    state: &AppState,
+    object: ObjectRef,
+    headers: &HeaderMap,
+    texts: impl Future<Output = Result<Vec<u8>, StoreError>>,
+) -> Result<Response, ApiError> {
+    if !wants_page(headers) {
+        return file(state, object, report::FILE, headers);
+    }
+    let texts = texts.await?;
+    let texts = serde_json::Deserializer::from_slice(&texts).into_iter::<RowText>();
+    let texts = texts.map(|row| row.map(|row| (row.line, row.text))).collect::<Result<_, _>>();
+    page(&state.store.objects().read_whole(&object).await?, &texts.map_err(|e| ApiError::internal(&e))?)
+}
+
+fn wants_page(headers: &HeaderMap) -> bool {
     headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).is_some_and(|accept| accept.contains("text/html"))
 }
 
-pub(crate) fn file(state: &AppState, object: ObjectRef, name: &str, headers: &HeaderMap) -> Result<Response, ApiError> {
+fn file(state: &AppState, object: ObjectRef, name: &str, headers: &HeaderMap) -> Result<Response, ApiError> {
     let download = Download {
         segments: vec![Segment::Object { key: object.key, bytes: object.bytes }],
         media_type: "application/json",
@@ -132,8 +145,7 @@ pub(crate) fn file(state: &AppState, object: ObjectRef, name: &str, headers: &He
     download.answer(state.store.objects(), headers)
 }
 
-/// A report as a page, with the texts of rows where their owner looks.
-pub(crate) fn page(json: &[u8], texts: &BTreeMap<u64, String>) -> Result<Response, ApiError> {
+fn page(json: &[u8], texts: &BTreeMap<u64, String>) -> Result<Response, ApiError> {
     let report: Report = serde_json::from_slice(json).map_err(|e| ApiError::internal(&e))?;
     let headers = [
         (header::CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8")),

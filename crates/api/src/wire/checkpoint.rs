@@ -43,14 +43,13 @@ pub(crate) struct CheckpointMetrics {
 
 impl Checkpoint {
     pub(crate) fn new(row: &Row, job: &Job) -> Self {
-        let model = model_name::fine_tuned(&job.base_model, &job.organization, job.suffix.as_deref(), job.id);
         let (train_loss, train_mean_token_accuracy) = row.train.unzip();
         let (valid_loss, valid_mean_token_accuracy) = row.validation.unzip();
         Self {
             id: row.id,
             object: "fine_tuning.job.checkpoint",
             created_at: row.created_at.unix_timestamp(),
-            fine_tuned_model_checkpoint: model_name::of_checkpoint(&model, row.step),
+            fine_tuned_model_checkpoint: model_name::of_checkpoint(&job.model_name(), row.step),
             fine_tuning_job_id: job.id,
             step_number: row.step,
             metrics: CheckpointMetrics {

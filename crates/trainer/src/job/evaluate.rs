@@ -1,8 +1,8 @@
 //! What an adapter answers to suites of requests, beside what its base does.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::io::{BufRead, BufReader};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use holdfast_base_model::files;
@@ -19,7 +19,7 @@ use crate::model::{Model, read_architecture};
 use crate::packed::Packed;
 use crate::progress::ProgressLog;
 use crate::stop::Stop;
-use crate::{adapter_files, device, generate, loss};
+use crate::{adapter_files, device, generate, loss, whole_file};
 
 /// Prompts that are answered together.
 const PROMPTS_AT_ONCE: usize = 64;
@@ -62,7 +62,7 @@ pub(super) fn evaluate(folder: &Path) -> Result<()> {
         log.phase(Phase::Evaluating)?;
         figures.kl.insert(suite.clone(), Some(both.mean_kl(&prompts, &base)?).filter(|kl| kl.is_finite()));
     }
-    write_whole(&folder.join(paths::FIGURES), &serde_json::to_vec(&figures)?)
+    whole_file::write(&folder.join(paths::FIGURES), &serde_json::to_vec(&figures)?)
 }
 
 fn read_request(folder: &Path) -> Result<Evaluation> {
@@ -115,22 +115,12 @@ fn lines_of(path: &Path) -> Result<Vec<String>> {
 }
 
 fn write_lines(path: &Path, answers: &[Answer]) -> Result<()> {
-    let mut bytes = BufWriter::new(Vec::new());
+    let mut bytes = Vec::new();
     for answer in answers {
         serde_json::to_writer(&mut bytes, answer)?;
-        bytes.write_all(b"\n")?;
+        bytes.push(b'\n');
     }
-    write_whole(path, &bytes.into_inner().map_err(|error| error.into_error())?)
-}
-
-/// Writes a file that is there whole or not at all.
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let unfinished: PathBuf = path.with_extension("partial");
-    let write = || {
-        std::fs::write(&unfinished, bytes)?;
-        std::fs::rename(&unfinished, path)
-    };
-    write().with_context(|| format!("cannot write {}", name(path)))
+    whole_file::write(path, &bytes)
 }
 
 /// A model with and without its adapter.

@@ -15,7 +15,7 @@ use crate::progress::ProgressLog;
 use crate::reference::Reference;
 use crate::stop::{Stop, Stopped};
 use crate::train::Run;
-use crate::{adapter_files, device, methods, reference_files};
+use crate::{adapter_files, device, methods, reference_files, whole_file};
 
 mod evaluate;
 mod failure;
@@ -81,12 +81,8 @@ fn stopped(message: String, trained_tokens: u64) -> ExitRecord {
 }
 
 fn write_record(folder: &Path, record: &ExitRecord) -> Result<()> {
-    let path = folder.join(paths::EXIT);
     std::fs::create_dir_all(folder.join(paths::OUT))?;
-    let unfinished = path.with_extension("partial");
-    std::fs::write(&unfinished, serde_json::to_vec_pretty(record)?)?;
-    std::fs::rename(&unfinished, &path)?;
-    Ok(())
+    whole_file::write(&folder.join(paths::EXIT), &serde_json::to_vec_pretty(record)?)
 }
 
 fn train(folder: &Path) -> Result<Ended> {

@@ -1,7 +1,5 @@
 //! What the operator demands of jobs, and what becomes of adapters that do not pass.
 
-use std::collections::BTreeMap;
-
 use axum::Json;
 use axum::extract::State;
 use axum::response::Response;
@@ -14,7 +12,7 @@ use http::HeaderMap;
 use crate::auth::Admin;
 use crate::error::ErrorBody;
 use crate::extract::{self, JsonBody, Path, QueryString};
-use crate::handlers::safety::{file, missing, page, wants_page};
+use crate::handlers::safety::{missing, show_report};
 use crate::wire::list::List;
 use crate::wire::safety::{
     ConflictLevel, ListQuarantined, MeasureConflictLevel, QuarantinedAdapter, ReleaseAdapter, SafetyPolicy, SetSafetyPolicy,
@@ -220,10 +218,8 @@ pub(crate) async fn get_quarantined_report(
 ) -> Result<Response, ApiError> {
     let job = quarantined(&state, &id).await?;
     let object = state.store.evidence_for_operator(job, report::FILE).await.map_err(|error| missing(error, job))?;
-    if !wants_page(&headers) {
-        return file(&state, object, report::FILE, &headers);
-    }
-    page(&state.store.objects().read_whole(&object).await?, &BTreeMap::new())
+    // The rows are their owner's to see.
+    show_report(&state, object, &headers, async { Ok(Vec::new()) }).await
 }
 
 /// Release what the safety gate keeps back of a job: an adapter that did not pass, and its checkpoints, also of a job that passed. The
