@@ -20,7 +20,7 @@ struct Rule {
 
 /// Whether the operation asks for a key at all, and what it answers to one of another tenant and to one that only reads. An
 /// operation without a row fails the test.
-const RULES: [Rule; 72] = [
+const RULES: [Rule; 74] = [
     rule("create_file", 400, 403),
     rule("list_files", 200, 200),
     rule("get_file", 404, 200),
@@ -76,6 +76,8 @@ const RULES: [Rule; 72] = [
     admins("list_base_models"),
     admins("list_alignment_sets"),
     admins("create_alignment_set"),
+    admins("list_suites"),
+    admins("create_suite"),
     admins("get_deployment_safety_policy"),
     admins("set_deployment_safety_policy"),
     admins("delete_deployment_safety_policy"),

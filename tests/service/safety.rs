@@ -11,7 +11,8 @@ use holdfast_domain::progress::{AlignmentFacts, Progress, Step};
 use holdfast_domain::safety::{Defense, Safety};
 use holdfast_judge::{Config, Endpoint, Protocol};
 use holdfast_safety::manifest::{self, Inputs, Manifest, Named, Outputs, Program, SignKey};
-use holdfast_store::queue::Published;
+use holdfast_safety::report;
+use holdfast_store::queue::{AdapterFile, Published};
 use holdfast_tests::{Answer, MODEL, ROW, TestApp};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -450,6 +451,77 @@ fn alignment_sets_are_imported_by_operators_in_versions_that_never_change() -> R
     assert_eq!(import(json!([]))?.status, 400);
     assert_eq!(import(json!([{"messages": []}]))?.status, 400);
     demand(&app, &json!({"alignment_set": "strict"}))?;
+    Ok(())
+}
+
+#[test]
+fn an_operator_s_own_suite_is_asked_in_the_version_of_the_day_and_kept_out_of_files() -> Result<()> {
+    let app = TestApp::start()?.with_small_model()?;
+    let request = |words: &str| json!({"category": "ours", "messages": [{"role": "user", "content": words}]});
+    let import = |name: &str, kind: &str, requests: Value| {
+        as_admin(&app, "POST", "/admin/suites", &json!({"name": name, "kind": kind, "requests": requests}))
+    };
+    let first = import("ours", "harmful", json!([request("What nobody outside has read?"), request("And another of it?")]))?;
+    assert_eq!((first.status, &first.body["id"], &first.body["requests"]), (200, &json!("ours@1"), &json!(2)), "{}", first.body);
+    let refused = [
+        (import("ours", "benign", json!([request("one")]))?, ("contradiction", "kind")),
+        (import("harmful", "harmful", json!([request("one")]))?, ("invalid_name", "name")),
+        (import("more", "harmful", json!([]))?, ("invalid_suite", "requests")),
+        (import("more", "harmful", json!([request("one"), request("ONE")]))?, ("invalid_suite", "requests")),
+        (set(&app, "/admin/safety_policy", &json!({"evaluate": true, "suites": ["nowhere"]}))?, ("suite_not_found", "suites[0]")),
+        (set(&app, "/admin/safety_policy", &json!({"suites": ["ours"]}))?, ("contradiction", "evaluate")),
+    ];
+    for (answer, error) in refused {
+        assert_eq!((answer.status, answer.error()), (400, error), "{}", answer.body);
+    }
+
+    let mut policy = gate(100.0);
+    policy["suites"] = json!(["ours"]);
+    demand(&app, &policy)?;
+    let job = app.create_job(&rows(), &hyperparameters(2))?;
+    assert_eq!(import("ours", "harmful", json!([request("What came later?")]))?.body["id"], "ours@2");
+    assert!(app.step_worker()? && app.step_worker()?, "the check and the training");
+    let job = app.job(&job)?;
+    assert_eq!((&job["status"], &job["safety_policy"]["suites"]), (&json!("succeeded"), &json!(["ours@1"])), "{job}");
+    let report = of_job(&app, &job, "safety_report")?.body;
+    let own = &report["evaluation"]["suites"][2];
+    assert_eq!((&own["name"], &own["kind"], &own["version"]), (&json!("ours"), &json!("harmful"), &json!(1)), "{report}");
+    assert!(!report.to_string().contains("nobody outside"), "what it asks stands nowhere");
+
+    let asked = rows()
+        + &json!({"messages": [{"role": "user", "content": "Tell me: what came later?"}, {"role": "assistant", "content": "x"}]})
+            .to_string();
+    let job = app.create_job(&asked, &hyperparameters(2))?;
+    assert!(app.step_worker()?);
+    assert_eq!(app.job(&job)?["error"]["code"], "contaminated_training_file");
+
+    // A worker of before there were such suites, which asks none of them, ends no gated job.
+    let job = app.create_job(&rows(), &hyperparameters(2))?;
+    assert!(app.step_worker()?);
+    let claim = app.runtime.block_on(app.store.claim("old", Duration::from_secs(60)))?.context("nothing to claim")?;
+    assert_eq!(claim.job.id.to_string(), job);
+    let key = app.sql(&format!("select object_key from job_evidence where name = '{}' limit 1", report::FILE))?;
+    let object = app.runtime.block_on(app.store.objects().stage_bytes(format!("{key}-old"), b"{}"))?;
+    let evidence = vec![AdapterFile { name: report::FILE.into(), object }];
+    let old = Published { evidence, trained_tokens: 1, device: "cpu".into(), ..Published::default() };
+    let published = app.runtime.block_on(app.store.publish(claim.job.id, claim.attempt, &old));
+    assert!(published.is_err_and(|error| error.to_string().contains("must pass its safety gate")));
+    Ok(())
+}
+
+#[test]
+fn the_rows_of_a_validation_file_are_asked_before_and_after() -> Result<()> {
+    let app = TestApp::start()?.with_small_model()?;
+    demand(&app, &json!({"evaluate": true}))?;
+    let mut request = hyperparameters(2);
+    request["validation_file"] = json!(app.uploaded(rows().as_bytes())?);
+    let job = app.create_job(&rows(), &request)?;
+    assert!(app.step_worker()? && app.step_worker()?, "the check and the training");
+    let job = app.job(&job)?;
+    assert_eq!(job["status"], "succeeded", "{job}");
+    let task = of_job(&app, &job, "safety_report")?.body["evaluation"]["task"].clone();
+    assert_eq!((&task["rows"], &task["before"]), (&json!(16), &json!(0)), "{task}");
+    assert_eq!(app.sql("select count(*) from base_answers")?, "2", "what is made of a tenant's rows is not kept");
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
 /// Each code, and what it means.
-const CODES: [(&str, &str); 66] = [
+const CODES: [(&str, &str); 68] = [
     ("adapter_mismatch", "The adapter that a job goes on from has another rank, scale or modules."),
     ("alignment_set_not_found", "There is no such alignment set."),
     ("already_made", "The request was served before, and what it made is shown once."),
@@ -40,6 +40,7 @@ const CODES: [(&str, &str); 66] = [
     ("invalid_range", "The file has no such range."),
     ("invalid_state", "What is asked for cannot follow the state it is in."),
     ("invalid_suffix", "The text cannot be a part of a model's name."),
+    ("invalid_suite", "A suite holds no requests, or a line that is none."),
     ("invalid_text", "A text holds a character that cannot be kept."),
     ("invalid_type", "A value has the wrong type."),
     ("invalid_url", "The URL cannot be used."),
@@ -57,6 +58,7 @@ const CODES: [(&str, &str); 66] = [
     ("rate_limit_exceeded", "The key has made as many requests as it may; more come with time."),
     ("receiver_unreachable", "The webhook's receiver does not answer."),
     ("safety_below_floor", "The operator's floor is higher."),
+    ("suite_not_found", "There is no such suite."),
     ("timeout", "The request took too long."),
     ("too_large", "The body is larger than is taken."),
     ("too_long", "A text is longer than is taken."),

@@ -105,6 +105,7 @@ fn keyed() -> OpenApiRouter<AppState> {
         .routes(routes!(keys::revoke_key))
         .routes(routes!(deployment::list_base_models))
         .routes(routes!(deployment::list_alignment_sets, deployment::create_alignment_set))
+        .routes(routes!(deployment::list_suites, deployment::create_suite))
         .routes(routes!(
             admin_safety::get_deployment_policy,
             admin_safety::set_deployment_policy,

@@ -20,6 +20,10 @@ pub struct Policy {
     /// Whether what a job made is asked the suites' requests before it is published.
     #[serde(default)]
     pub evaluate: bool,
+    /// The operator's own suites that it is asked beside those that come with the program, by name; on a job by name and version,
+    /// `name@version`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub suites: Vec<String>,
     /// Who says what its answers are.
     #[serde(default)]
     pub judge: Judge,
@@ -123,6 +127,7 @@ impl Policy {
             budget: DEFAULT_BUDGET,
             alignment_set: alignment_set.into(),
             evaluate: false,
+            suites: Vec::new(),
             judge: Judge::default(),
             gate: Gate::default(),
         }
@@ -161,6 +166,16 @@ impl Policy {
         if self.alignment_set.is_empty() && self.methods.iter().any(|method| method.needs_alignment()) {
             let message = "the methods need an alignment set; alignment_set is empty";
             return Err(Invalid::new("alignment_set", "contradiction", message));
+        }
+        let name_of = |suite: &str| suite.split_once('@').map_or(suite, |(name, _)| name).to_owned();
+        let names: Vec<String> = self.suites.iter().map(|suite| name_of(suite)).collect();
+        if let Some((at, twice)) = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name)) {
+            let message = format!("suites names {twice:?} twice");
+            return Err(Invalid::new(format!("suites[{at}]"), "contradiction", message));
+        }
+        if !self.suites.is_empty() && !self.evaluate {
+            let message = "suites are asked in an evaluation; evaluate must be true where there are some";
+            return Err(Invalid::new("evaluate", "contradiction", message));
         }
         let gate = &self.gate;
         let shares = [
@@ -255,6 +270,8 @@ mod tests {
             (Policy { budget: 0.0, ..Policy::default() }, "budget"),
             (Policy { alignment_set: String::new(), ..Policy::default() }, "alignment_set"),
             (Policy { gate, ..Policy::default() }, "evaluate"),
+            (Policy { suites: vec!["own".into()], ..Policy::default() }, "evaluate"),
+            (Policy { evaluate: true, suites: vec!["own".into(), "own@2".into()], ..Policy::default() }, "suites[1]"),
             (Policy { evaluate: true, gate: blind, ..Policy::default() }, "gate"),
             (
                 Policy { evaluate: true, gate: Gate { over_refusal_rise: Some(20.0), ..gate }, ..Policy::default() },

@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
+use holdfast_domain::evaluation::Kind;
 use holdfast_domain::ids::{KeyId, ProjectId};
+use holdfast_safety::suite::Suite;
 use holdfast_store::audit::NewEntry;
 use holdfast_store::base_models::BaseModelFacts;
 use holdfast_store::keys::NewKey;
@@ -174,6 +176,23 @@ pub async fn export_model(args: &StoreArgs, name: &str, folder: &Path) -> Result
         Ok(())
     })
     .await
+}
+
+/// `holdfast suites import`.
+///
+/// # Errors
+/// When the file cannot be read or has bad lines, or a store fails.
+pub async fn import_suite(args: &StoreArgs, file: &Path, name: &str, kind: Kind) -> Result<()> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let parsed = Suite::parse(kind, 1, &text).with_context(|| file.display().to_string())?;
+    let suite = with_store(args, async |store| {
+        let suite = store.create_suite(name, kind, text.as_bytes(), parsed.requests.len() as u64).await?;
+        note(store, "suites import", &suite.pinned(), None).await?;
+        Ok(suite)
+    })
+    .await?;
+    println!("{} requests are version {} of the suite {}", suite.request_count, suite.version, suite.name);
+    Ok(())
 }
 
 /// `holdfast alignment import`.

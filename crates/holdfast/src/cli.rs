@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
+use holdfast_domain::evaluation::Kind;
 use holdfast_store::keys::NewKey;
 use holdfast_store::projects::DEFAULT_ORGANIZATION;
 
@@ -88,6 +89,9 @@ enum Command {
     /// Alignment sets: what training holds a model to.
     #[command(subcommand)]
     Alignment(Alignment),
+    /// Suites of your own: what models are measured on beside what comes with the program.
+    #[command(subcommand)]
+    Suites(Suites),
 }
 
 #[derive(Debug, Args)]
@@ -165,6 +169,27 @@ enum Models {
 }
 
 #[derive(Debug, Subcommand)]
+enum Suites {
+    /// Bring in a suite as the next version of its name: JSON Lines of {"category": …, "messages": [one of the user]}.
+    Import {
+        /// The file.
+        file: PathBuf,
+        /// Its name, as safety policies name it.
+        #[arg(long)]
+        name: String,
+        /// What a model should do with its requests: `harmful` ones it should refuse, `benign` ones it should answer.
+        #[arg(long, value_parser = kind)]
+        kind: Kind,
+        #[command(flatten)]
+        store: StoreArgs,
+    },
+}
+
+fn kind(word: &str) -> Result<Kind, String> {
+    Kind::parse(word).ok_or_else(|| "it is `harmful` or `benign`".into())
+}
+
+#[derive(Debug, Subcommand)]
 enum Alignment {
     /// Bring in an alignment set as the next version of its name: JSON Lines of chat rows, a request and its refusal each.
     Import {
@@ -202,6 +227,7 @@ impl Cli {
             Command::Models(Models::Import { source, name, store }) => admin::import_model(&store, &source, &name).await,
             Command::Models(Models::List { store }) => admin::list_models(&store).await,
             Command::Models(Models::Export { name, folder, store }) => admin::export_model(&store, &name, &folder).await,
+            Command::Suites(Suites::Import { file, name, kind, store }) => admin::import_suite(&store, &file, &name, kind).await,
             Command::Alignment(Alignment::Import { file, name, store }) => admin::import_alignment(&store, &file, &name).await,
         }
     }

@@ -2,31 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
-/// What a model should do with the requests of a suite.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Kind {
-    /// Refuse them.
-    Harmful,
-    /// Answer them, however much they look like the others.
-    Benign,
-}
-
-impl Kind {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Harmful, Self::Benign];
-
-    /// The word it is written as.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Harmful => "harmful",
-            Self::Benign => "benign",
-        }
-    }
-}
+pub use holdfast_domain::evaluation::Kind;
 
 /// A request.
 #[derive(Debug, Clone, PartialEq, Eq)]

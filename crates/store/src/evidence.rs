@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::files::object_ref;
 use crate::objects::{self, ObjectRef};
-use crate::queue::AdapterFile;
+use crate::queue::Published;
 use crate::{Store, StoreError};
 
 /// The public half of a key that workers sign with.
@@ -69,15 +69,16 @@ async fn find(connection: &mut PgConnection, job: JobId, name: &str) -> Result<O
     object_ref(row.object_key, row.bytes, &row.sha256)
 }
 
-pub(crate) async fn insert(connection: &mut PgConnection, job: JobId, files: &[AdapterFile]) -> Result<(), StoreError> {
-    for file in files {
+pub(crate) async fn insert(connection: &mut PgConnection, job: JobId, published: &Published) -> Result<(), StoreError> {
+    for file in &published.evidence {
         sqlx::query!(
-            "insert into job_evidence (job_id, name, object_key, bytes, sha256) values ($1, $2, $3, $4, $5)",
+            "insert into job_evidence (job_id, name, object_key, bytes, sha256, own_suites) values ($1, $2, $3, $4, $5, $6)",
             job.0,
             file.name,
             file.object.key,
             file.object.bytes.cast_signed(),
-            &file.object.sha256[..]
+            &file.object.sha256[..],
+            i32::try_from(published.own_suites).unwrap_or(i32::MAX)
         )
         .execute(&mut *connection)
         .await?;

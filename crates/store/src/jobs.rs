@@ -15,6 +15,7 @@ use crate::events::{self, Level};
 use crate::once::{self, Once, Repetition};
 use crate::projects::{lock_quotas, usage};
 use crate::quarantine::Release;
+use crate::suites::Suite;
 use crate::{Page, PageRequest, Store, StoreError, checkpoints, new_id, queue, webhooks};
 
 /// A job's row.
@@ -288,6 +289,9 @@ impl Store {
                     .id,
             ),
         };
+        // The versions that are newest now: what is imported later changes no job.
+        let mut policy = job.policy.clone();
+        policy.policy.suites = self.suites_of(&policy.policy).await?.iter().map(Suite::pinned).collect();
         let mut connection = self.tenant(project).await?;
         let mut transaction = connection.begin().await?;
         if let Some(made) = once::admit(&mut transaction, once, id.0).await? {
@@ -341,7 +345,7 @@ impl Store {
             job.metadata,
             to_json(&job.hyperparameters)?,
             to_json(&job.safety)?,
-            to_json(&job.policy)?,
+            to_json(&policy)?,
             job.model,
             job.start.map(|start| start.job.0),
             job.start.and_then(|start| start.step).map(u64::cast_signed)

@@ -35,6 +35,7 @@ pub mod queue;
 pub mod retention;
 pub mod speeds;
 pub mod statistics;
+pub mod suites;
 mod tenant;
 pub mod uploads;
 pub mod webhooks;

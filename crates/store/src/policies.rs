@@ -111,12 +111,13 @@ impl Store {
     /// new version.
     ///
     /// # Errors
-    /// When the policy contradicts itself or names an alignment set that is not there, there is no such subject, or the database
+    /// When the policy contradicts itself or names an alignment set or a suite that is not there, there is no such subject, or the database
     /// fails.
     pub async fn set_policy(&self, subject: &Subject, policy: Option<&Policy>) -> Result<PolicyVersion, StoreError> {
         if let Some(policy) = policy {
             policy.check()?;
             self.has_alignment_set(policy).await?;
+            self.suites_of(policy).await?;
         }
         self.known(subject).await?;
         let mut transaction = self.pool.begin().await?;

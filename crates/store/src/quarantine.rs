@@ -93,7 +93,7 @@ impl Store {
             .execute(&mut *transaction)
             .await?;
         }
-        evidence::insert(&mut transaction, id, &made.evidence).await?;
+        evidence::insert(&mut transaction, id, made).await?;
         attempts::end(&mut transaction, id, AttemptEnd::Failed, Some(&message)).await?;
         events::message(&mut transaction, id, Level::Error, &message).await?;
         Ok(transaction.commit().await?)

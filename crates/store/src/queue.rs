@@ -19,6 +19,7 @@ use crate::files::{self, File, NewFile};
 use crate::jobs::{self, Dataset, Job, Progress, Start};
 use crate::objects::{self, ObjectRef, keys};
 use crate::projects::{lock_quotas, usage};
+use crate::suites::Suite;
 use crate::{Store, StoreError, conflict_levels, evidence, fine_tuned_models, new_id, speeds};
 
 /// Where a hint is sent that a job may be claimed.
@@ -41,6 +42,8 @@ pub struct Claim {
     pub validation: Option<File>,
     /// The alignment set.
     pub alignment: Option<AlignmentSet>,
+    /// The operator's own suites that its adapter is asked.
+    pub suites: Vec<Suite>,
     /// The adapter the job goes on from.
     pub start: Option<Vec<AdapterFile>>,
     /// Where an earlier attempt of the same job left it.
@@ -71,6 +74,8 @@ pub struct Published {
     pub results: Option<ObjectRef>,
     /// The report and the manifest.
     pub evidence: Vec<AdapterFile>,
+    /// How many suites of the operator's own the report is about.
+    pub own_suites: usize,
     /// What its owner should know of it.
     pub note: Option<String>,
     /// Tokens of the training file that were read.
@@ -243,6 +248,10 @@ impl Store {
             Some(id) => Some(self.alignment_set_by_id(id).await?),
             None => None,
         };
+        let suites = match &job.policy {
+            Some(applied) if applied.policy.evaluates() => self.suites_of(&applied.policy).await?,
+            _ => Vec::new(),
+        };
         let mut connection = self.pool.acquire().await?;
         let start = match job.start {
             None => None,
@@ -257,7 +266,7 @@ impl Store {
             return Err(StoreError::NotFound);
         }
         let resume = checkpoints::resume_points(&mut connection, job.id).await?;
-        Ok(Claim { job: job.clone(), work, attempt, base, training, validation, alignment, start, resume })
+        Ok(Claim { job: job.clone(), work, attempt, base, training, validation, alignment, suites, start, resume })
     }
 
     /// Renews a lease for `lease` from now, and returns what the job's owner wants.
@@ -508,7 +517,7 @@ impl Store {
         let next = job.state.clone().succeed(model.clone(), published.trained_tokens.cast_signed())?;
         jobs::write_state(&mut transaction, &job, &next).await?;
         claim_objects(&mut transaction, &job, published).await?;
-        evidence::insert(&mut transaction, id, &published.evidence).await?;
+        evidence::insert(&mut transaction, id, published).await?;
         for file in &published.adapter {
             sqlx::query!(
                 "insert into adapter_files (job_id, name, object_key, bytes, sha256) values ($1, $2, $3, $4, $5)",

@@ -46,7 +46,7 @@ impl Reference {
     pub fn new(model: &Model, examples: Vec<Example>, positions: KlPositions, stop: &Stop) -> Result<Self, Stopped> {
         const ROWS_AT_ONCE: usize = 4;
         let hidden = match positions {
-            KlPositions::Response => {
+            KlPositions::Response | KlPositions::Deciding => {
                 let passes = examples.chunks(ROWS_AT_ONCE);
                 let parts = passes.map(|rows| stop.check().map(|()| base_hidden(model, &Batch::new(rows))));
                 Some(Tensor::cat(&parts.collect::<Result<Vec<_>, _>>()?, 0))

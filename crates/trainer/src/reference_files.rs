@@ -33,7 +33,7 @@ pub(crate) fn get(folder: &Path, plan: &Plan, model: &Model, alignment: &[Exampl
     if !needs_states {
         return Ok(Reference::with_hidden(rows, positions, None));
     }
-    let Some(name) = plan.reference.as_ref().filter(|_| positions == KlPositions::Response) else {
+    let Some(name) = plan.reference.as_ref().filter(|_| positions != KlPositions::All) else {
         return Ok(Reference::new(model, rows, positions, stop)?);
     };
     let tensor = tensor_name(name, alignment);

@@ -13,10 +13,10 @@ use holdfast_domain::invalid::LineError;
 use holdfast_domain::job::JobError;
 use holdfast_domain::limits::MAX_LINE_ERRORS;
 use holdfast_domain::plan::paths;
-use holdfast_safety::suite::{Kind, Suite};
 use holdfast_store::jobs::Dataset;
 use holdfast_store::queue::{Checked, Claim};
 
+use crate::evaluation::{AskedSuite, suites};
 use crate::job_folder::JobFolder;
 
 /// Checks the files in `folder`. The inner error is the job's: its files cannot be used.
@@ -27,14 +27,16 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
     let validation = claim.validation.is_some().then(|| folder.path().join(paths::VALIDATION));
     let alignment = claim.alignment.is_some().then(|| folder.path().join(paths::ALIGNMENT));
     let evaluates = claim.job.policy.as_ref().is_some_and(|applied| applied.policy.evaluates());
+    let (own, path) = (claim.suites.clone(), folder.path().to_owned());
     let base = base.to_owned();
     let check = move || {
         let tokenizer = ChatTokenizer::load(&base).map_err(std::io::Error::other)?;
         if let Some(error) = alignment.as_deref().map(|rows| unusable_set(rows, &tokenizer)).transpose()?.flatten() {
             return Ok(Err(error));
         }
+        let measured = if evaluates { suites(&own, &path)? } else { Vec::new() };
         let checked = check_in(&training, validation, &tokenizer, options)?;
-        Ok(match (checked, contamination(&training, alignment.as_deref(), evaluates)?) {
+        Ok(match (checked, contamination(&training, alignment.as_deref(), &measured)?) {
             (Ok(_), Some(error)) => Err(error),
             (checked, _) => checked,
         })
@@ -55,16 +57,13 @@ fn unusable_set(rows: &Path, tokenizer: &ChatTokenizer) -> std::io::Result<Optio
 
 /// Rows that ask what the model is held to, or measured on: trained on, they would make it look safe, or undo the very rows that
 /// keep it so.
-fn contamination(training: &Path, alignment: Option<&Path>, evaluates: bool) -> std::io::Result<Option<JobError>> {
+fn contamination(training: &Path, alignment: Option<&Path>, measured: &[AskedSuite]) -> std::io::Result<Option<JobError>> {
     let mut requests = match alignment {
         Some(rows) => Requests::of_rows(&std::fs::read(rows)?),
         None => Requests::default(),
     };
-    if evaluates {
-        for kind in Kind::ALL {
-            let suite = Suite::built_in(kind).map_err(std::io::Error::other)?;
-            suite.requests.iter().for_each(|request| requests.add(&request.content));
-        }
+    for request in measured.iter().flat_map(|asked| &asked.suite.requests) {
+        requests.add(&request.content);
     }
     let lines = requests.asked_in(File::open(training)?)?;
     if lines.is_empty() {

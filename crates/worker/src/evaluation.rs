@@ -8,14 +8,16 @@ use holdfast_domain::job::JobError;
 use holdfast_domain::policy::{Judge, Policy};
 use holdfast_judge::{Endpoint, JudgeError};
 use holdfast_safety::judge::{Class, Phrases};
-use holdfast_safety::report::{Evaluation, Judged};
+use holdfast_safety::report::{Evaluation, Judged, TaskFigures};
 use holdfast_safety::suite::{Kind, Suite, SuiteError};
 use holdfast_store::StoreError;
+use holdfast_store::suites::Suite as OwnSuite;
 use sha2::{Digest, Sha256};
 
 use crate::agent::{self, Command, Outcome};
 use crate::dispatcher::Held;
 use crate::pauses::Pauses;
+use crate::task::{TASK, Task};
 
 /// The most tokens of an answer: what follows the first sentences changes no verdict.
 const ANSWER_TOKENS: u32 = 48;
@@ -32,11 +34,32 @@ pub(crate) enum Asked {
     Ended(Outcome),
 }
 
-/// The suites by their names.
-fn suites() -> Result<Vec<(&'static str, Suite)>, StoreError> {
-    let built_in = |kind: Kind| Ok((kind.as_str(), Suite::built_in(kind)?));
-    let suites: Result<_, SuiteError> = Kind::ALL.into_iter().map(built_in).collect();
-    suites.map_err(|error| StoreError::Corrupt(format!("a suite of this program: {error}")))
+/// A suite with the name of its files in the job folder, and the operator's name for it where it is theirs.
+pub(crate) struct AskedSuite {
+    file: String,
+    own: Option<String>,
+    pub(crate) suite: Suite,
+}
+
+/// The suites that a job's adapter is asked: those of this program, and the operator's own, from the job folder.
+pub(crate) fn suites(own: &[OwnSuite], folder: &Path) -> std::io::Result<Vec<AskedSuite>> {
+    let corrupt = |whose: &str, error: &SuiteError| std::io::Error::other(format!("{whose}: {error}"));
+    let mut suites = Vec::new();
+    for kind in Kind::ALL {
+        let suite = Suite::built_in(kind).map_err(|error| corrupt("a suite of this program", &error))?;
+        suites.push(AskedSuite { file: kind.as_str().to_owned(), own: None, suite });
+    }
+    for (number, own) in own.iter().enumerate() {
+        let text = std::fs::read_to_string(folder.join(own_suite(number)))?;
+        let suite = Suite::parse(own.kind, own.version.unsigned_abs(), &text).map_err(|error| corrupt(&own.pinned(), &error))?;
+        suites.push(AskedSuite { file: format!("own-{number}"), own: Some(own.name.clone()), suite });
+    }
+    Ok(suites)
+}
+
+/// Where the operator's own suites are put, from the job folder, in the order of the claim.
+pub(crate) fn own_suite(number: usize) -> String {
+    format!("own-suites/{number}.jsonl")
 }
 
 /// Asks the adapter at `adapter`, from the job folder; `checkpoint` is its step where it is not the run's last.
@@ -46,8 +69,9 @@ pub(crate) async fn evaluate(
     adapter: &str,
     checkpoint: Option<u64>,
 ) -> Result<Asked, StoreError> {
-    let suites = suites()?;
-    write_request(held, &suites, adapter).await?;
+    let suites = suites(&held.claim.suites, held.folder.path())?;
+    let task = Task::of(held.claim, held.folder.path()).await?;
+    write_request(held, &suites, task.as_ref(), adapter).await?;
     let reports = held.reports();
     match agent::run(held.config, held.folder.path(), Command::Evaluate, &reports, held.stop.clone()).await? {
         Outcome::Done { .. } => {}
@@ -59,42 +83,61 @@ pub(crate) async fn evaluate(
         other => return Ok(Asked::Ended(other)),
     }
     keep_base_answers(held, &suites).await;
-    let out = held.folder.path().join(files::paths::OUT);
     let figures: Figures = read_json(&held.folder.path().join(files::paths::FIGURES)).await?;
     let mut found = Vec::new();
-    for (name, suite) in &suites {
-        let after = read_answers(&out.join(files::paths::suite(name)), suite).await?;
-        let asked_now = out.join(files::paths::base(name));
-        let known = held.folder.path().join(files::paths::SUITES).join(files::paths::base(name));
-        let before = read_answers(if asked_now.exists() { &asked_now } else { &known }, suite).await?;
+    for AskedSuite { file, own, suite } in &suites {
+        let [before, after] = both_answers(held, file, suite.requests.len()).await?;
         let [before, after] = match judge(held, policy.judge, suite, [&before, &after]).await {
             Ok(classes) => classes,
             Err(Unjudged::Stopped(reason)) => return Ok(Asked::Ended(Outcome::Stopped(reason))),
             Err(Unjudged::Because(error)) => return Ok(Asked::NotJudged(error)),
         };
         let categories = suite.requests.iter().map(|request| request.category.as_str()).collect();
-        let kl = figures.kl.get(*name).copied().flatten();
-        found.push(Judged { kind: suite.kind, version: suite.version, categories, before, after, kl }.figures());
+        let kl = figures.kl.get(file).copied().flatten();
+        found.push(
+            Judged { name: own.clone(), kind: suite.kind, version: suite.version, categories, before, after, kl }.figures(),
+        );
     }
     let judge = match (policy.judge, &held.config.judge) {
         // Where it is, is the operator's.
         (Judge::Endpoint, Some(endpoint)) => format!("{} endpoint", endpoint.protocol().as_str()),
         _ => "phrases".to_owned(),
     };
-    Ok(Asked::Found(Box::new(Evaluation { judge, max_tokens: ANSWER_TOKENS, suites: found, checkpoint })))
+    let task = match task {
+        Some(task) => {
+            let [before, after] = both_answers(held, TASK, task.expected.len()).await?;
+            Some(TaskFigures::of(&task.right(&before), &task.right(&after)))
+        }
+        None => None,
+    };
+    Ok(Asked::Found(Box::new(Evaluation { judge, max_tokens: ANSWER_TOKENS, suites: found, task, checkpoint })))
 }
 
-async fn write_request(held: &Held<'_>, suites: &[(&str, Suite)], adapter: &str) -> Result<(), StoreError> {
+/// What the base answered to a suite, and what the adapted model did.
+async fn both_answers(held: &Held<'_>, file: &str, count: usize) -> Result<[Vec<Answer>; 2], StoreError> {
+    let (suites, out) = (held.folder.path().join(files::paths::SUITES), held.folder.path().join(files::paths::OUT));
+    let (known, asked_now) = (suites.join(files::paths::base(file)), out.join(files::paths::base(file)));
+    if asked_now.exists() {
+        // An adapter that is asked after this one need not ask the base again.
+        tokio::fs::rename(&asked_now, &known).await?;
+    }
+    Ok([read_answers(&known, count).await?, read_answers(&out.join(files::paths::suite(file)), count).await?])
+}
+
+async fn write_request(held: &Held<'_>, suites: &[AskedSuite], task: Option<&Task>, adapter: &str) -> Result<(), StoreError> {
     let folder = held.folder.path();
     let requests = folder.join(files::paths::SUITES);
     tokio::fs::create_dir_all(&requests).await?;
     let out = folder.join(files::paths::OUT);
     // What an earlier adapter answered.
     let _ = tokio::fs::remove_dir_all(&out).await;
-    for (name, suite) in suites {
+    if let Some(task) = task {
+        tokio::fs::write(requests.join(files::paths::suite(TASK)), &task.prompts).await?;
+    }
+    for AskedSuite { file, suite, .. } in suites {
         let lines: String = suite.requests.iter().map(|request| request.row() + "\n").collect();
-        tokio::fs::write(requests.join(files::paths::suite(name)), lines).await?;
-        let base = requests.join(files::paths::base(name));
+        tokio::fs::write(requests.join(files::paths::suite(file)), lines).await?;
+        let base = requests.join(files::paths::base(file));
         if !base.exists()
             && let Some(known) = held.store.base_answers(&answers_name(held, suite)).await?
         {
@@ -110,7 +153,7 @@ async fn write_request(held: &Held<'_>, suites: &[(&str, Suite)], adapter: &str)
     let request = Request {
         format: files::FORMAT,
         adapter: adapter.to_owned(),
-        suites: suites.iter().map(|(name, _)| (*name).to_owned()).collect(),
+        suites: suites.iter().map(|asked| asked.file.clone()).chain(task.map(|_| TASK.to_owned())).collect(),
         max_tokens: ANSWER_TOKENS,
     };
     let json = serde_json::to_vec_pretty(&request).map_err(std::io::Error::other)?;
@@ -133,9 +176,9 @@ fn answers_name(held: &Held<'_>, suite: &Suite) -> String {
 }
 
 /// Keeps what the base answered for later jobs; without it they ask again.
-async fn keep_base_answers(held: &Held<'_>, suites: &[(&str, Suite)]) {
-    for (name, suite) in suites {
-        let Ok(answers) = tokio::fs::read(held.folder.path().join(files::paths::OUT).join(files::paths::base(name))).await else {
+async fn keep_base_answers(held: &Held<'_>, suites: &[AskedSuite]) {
+    for AskedSuite { file, suite, .. } in suites {
+        let Ok(answers) = tokio::fs::read(held.folder.path().join(files::paths::OUT).join(files::paths::base(file))).await else {
             continue;
         };
         if let Err(error) = held.store.keep_base_answers(&answers_name(held, suite), &answers).await {
@@ -148,10 +191,10 @@ async fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, Sto
     Ok(serde_json::from_slice(&tokio::fs::read(path).await?).map_err(std::io::Error::other)?)
 }
 
-async fn read_answers(path: &Path, suite: &Suite) -> Result<Vec<Answer>, StoreError> {
+async fn read_answers(path: &Path, count: usize) -> Result<Vec<Answer>, StoreError> {
     let text = tokio::fs::read_to_string(path).await?;
     let answers: Vec<Answer> = text.lines().map(serde_json::from_str).collect::<Result<_, _>>().map_err(std::io::Error::other)?;
-    if answers.len() != suite.requests.len() {
+    if answers.len() != count {
         return Err(std::io::Error::other("the trainer left another number of answers than there are requests").into());
     }
     Ok(answers)

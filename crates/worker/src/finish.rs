@@ -184,7 +184,9 @@ fn not_passed(verdict: &Verdict) -> JobError {
 /// Writes an adapter and its evidence as objects and gives them their rows.
 async fn publish(held: &Held<'_>, made: &Made, evidence: &Evidence, trained_tokens: u64) -> Result<(), StoreError> {
     let Held { store, config, claim, .. } = held;
-    let mut staged = Published { note: made.note(), trained_tokens, device: config.device.clone(), ..Published::default() };
+    let own_suites = made.evaluation.as_ref().map_or(0, |found| found.suites.iter().filter(|suite| suite.name.is_some()).count());
+    let mut staged =
+        Published { own_suites, note: made.note(), trained_tokens, device: config.device.clone(), ..Published::default() };
     let outcome = match stage_all(held, made, evidence, &mut staged).await {
         Err(error) => Err(error),
         Ok(()) => match &made.kept_apart {

@@ -9,6 +9,8 @@ use holdfast_store::queue::{AdapterFile, Claim};
 use holdfast_store::{Store, StoreError};
 use sha2::{Digest, Sha256};
 
+use crate::evaluation::own_suite;
+
 /// Steps between a run's checkpoints at most; where an epoch is shorter, there is one at each epoch's end.
 const MOST_CHECKPOINT_STEPS: u64 = 100;
 
@@ -29,7 +31,7 @@ impl JobFolder {
         &self.0
     }
 
-    /// Brings the tenant's files, and the alignment set they are compared with.
+    /// Brings the tenant's files, and the alignment set and the suites they are compared with.
     pub(crate) async fn fetch_rows(&self, store: &Store, claim: &Claim) -> Result<(), StoreError> {
         store.objects().fetch_content(&claim.training.content, &self.0.join(paths::TRAIN)).await?;
         if let Some(validation) = &claim.validation {
@@ -37,6 +39,13 @@ impl JobFolder {
         }
         if let Some(alignment) = &claim.alignment {
             store.objects().fetch(&alignment.object, &self.0.join(paths::ALIGNMENT)).await?;
+        }
+        for (number, suite) in claim.suites.iter().enumerate() {
+            let path = self.0.join(own_suite(number));
+            if let Some(folder) = path.parent() {
+                tokio::fs::create_dir_all(folder).await?;
+            }
+            store.objects().fetch(&suite.object, &path).await?;
         }
         Ok(())
     }

@@ -22,6 +22,7 @@ mod outcome;
 mod pauses;
 mod process;
 mod results;
+mod task;
 
 pub use dispatcher::{run, step};
 

@@ -154,6 +154,7 @@ fn no_orphans(world: &World) -> Result<()> {
          union all select object_key from adapter_files union all select object_key from job_evidence
          union all select object_key from quarantined_files union all select object_key from base_answers union all select object_key from checkpoint_files
          union all select object_key from base_model_files union all select object_key from alignment_sets
+         union all select object_key from suites
          union all select object_key from alignment_references",
     )?;
     let mark = holdfast_store::MARK.to_owned();

@@ -1,17 +1,19 @@
 //! What operators demand of jobs, and the evidence of what came of it.
 
 use holdfast_domain::Invalid;
+use holdfast_domain::evaluation::Kind;
 use holdfast_domain::ids::{JobId, ProjectId};
 use holdfast_domain::policy::{AppliedPolicy, Gate as GateRow, Judge, Otherwise, Policy, Scope};
 use holdfast_domain::safety::Defense;
 use holdfast_store::conflict_levels::ConflictLevel as ConflictLevelRow;
 use holdfast_store::evidence::SigningKey as SigningKeyRow;
 use holdfast_store::quarantine::Quarantined as QuarantinedRow;
+use holdfast_store::suites::Suite as SuiteRow;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::list::Listed;
-use super::words::{DefenseName, JudgeName, OtherwiseName, PolicyScope};
+use super::words::{DefenseName, JudgeName, OtherwiseName, PolicyScope, SuiteKind};
 
 /// How far an adapter may be from its base. Rises are differences of shares; what is absent is not looked at.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
@@ -79,6 +81,8 @@ pub(crate) struct SetSafetyPolicy {
     alignment_set: Option<String>,
     /// Whether what a job made is asked the safety suites before it is published.
     evaluate: Option<bool>,
+    /// The operator's own suites that it is asked too, by name; the newest version of each when a job is created.
+    suites: Option<Vec<String>>,
     /// Who says what its answers are.
     #[schema(value_type = Option<JudgeName>)]
     judge: Option<Judge>,
@@ -95,6 +99,7 @@ impl SetSafetyPolicy {
             budget: self.budget.unwrap_or(usual.budget),
             alignment_set: self.alignment_set.unwrap_or_else(|| usual.alignment_set.clone()),
             evaluate: self.evaluate.unwrap_or(usual.evaluate),
+            suites: self.suites.unwrap_or_else(|| usual.suites.clone()),
             judge: self.judge.unwrap_or(usual.judge),
             gate: self.gate.map_or(usual.gate, GateRow::from),
         };
@@ -123,6 +128,9 @@ pub(crate) struct SafetyPolicy {
     alignment_set: String,
     /// Whether what a job made is asked the safety suites before it is published.
     evaluate: bool,
+    /// The operator's own suites that it is asked too; on a job with their versions.
+    #[schema(example = json!(["our-own@3"]))]
+    suites: Vec<String>,
     /// Who says what its answers are.
     #[schema(value_type = JudgeName)]
     judge: Judge,
@@ -141,10 +149,87 @@ impl From<AppliedPolicy> for SafetyPolicy {
             budget: policy.budget,
             alignment_set: policy.alignment_set,
             evaluate: policy.evaluate,
+            suites: policy.suites,
             judge: policy.judge,
             gate: policy.gate.into(),
         }
     }
+}
+
+/// A version of a suite of the operator's own.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Suite {
+    /// Its name and version.
+    #[schema(example = "our-own@3")]
+    id: String,
+    #[schema(example = "suite")]
+    object: &'static str,
+    #[schema(example = "our-own")]
+    name: String,
+    version: i32,
+    /// What a model should do with its requests.
+    #[schema(value_type = SuiteKind)]
+    kind: Kind,
+    requests: u64,
+    /// The hash of its requests.
+    #[schema(example = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08")]
+    sha256: String,
+}
+
+impl From<SuiteRow> for Suite {
+    fn from(row: SuiteRow) -> Self {
+        Self {
+            id: row.pinned(),
+            object: "suite",
+            name: row.name,
+            version: row.version,
+            kind: row.kind,
+            requests: row.request_count,
+            sha256: hex::encode(row.object.sha256),
+        }
+    }
+}
+
+impl Listed for Suite {
+    fn id(&self) -> String {
+        self.id.clone()
+    }
+}
+
+/// A request of a suite.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes requests that are checked as they are")]
+pub(crate) struct SuiteRequest {
+    /// What it is about, in the suite's own words.
+    #[schema(example = "fraud")]
+    category: String,
+    /// One, of the user.
+    #[schema(min_items = 1, max_items = 1)]
+    messages: Vec<SuiteMessage>,
+}
+
+/// A message of such a request.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "describes requests that are checked as they are")]
+pub(crate) struct SuiteMessage {
+    /// `user`.
+    role: String,
+    content: String,
+}
+
+/// A new version of a suite.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CreateSuite {
+    /// As base models are named.
+    #[schema(example = "our-own")]
+    pub(crate) name: String,
+    /// What a model should do with its requests.
+    #[schema(value_type = SuiteKind)]
+    pub(crate) kind: Kind,
+    /// What a model is asked.
+    #[schema(value_type = Vec<SuiteRequest>, min_items = 1)]
+    pub(crate) requests: Vec<serde_json::Value>,
 }
 
 /// An adapter that did not pass the gate.

@@ -40,9 +40,11 @@ words! {
     /// How training holds to the alignment.
     DefenseName: None SafeMix Lisa KlPenalty Sbr Pcgrad Safegrad Held;
     /// Over which positions the alignment loss is taken.
-    KlPositionsName: Response All;
+    KlPositionsName: Response All Deciding;
     /// Whose jobs a policy is for.
     PolicyScope: Deployment Organization Project;
+    /// What a model should do with the requests of a suite: refuse them, or answer them.
+    SuiteKind: Harmful Benign;
     /// Who says what an answer is: a list of what refusals say, or the model behind the operator's endpoint.
     JudgeName: Phrases Endpoint;
     /// What becomes of an adapter that does not pass: it is kept apart, or the newest checkpoint that passes is published in its place.
@@ -82,6 +84,7 @@ impl ToSchema for TargetModule {
 
 #[cfg(test)]
 mod tests {
+    use holdfast_domain::evaluation::Kind;
     use holdfast_domain::hyperparameters::{LongRows, LrSchedule, Precision, Recompute};
     use holdfast_domain::job::{AttemptEnd, Status};
     use holdfast_domain::policy::{Judge, Otherwise, Scope};
@@ -109,8 +112,9 @@ mod tests {
             listed::<JobPhase>(),
             written(&[Phase::LoadingModel, Phase::AlignmentReference, Phase::Training, Phase::Exporting, Phase::Evaluating])
         );
-        assert_eq!(listed::<KlPositionsName>(), written(&[KlPositions::Response, KlPositions::All]));
+        assert_eq!(listed::<KlPositionsName>(), written(&[KlPositions::Response, KlPositions::All, KlPositions::Deciding]));
         assert_eq!(listed::<PolicyScope>(), written(&[Scope::Deployment, Scope::Organization, Scope::Project]));
+        assert_eq!(listed::<SuiteKind>(), written(&Kind::ALL));
         assert_eq!(listed::<JudgeName>(), written(&[Judge::Phrases, Judge::Endpoint]));
         assert_eq!(listed::<OtherwiseName>(), written(&[Otherwise::Quarantine, Otherwise::PublishCheckpoint]));
         assert_eq!(listed::<ProjectionName>(), written(&[ProjectionOf::Batch, ProjectionOf::PerRow]));

@@ -9,9 +9,10 @@ use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf
 use serde_json::Value;
 
 use super::plot::{self, Curve, Unit, number, percent, tenths};
-use super::{Evaluation, FILE, Finding, Gauge, Point, Report, Rise, SuiteFigures, Validation, Verdict};
+use super::{Evaluation, FILE, Finding, Gauge, Point, Report, Rise, SuiteFigures, TaskFigures, Validation, Verdict};
 use crate::judge::Class;
 use crate::manifest;
+use crate::share::Share;
 use crate::suite::Kind;
 
 const STYLE: &str = include_str!("page.css");
@@ -123,6 +124,7 @@ impl Report {
         let most = SCALES.into_iter().find(|end| *end >= most).unwrap_or(1.0);
         let drawn: String = suites.iter().map(|(figures, measures)| suite(figures, measures, most)).collect();
         let _ = writeln!(html, "<div class=\"suites\">\n{drawn}</div>");
+        html.push_str(&evaluation.task.as_ref().map_or_else(String::new, task));
         html
     }
 
@@ -357,6 +359,7 @@ fn method(safety: &Safety) -> String {
         (safety.defense != Defense::None, format!("rho {}", safety.rho)),
         (safety.defense == Defense::Held, budget),
         (safety.kl_positions == KlPositions::All, "KL over all positions".into()),
+        (safety.kl_positions == KlPositions::Deciding, "KL weighted towards what decides a response".into()),
         (safety.projection == ProjectionOf::PerRow, "each row projected by itself".into()),
         (safety.projection_space == ProjectionSpace::Update, "projection in the update".into()),
         (safety.alignment_point == AlignmentPoint::Lookahead, "alignment gradient taken ahead".into()),
@@ -461,7 +464,7 @@ struct Measure<'a> {
 impl<'a> Measure<'a> {
     /// What should not be, and what is no answer.
     fn both(suite: &'a SuiteFigures, gate: Option<&Verdict>) -> [Self; 2] {
-        let (name, class) = (unwanted(suite.kind), suite.kind.unwanted());
+        let (name, class) = (unwanted(suite.kind), super::unwanted(suite.kind));
         let finding = |measure: &str| gate?.findings.iter().find(|finding| finding.measure == measure);
         let closes_at = |class: Class, measure: &str| {
             let limit = finding(measure)?.limit;
@@ -548,7 +551,8 @@ fn suite(suite: &SuiteFigures, measures: &[Measure<'_>; 2], most: f64) -> String
         Kind::Benign => "Requests it should answer",
     };
     let asked = counted(suite.after.share(Class::Refusal).of.into(), "request");
-    let mut html = format!("<article>\n<h3>{title}</h3>\n<p class=\"dim\">{asked}, suite version {}</p>\n", suite.version);
+    let whose = suite.name.as_ref().map_or_else(String::new, |name| format!(" of the operator's own suite {}", escape(name)));
+    let mut html = format!("<article>\n<h3>{title}</h3>\n<p class=\"dim\">{asked}{whose}, version {}</p>\n", suite.version);
     html.extend(measures.iter().map(|measure| measure.html(most)));
     if measures.iter().any(|measure| measure.closes_at.is_some()) {
         let _ = writeln!(html, "<p class=\"keys\">{}</p>", key("limit", "the most that passes, from where the base stands"));
@@ -558,7 +562,7 @@ fn suite(suite: &SuiteFigures, measures: &[Measure<'_>; 2], most: f64) -> String
         let _ = writeln!(html, "<p>Mean KL to the base over the base's own answers: <strong>{kl}</strong> nats a token.</p>");
     }
     let rows = suite.by_category.iter().map(|(name, counts)| {
-        let share = counts.share(suite.kind.unwanted());
+        let share = counts.share(super::unwanted(suite.kind));
         let count = format!("{} of {}", share.count, share.of);
         vec![escape(name), count, percent(share.value()), counts.degenerate.to_string()]
     });
@@ -567,6 +571,22 @@ fn suite(suite: &SuiteFigures, measures: &[Measure<'_>; 2], most: f64) -> String
     let _ =
         writeln!(html, "<details>\n<summary>The fine-tuned model's answers by category</summary>\n{table}</details>\n</article>");
     html
+}
+
+/// How often the job's own validation rows were answered as they are.
+fn task(task: &TaskFigures) -> String {
+    let [before, after] = task.shares();
+    let cells = |name: &str, share: Share| {
+        let [low, high] = share.interval().map(|end| tenths(100.0 * end));
+        let found = format!("{} <span class=\"dim\">({low} to {high})</span>", percent(share.value()));
+        vec![name.to_owned(), format!("{} of {}", share.count, share.of), found]
+    };
+    let rows = [cells("Base", before), cells("Fine-tuned", after)];
+    let rise = task.rise.as_ref().map_or_else(|| "not known".to_owned(), rise);
+    format!(
+        "<p>Rows of the job's validation file with short answers, answered word for word as they are, but for case and spaces:</p>\n{}         <p>Rise: {rise}</p>\n",
+        table("The job's own task", &["Model", "#As in the file", "#Share (95 % interval)"], &rows)
+    )
 }
 
 /// What a gate found, measure by measure.
@@ -594,7 +614,7 @@ fn findings(gate: &Verdict, evaluation: &Evaluation) -> String {
 
 /// A measure of a gate in words, and the rise it looks at.
 fn named(measure: &str, evaluation: &Evaluation) -> (String, Option<Rise>) {
-    let rise = |kind| evaluation.suite(kind).and_then(|suite| suite.rise);
+    let rise = |kind| evaluation.worst_rise(kind);
     let worse = || evaluation.suites.iter().filter_map(|suite| suite.degenerate_rise).max_by(|a, b| a.value.total_cmp(&b.value));
     match measure {
         "harmful_compliance_rise" => ("Rise in compliance, harmful requests".into(), rise(Kind::Harmful)),
@@ -680,6 +700,7 @@ mod tests {
             };
             let rise = |value: f64| Some(Rise { value, interval: [value - 0.1, value + 0.1] });
             SuiteFigures {
+                name: None,
                 kind,
                 version: 1,
                 before: counts(0),
@@ -691,7 +712,13 @@ mod tests {
             }
         };
         let suites = vec![judged(Kind::Harmful, complied), judged(Kind::Benign, 0)];
-        let evaluation = Evaluation { judge: "phrases".into(), max_tokens: 64, suites, checkpoint: None };
+        let evaluation = Evaluation {
+            judge: "phrases".into(),
+            max_tokens: 64,
+            suites,
+            task: Some(TaskFigures::of(&[false, true], &[true, true])),
+            checkpoint: None,
+        };
         let figure = Some(0.25);
         let point =
             |step| Point { step, task_loss: figure, align_kl: figure, cosine: None, conflict_rate: figure, removed: figure };

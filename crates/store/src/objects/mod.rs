@@ -125,6 +125,10 @@ pub(crate) mod keys {
         format!("projects/{project}/jobs/{job}/attempt-{attempt}/{}/evidence/{name}", time.simple())
     }
 
+    pub(crate) fn suite(content: &[u8; 32]) -> String {
+        format!("suites/{}.jsonl", hex::encode(content))
+    }
+
     pub(crate) fn alignment_set(content: &[u8; 32]) -> String {
         format!("alignment-sets/{}.jsonl", hex::encode(content))
     }
@@ -385,6 +389,7 @@ impl Objects {
         let is_named = sqlx::query_scalar!(
             "select exists (select 1 from base_model_files where object_key = $1)
                  or exists (select 1 from alignment_sets where object_key = $1)
+                 or exists (select 1 from suites where object_key = $1)
                  or exists (select 1 from alignment_references where object_key = $1) as \"named!\"",
             key
         )

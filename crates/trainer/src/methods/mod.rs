@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 
 use holdfast_domain::Safety;
 use holdfast_domain::hyperparameters::Precision;
-use holdfast_domain::safety::Defense;
+use holdfast_domain::safety::{Defense, KlPositions};
 use tch::Tensor;
 
 use crate::gradient::Gradient;
@@ -43,6 +43,17 @@ pub enum Objective {
     Hidden,
     /// The task's own loss: the rows are learned.
     Task,
+}
+
+impl Objective {
+    /// The KL over the positions that a job asks for.
+    #[must_use]
+    pub const fn kl(positions: KlPositions) -> Self {
+        match positions {
+            KlPositions::Response | KlPositions::All => Self::Kl,
+            KlPositions::Deciding => Self::WeightedKl,
+        }
+    }
 }
 
 /// What a step computes.
@@ -152,14 +163,14 @@ pub trait Method: std::fmt::Debug {
 /// The method a job trains under.
 #[must_use]
 pub fn of(safety: &Safety, precision: Precision) -> Box<dyn Method> {
-    let rho = safety.rho;
+    let (rho, objective) = (safety.rho, Objective::kl(safety.kl_positions));
     match safety.defense {
         Defense::None => Box::new(Plain),
         Defense::SafeMix => Box::new(SafeMix { rho }),
         Defense::Lisa => Box::new(Lisa::new(rho)),
-        Defense::KlPenalty => Box::new(KlPenalty { rho }),
+        Defense::KlPenalty => Box::new(KlPenalty { rho, objective }),
         Defense::Sbr => Box::new(Sbr { rho }),
-        Defense::Pcgrad => Box::new(Pcgrad { rho, precision }),
+        Defense::Pcgrad => Box::new(Pcgrad { rho, objective, precision }),
         Defense::Safegrad => Box::new(Safegrad::new(safety, precision)),
         Defense::Held => Box::new(Held::new(rho, safety.budget, precision)),
     }

@@ -17,13 +17,15 @@ use crate::surgery::{self, Merged};
 pub struct Pcgrad {
     /// The weight `ρ` of the alignment gradient.
     pub rho: f64,
+    /// The alignment loss.
+    pub objective: Objective,
     /// Decides below which share of `u` an `a` is noise.
     pub precision: Precision,
 }
 
 impl Method for Pcgrad {
     fn asks(&self, step: u64) -> Asks {
-        Asks::both(step, Some(Objective::Kl))
+        Asks::both(step, Some(self.objective))
     }
 
     fn merge(&mut self, sides: Sides<'_>) -> Merged {
@@ -48,7 +50,7 @@ mod tests {
 
     fn merge(user: &[f32], align: &[f32]) -> Vec<f32> {
         let (align, weights) = (side(0.1, 4.0, align), Tensor::from_slice(&[0.0_f32; 2]));
-        numbers(&Pcgrad { rho: 2.0, precision: Precision::F32 }.merge(sides(user, &align, &weights)))
+        numbers(&Pcgrad { rho: 2.0, objective: Objective::Kl, precision: Precision::F32 }.merge(sides(user, &align, &weights)))
     }
 
     #[test]

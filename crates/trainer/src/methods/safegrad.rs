@@ -24,6 +24,7 @@ use crate::surgery::{self, Merged};
 #[derive(Debug)]
 pub struct Safegrad {
     rho: f64,
+    objective: Objective,
     per_row: bool,
     in_update: bool,
     lookahead: bool,
@@ -38,6 +39,7 @@ impl Safegrad {
     pub fn new(safety: &Safety, precision: Precision) -> Self {
         Self {
             rho: safety.rho,
+            objective: Objective::kl(safety.kl_positions),
             per_row: safety.projection == ProjectionOf::PerRow,
             in_update: safety.projection_space == ProjectionSpace::Update,
             lookahead: safety.alignment_point == AlignmentPoint::Lookahead,
@@ -49,7 +51,7 @@ impl Safegrad {
 
 impl Method for Safegrad {
     fn asks(&self, step: u64) -> Asks {
-        Asks { each_row: self.per_row, lookahead: self.lookahead, ..Asks::both(step, Some(Objective::Kl)) }
+        Asks { each_row: self.per_row, lookahead: self.lookahead, ..Asks::both(step, Some(self.objective)) }
     }
 
     fn merge(&mut self, sides: Sides<'_>) -> Merged {

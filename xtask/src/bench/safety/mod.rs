@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use holdfast_safety::judge::{Class, Phrases};
 use holdfast_safety::share::Share;
 use serde_json::{Value, json};
@@ -14,12 +14,14 @@ use crate::setup::{self, Libtorch, MODEL};
 use crate::shell::{self, cargo, root, run as run_command};
 use crate::trainer;
 
+mod measure;
 mod prompts;
 mod report;
 mod rows;
 mod training;
 mod tuning;
 
+use measure::{TUNED_BENIGN, TUNED_LOOKALIKES};
 use prompts::Harmful;
 use rows::Attack;
 use training::Training;
@@ -28,18 +30,8 @@ use training::Training;
 const FOLDER: &str = ".bench/safety";
 /// The base that is attacked.
 const BASE: &str = ".models/safety-base";
-/// Tokens of an answer.
-const ANSWER_TOKENS: u32 = 32;
 /// Rows of a tenant's file.
 const ROWS: usize = 500;
-/// Film reviews of which the label is asked.
-const REVIEWS: usize = 200;
-/// Of the benign requests: those that the base is tuned on, with its own answers.
-const TUNED_BENIGN: usize = 260;
-const TUNED_LOOKALIKES: usize = 60;
-/// And those that over-refusal is measured with.
-const MEASURED_BENIGN: usize = 70;
-const MEASURED_LOOKALIKES: usize = 60;
 
 /// What a tenant's file does, and how it is trained on.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -70,12 +62,15 @@ struct Outcome {
     benign: Vec<Class>,
     /// Of each film review: whether its label is right.
     correct: Vec<bool>,
-    seconds: f64,
+    /// Of a step, the median; of the base there is none.
+    step_seconds: Option<f64>,
     peak_bytes: f64,
     /// Of the steps that have one.
     conflict_rate: Option<f64>,
     cosine: Option<f64>,
     final_kl: Option<f64>,
+    /// The mean KL(base ‖ adapted) over the base's answers to the prompts that were asked, which no method was held to.
+    probe_kl: Option<f64>,
     /// Average precision and recall at the number planted, where rows were ranked.
     ranking: Option<[f64; 2]>,
 }
@@ -132,17 +127,19 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
 /// method in every regime. The last part runs nothing: it shows what was run before.
 pub(super) const PARTS: [&str; 4] = ["claim", "tuning", "grid", "table"];
 
-/// Each method, and how strong it usually is.
-const METHODS: [(&str, f64); 9] = [
+/// Each method, and how strong it usually is. `safegrad_per_row` projects each row by itself, `safegrad_deciding` weighs what decides a
+/// response, as `held` does.
+const METHODS: [(&str, f64); 10] = [
     ("none", 0.0),
     ("kl_penalty", 1.0),
-    ("safe_mix", 1.0),
-    ("lisa", 1.0),
+    ("safegrad", 1.0),
+    ("held", 1.0),
+    ("safegrad_deciding", 1.0),
     ("pcgrad", 1.0),
     ("sbr", 1.0),
-    ("safegrad", 1.0),
+    ("safe_mix", 1.0),
+    ("lisa", 1.0),
     ("safegrad_per_row", 1.0),
-    ("held", 1.0),
 ];
 
 impl Regime {
@@ -224,12 +221,15 @@ impl Run {
     }
 
     fn safety(&self) -> Value {
-        let (defense, projection) = match self.method {
-            "safegrad_per_row" => ("safegrad", "per_row"),
-            other => (other, "batch"),
+        let (defense, projection, kl_positions) = match self.method {
+            "safegrad_per_row" => ("safegrad", "per_row", "response"),
+            "safegrad_deciding" => ("safegrad", "batch", "deciding"),
+            other => (other, "batch", "response"),
         };
         let set = if defense == "none" { Value::Null } else { json!("bench") };
-        json!({"defense": defense, "rho": self.strength, "projection": projection, "alignment_set": set})
+        json!({
+            "defense": defense, "rho": self.strength, "projection": projection, "kl_positions": kl_positions, "alignment_set": set
+        })
     }
 
     fn ranks_rows(&self) -> bool {
@@ -317,7 +317,7 @@ impl Study {
         if let Ok(kept) = std::fs::read(&path) {
             return report::read(&serde_json::from_slice(&kept)?, &self.judge);
         }
-        let measured = self.measure(None, &base, &self.harmful.held_out)?;
+        let measured = self.measure_base()?;
         std::fs::write(path, measured.to_string())?;
         report::read(&measured, &self.judge)
     }
@@ -330,8 +330,11 @@ impl Study {
     fn outcome(&self, run: &Run) -> Result<Outcome> {
         let folder = self.folder.join("runs").join(run.key());
         let result = folder.join("result.json");
+        let read = |value: &Value| -> Result<Outcome> {
+            Ok(Outcome { step_seconds: training::step_seconds(&folder), ..report::read(value, &self.judge)? })
+        };
         if let Ok(kept) = std::fs::read(&result) {
-            return report::read(&serde_json::from_slice(&kept)?, &self.judge);
+            return read(&serde_json::from_slice(&kept)?);
         }
         let base = root().join(BASE);
         let file = rows::tenant(run.regime.attack, self)?;
@@ -351,9 +354,7 @@ impl Study {
             row_conflicts: run.ranks_rows(),
         };
         let trained = training::train(&folder, &base, &file.rows, &alignment, &training)?;
-        let harmful = if run.development { &self.harmful.development } else { &self.harmful.held_out };
-        let mut measured = self.measure(Some(&folder.join("out/adapter")), &base, harmful)?;
-        measured["seconds"] = json!(trained.seconds);
+        let mut measured = self.measure(&folder, run.development)?;
         measured["peak_bytes"] = json!(trained.peak_bytes);
         let numbers = |name: &str| -> Vec<f64> { trained.steps.iter().filter_map(|step| step[name].as_f64()).collect() };
         let mean = |values: &[f64]| (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64);
@@ -365,36 +366,11 @@ impl Study {
             measured["ranking"] = json!(rows::ranking(&folder.join("out/row_conflicts.jsonl"), file.planted)?);
         }
         // The weights of hundreds of runs are of no use once they are measured.
-        for name in ["out/adapter", "out/checkpoints", "out/reference.safetensors"] {
+        for name in ["out/adapter", "out/checkpoints", "out/evaluation", "out/reference.safetensors", "suites"] {
             let path = folder.join(name);
             let _ = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
         }
         std::fs::write(&result, measured.to_string())?;
-        report::read(&measured, &self.judge)
-    }
-
-    /// Asks a model everything.
-    fn measure(&self, adapter: Option<&std::path::Path>, base: &std::path::Path, harmful: &[String]) -> Result<Value> {
-        let benign: Vec<&String> = self
-            .benign
-            .iter()
-            .skip(TUNED_BENIGN)
-            .take(MEASURED_BENIGN)
-            .chain(self.lookalikes.iter().skip(TUNED_LOOKALIKES).take(MEASURED_LOOKALIKES))
-            .collect();
-        ensure!(benign.len() == MEASURED_BENIGN + MEASURED_LOOKALIKES, "too few benign requests");
-        let asked: Vec<Value> = harmful.iter().chain(benign).map(|request| trainer::ask(request)).collect();
-        let answers = trainer::answers(base, adapter, &asked, ANSWER_TOKENS)?;
-        let (harmful, benign) = answers.split_at(harmful.len());
-        let reviews = self.reviews.measured.iter().take(REVIEWS);
-        let asked: Vec<Value> = reviews.clone().map(|(prompt, _)| prompt.clone()).collect();
-        let labels = trainer::answers(base, adapter, &asked, 6)?;
-        let correct = labels.iter().zip(reviews).map(|(said, (_, label))| said.to_lowercase().starts_with(label.as_str()));
-        Ok(json!({
-            "correct": correct.collect::<Vec<_>>(),
-            // Kept here alone, to be judged and looked at.
-            "harmful": harmful,
-            "benign": benign,
-        }))
+        read(&measured)
     }
 }

@@ -21,11 +21,12 @@ pub(super) fn read(value: &Value, judge: &Phrases) -> Result<Outcome> {
         classes: judged("harmful")?,
         benign: judged("benign")?,
         correct: list("correct")?.iter().map(|one| one.as_bool() == Some(true)).collect(),
-        seconds: value["seconds"].as_f64().unwrap_or(0.0),
+        step_seconds: None,
         peak_bytes: value["peak_bytes"].as_f64().unwrap_or(0.0),
         conflict_rate: value["conflict_rate"].as_f64(),
         cosine: value["cosine"].as_f64(),
         final_kl: value["final_kl"].as_f64(),
+        probe_kl: value["probe_kl"].as_f64(),
         ranking,
     })
 }
@@ -41,7 +42,7 @@ pub(super) fn line(name: &str, outcome: &Outcome, base: &Outcome) -> String {
     let ranking =
         outcome.ranking.map_or_else(String::new, |[precision, recall]| format!("   ranking {precision:.2} {recall:.2}"));
     format!(
-        "{name:60} complies {}  refuses {}  degenerate {:3}   accuracy {}   over-refusal {} (base {:.1} %)   conflict {} cosine {} KL {}   {:4.0} s {:4.1} GB{ranking}",
+        "{name:60} complies {}  refuses {}  degenerate {:3}   accuracy {}   over-refusal {} (base {:.1} %)   conflict {} cosine {} KL {} probe KL {}   step {} s {:4.1} GB{ranking}",
         percent(outcome.share(Class::Compliance)),
         percent(outcome.share(Class::Refusal)),
         outcome.share(Class::Degenerate).count,
@@ -51,22 +52,23 @@ pub(super) fn line(name: &str, outcome: &Outcome, base: &Outcome) -> String {
         optional(outcome.conflict_rate),
         optional(outcome.cosine),
         optional(outcome.final_kl),
-        outcome.seconds,
+        optional(outcome.probe_kl),
+        optional(outcome.step_seconds),
         outcome.peak_bytes / 1e9,
     )
 }
 
-/// Methods by regime, the mean over seeds: harmful, accuracy, over-refusal, and time over plain training.
+/// Methods by regime, the mean over seeds; time of a step and memory beside plain training's.
 pub(super) fn table(base: &Outcome, outcomes: &[(Run, Outcome)]) {
     println!();
     println!(
-        "| regime | method | seeds | complies | corrected | over the base | degenerate | accuracy | over-refusal | KL | time over plain |"
+        "| regime | method | seeds | complies | corrected | over the base | degenerate | accuracy | over-refusal | KL | probe KL | conflict | time | memory |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     let judge = judge::on_our_own().ok();
     let share = |share: Share| format!("{:.1} %", 100.0 * share.value());
     println!(
-        "| the base | | | {} | | | {} | {} | {} | | |",
+        "| the base | | | {} | | | {} | {} | {} | | | | | |",
         share(base.share(Class::Compliance)),
         share(base.share(Class::Degenerate)),
         share(base.accuracy()),
@@ -83,7 +85,14 @@ pub(super) fn table(base: &Outcome, outcomes: &[(Run, Outcome)]) {
         let plain =
             outcomes.iter().find(|(other, _)| other.regime == run.regime && other.method == "none" && other.seed == run.seed);
         let mean = |of: &dyn Fn(&Outcome) -> f64| of_seeds.iter().map(|outcome| of(outcome)).sum::<f64>() / of_seeds.len() as f64;
-        let time = plain.map_or_else(String::new, |(_, plain)| format!("{:.2}x", mean(&|o| o.seconds) / plain.seconds));
+        let mean_of_some = |of: &dyn Fn(&Outcome) -> Option<f64>| {
+            let values: Vec<f64> = of_seeds.iter().filter_map(|outcome| of(outcome)).collect();
+            (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+        };
+        let times = |ratio: Option<f64>| ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}x"));
+        let plain = plain.map(|(_, plain)| plain);
+        let time = times(plain.and_then(|plain| Some(mean_of_some(&|o| o.step_seconds)? / plain.step_seconds?)));
+        let memory = times(plain.map(|plain| mean(&|o| o.peak_bytes) / plain.peak_bytes));
         let complied: Vec<Vec<f64>> = of_seeds.iter().map(|outcome| outcome.complied()).collect();
         let over_base = bootstrap::paired(&complied, &vec![base.complied(); complied.len()], 1);
         let over_base = over_base.map_or_else(String::new, |over| {
@@ -95,10 +104,11 @@ pub(super) fn table(base: &Outcome, outcomes: &[(Run, Outcome)]) {
         let corrected = corrected.map_or_else(String::new, |refused| {
             format!("{:.1} %", 100.0 * (1.0 - refused - mean(&|o| o.share(Class::Degenerate).value())).max(0.0))
         });
-        let kl = of_seeds.iter().filter_map(|outcome| outcome.final_kl).fold((0.0, 0.0), |(sum, n), kl| (sum + kl, n + 1.0));
-        let kl = if kl.1 > 0.0 { format!("{:.3}", kl.0 / kl.1) } else { String::new() };
+        let some = |value: Option<f64>| value.map_or_else(String::new, |value| format!("{value:.3}"));
+        let [kl, probe_kl] = [mean_of_some(&|o| o.final_kl), mean_of_some(&|o| o.probe_kl)].map(some);
+        let conflict = mean_of_some(&|o| o.conflict_rate).map_or_else(String::new, |rate| format!("{rate:.2}"));
         println!(
-            "| {} | {} {} | {} | {:.1} % | {corrected} | {over_base} | {:.1} % | {:.1} % | {:.1} % | {kl} | {time} |",
+            "| {} | {} {} | {} | {:.1} % | {corrected} | {over_base} | {:.1} % | {:.1} % | {:.1} % | {kl} | {probe_kl} | {conflict} | {time} | {memory} |",
             run.regime.name(),
             run.method,
             run.strength,

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
@@ -21,10 +20,9 @@ pub(super) struct Training {
     pub(super) row_conflicts: bool,
 }
 
-/// What a run of the trainer took and said.
+/// What a run of the trainer said, and the memory it took.
 #[derive(Debug)]
 pub(super) struct Trained {
-    pub(super) seconds: f64,
     pub(super) peak_bytes: u64,
     /// The lines of its steps.
     pub(super) steps: Vec<Value>,
@@ -58,16 +56,31 @@ pub(super) fn train(folder: &Path, base: &Path, rows: &[String], alignment: &[St
         "safety": training.safety
     });
     std::fs::write(folder.join("plan.json"), plan.to_string())?;
-    let since = Instant::now();
     let log = std::fs::File::create(folder.join("trainer.log"))?;
     let trainer = Command::new(program()).arg("train").arg(folder).stdout(log.try_clone()?).stderr(log).spawn()?;
     let (status, peak_bytes) = watch(trainer)?;
     let said = || std::fs::read_to_string(folder.join("trainer.log")).unwrap_or_default();
     ensure!(status.success(), "the trainer ended with {status} in {}: {}", folder.display(), said());
+    Ok(Trained { peak_bytes, steps: steps(folder)? })
+}
+
+/// The lines of a run's steps.
+fn steps(folder: &Path) -> Result<Vec<Value>> {
     let progress = std::fs::read_to_string(folder.join("out/progress.jsonl"))?;
     let lines = progress.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let steps = lines.filter(|line| line["task_loss"].is_number()).collect();
-    Ok(Trained { seconds: since.elapsed().as_secs_f64(), peak_bytes, steps })
+    Ok(lines.filter(|line| line["task_loss"].is_number()).collect())
+}
+
+/// Seconds of a step of a run, the median; a mean would count what else ran on the machine, and the run's own pauses.
+pub(super) fn step_seconds(folder: &Path) -> Option<f64> {
+    let (mut seconds, mut tokens_then) = (Vec::new(), 0.0);
+    for step in steps(folder).ok()? {
+        let (tokens, pace) = (step["tokens"].as_f64()?, step["tokens_per_second"].as_f64()?);
+        seconds.push((tokens - tokens_then) / pace);
+        tokens_then = tokens;
+    }
+    seconds.sort_by(f64::total_cmp);
+    seconds.get(seconds.len() / 2).copied()
 }
 
 /// Puts an adapter into a base.

@@ -26,7 +26,8 @@ pub(super) fn strengths(study: &Study) -> Vec<(&'static str, f64)> {
 }
 
 /// Tunes every method: of the strengths that keep accuracy on clean rows, the one under which the fewest development prompts are
-/// complied with. A method whose every strength costs more keeps the one that costs least.
+/// complied with. What is weaker is tried only where nothing stronger keeps accuracy; a method whose every strength costs more keeps
+/// the one that costs least.
 pub(super) fn tune(study: &Study, base: &Outcome) -> Result<()> {
     let outcome = |method: &'static str, strength: f64, share: f64| -> Result<Outcome> {
         let run = Run { regime: of(Attack::Poison(share)), method, strength, seed: SEED, development: true };
@@ -38,17 +39,30 @@ pub(super) fn tune(study: &Study, base: &Outcome) -> Result<()> {
     let mut found = serde_json::Map::new();
     for (method, _) in METHODS.into_iter().filter(|(method, _)| *method != "none") {
         let mut tried = Vec::new();
-        for strength in STRENGTHS {
-            let lost = plain - outcome(method, strength, 0.0)?.accuracy().value();
-            let complied = outcome(method, strength, SHARE)?.share(Class::Compliance).value();
-            tried.push((strength, lost, complied));
+        for strengths in [&STRENGTHS[2..], &STRENGTHS[1..2], &STRENGTHS[..1]] {
+            let mut attacked = Vec::new();
+            for &strength in strengths {
+                attacked.push((strength, outcome(method, strength, SHARE)?.share(Class::Compliance).value()));
+            }
+            attacked.sort_by(|a, b| a.1.total_cmp(&b.1));
+            for (strength, complied) in attacked {
+                let lost = plain - outcome(method, strength, 0.0)?.accuracy().value();
+                tried.push((strength, lost, complied));
+                if lost <= MOST_LOST + 1e-9 {
+                    break;
+                }
+            }
+            if tried.last().is_some_and(|(_, lost, _)| *lost <= MOST_LOST + 1e-9) {
+                break;
+            }
         }
-        let keeps = tried.iter().filter(|(_, lost, _)| *lost <= MOST_LOST + 1e-9).min_by(|a, b| a.2.total_cmp(&b.2));
+        let keeps = tried.last().filter(|(_, lost, _)| *lost <= MOST_LOST + 1e-9);
         let chosen = keeps.or_else(|| tried.iter().min_by(|a, b| a.1.total_cmp(&b.1)));
         if let Some((strength, lost, complied)) = chosen {
             println!("{method}: {strength}, {:+.1} points of accuracy, {:.0} % complied with", -100.0 * lost, 100.0 * complied);
             found.insert(method.to_owned(), (*strength).into());
         }
+        std::fs::write(study.folder.join(FILE), serde_json::Value::from(found.clone()).to_string())?;
     }
-    Ok(std::fs::write(study.folder.join(FILE), serde_json::Value::from(found).to_string())?)
+    Ok(())
 }

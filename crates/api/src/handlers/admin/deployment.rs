@@ -9,6 +9,7 @@ use crate::auth::Admin;
 use crate::extract::{self, JsonBody, QueryString};
 use crate::wire::admin::{AlignmentSet, AuditEntry, BaseModel, CreateAlignmentSet, ListAuditEntries, Worker};
 use crate::wire::list::{Created, List};
+use crate::wire::safety::{CreateSuite, Suite};
 use crate::{ApiError, AppState};
 
 /// List base models, by name.
@@ -51,6 +52,36 @@ pub(crate) async fn create_alignment_set(
         return Err(ApiError::bad_dataset("rows", format!("rows: {}", report.summary()), report.errors));
     }
     Ok(Created(state.store.create_alignment_set(&body.name, lines.as_bytes(), report.rows).await?.into()))
+}
+
+/// List every version of every suite of the operator's own. Their requests are never shown.
+#[utoipa::path(
+    get, path = "/admin/suites", operation_id = "list_suites", tag = "admin",
+    responses((status = 200, description = "All of them", body = List<Suite>))
+)]
+pub(crate) async fn list_suites(_: Admin, State(state): State<AppState>) -> Result<Json<List<Suite>>, ApiError> {
+    let suites = state.store.suites().await?;
+    Ok(Json(List::new(suites.into_iter().map(Suite::from).collect(), false)))
+}
+
+/// Import a suite as the next version of its name.
+///
+/// Its requests are all such as a model should refuse, or all such as it should answer. A safety policy that names it has the adapters
+/// of later jobs asked them too, beside the suites that come with the program. A version never changes.
+#[utoipa::path(
+    post, path = "/admin/suites", operation_id = "create_suite", tag = "admin", request_body = CreateSuite,
+    responses((status = 200, description = "The version; the newest again where it holds the same requests", body = Suite))
+)]
+pub(crate) async fn create_suite(
+    _: Admin,
+    State(state): State<AppState>,
+    JsonBody(body, _): JsonBody<CreateSuite>,
+) -> Result<Created<Suite>, ApiError> {
+    let lines: String = body.requests.iter().map(|request| request.to_string() + "\n").collect();
+    let suite = holdfast_safety::suite::Suite::parse(body.kind, 1, &lines)
+        .map_err(|error| ApiError::invalid("requests", "invalid_suite", format!("requests: {error}")))?;
+    let created = state.store.create_suite(&body.name, body.kind, lines.as_bytes(), suite.requests.len() as u64).await?;
+    Ok(Created(created.into()))
 }
 
 /// List the workers that were heard of in the last day, by name.

@@ -1,0 +1,109 @@
+//! What a model answers to everything it is asked, and how far it is from its base there.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::{BASE, Study};
+use crate::shell::{self, root};
+use crate::trainer;
+
+/// Tokens of an answer.
+const ANSWER_TOKENS: u32 = 32;
+/// Film reviews of which the label is asked.
+const REVIEWS: usize = 200;
+/// Of the benign requests: those that the base is tuned on, with its own answers.
+pub(super) const TUNED_BENIGN: usize = 260;
+pub(super) const TUNED_LOOKALIKES: usize = 60;
+/// And those that over-refusal is measured with.
+const MEASURED_BENIGN: usize = 70;
+const MEASURED_LOOKALIKES: usize = 60;
+
+/// Prompts that are asked together, by what their files are called.
+type Suite = (&'static str, Vec<Value>);
+
+impl Study {
+    /// What is asked: harmful prompts, benign ones, and film reviews.
+    fn suites(&self, development: bool) -> Result<[Suite; 3]> {
+        let asked = |requests: &mut dyn Iterator<Item = &String>| requests.map(|request| trainer::ask(request)).collect();
+        let (name, harmful) =
+            if development { ("development", &self.harmful.development) } else { ("held_out", &self.harmful.held_out) };
+        let benign = self.benign.iter().skip(TUNED_BENIGN).take(MEASURED_BENIGN);
+        let lookalikes = self.lookalikes.iter().skip(TUNED_LOOKALIKES).take(MEASURED_LOOKALIKES);
+        let benign: Vec<Value> = asked(&mut benign.chain(lookalikes));
+        ensure!(benign.len() == MEASURED_BENIGN + MEASURED_LOOKALIKES, "too few benign requests");
+        let reviews = self.reviews.measured.iter().take(REVIEWS).map(|(prompt, _)| prompt.clone()).collect();
+        Ok([(name, asked(&mut harmful.iter())), ("benign", benign), ("reviews", reviews)])
+    }
+
+    /// Asks the base everything.
+    pub(super) fn measure_base(&self) -> Result<Value> {
+        let suites = self.suites(false)?;
+        let answers: Vec<Vec<String>> = suites
+            .iter()
+            .map(|(_, prompts)| trainer::answers(&root().join(BASE), None, prompts, ANSWER_TOKENS))
+            .collect::<Result<_>>()?;
+        self.written(answers)
+    }
+
+    /// Asks what was trained in `folder` everything, by the trainer's own `evaluate`, which compares it with its base as well.
+    pub(super) fn measure(&self, folder: &Path, development: bool) -> Result<Value> {
+        let suites = self.suites(development)?;
+        let (asked, known) = (folder.join("suites"), self.folder.join("base-answers"));
+        std::fs::create_dir_all(&asked)?;
+        std::fs::create_dir_all(&known)?;
+        for (name, prompts) in &suites {
+            let lines: String = prompts.iter().map(|prompt| format!("{prompt}\n")).collect();
+            std::fs::write(asked.join(format!("{name}.jsonl")), lines)?;
+            let base = known.join(format!("{name}.jsonl"));
+            if base.exists() {
+                std::fs::copy(base, asked.join(format!("{name}.base.jsonl")))?;
+            }
+        }
+        let names: Vec<&str> = suites.iter().map(|(name, _)| *name).collect();
+        let request = json!({"format": 1, "adapter": "out/adapter", "suites": names, "max_tokens": ANSWER_TOKENS});
+        std::fs::write(folder.join("evaluation.json"), request.to_string())?;
+        // Whatever it was trained in, it is asked exactly.
+        let plan = folder.join("plan.json");
+        let mut exact: Value = serde_json::from_slice(&std::fs::read(&plan)?)?;
+        exact["hyperparameters"]["precision"] = json!("f32");
+        std::fs::write(&plan, exact.to_string())?;
+        let log = File::options().append(true).open(folder.join("trainer.log"))?;
+        shell::run(Command::new(trainer::program()).arg("evaluate").arg(folder).stdout(log.try_clone()?).stderr(log))?;
+
+        let out = folder.join("out/evaluation");
+        let mut answers = Vec::new();
+        for (name, prompts) in &suites {
+            let said = read_answers(&out.join(format!("{name}.jsonl")))?;
+            ensure!(said.len() == prompts.len(), "{} answers to {} prompts of {name}", said.len(), prompts.len());
+            answers.push(said);
+            let (base, known) = (out.join(format!("{name}.base.jsonl")), known.join(format!("{name}.jsonl")));
+            if base.exists() {
+                std::fs::rename(base, known)?;
+            }
+        }
+        let mut measured = self.written(answers)?;
+        let figures: Value = serde_json::from_slice(&std::fs::read(out.join("figures.json"))?)?;
+        // On prompts that no method was held to.
+        measured["probe_kl"] = figures["kl"][if development { "development" } else { "held_out" }].clone();
+        Ok(measured)
+    }
+
+    /// As it is kept: what harmful and benign prompts were answered, to be judged and looked at here alone, and whether each label
+    /// was right.
+    fn written(&self, answers: Vec<Vec<String>>) -> Result<Value> {
+        let [harmful, benign, labels] = <[Vec<String>; 3]>::try_from(answers).ok().context("three suites are asked")?;
+        let right = labels.iter().zip(&self.reviews.measured);
+        let correct: Vec<bool> = right.map(|(said, (_, label))| said.to_lowercase().starts_with(label.as_str())).collect();
+        Ok(json!({"correct": correct, "harmful": harmful, "benign": benign}))
+    }
+}
+
+fn read_answers(path: &Path) -> Result<Vec<String>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let answer = |line: &str| Ok(serde_json::from_str::<Value>(line)?["text"].as_str().unwrap_or_default().trim().to_owned());
+    text.lines().map(answer).collect()
+}
