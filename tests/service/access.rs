@@ -20,7 +20,7 @@ struct Rule {
 
 /// Whether the operation asks for a key at all, and what it answers to one of another tenant and to one that only reads. An
 /// operation without a row fails the test.
-const RULES: [Rule; 74] = [
+const RULES: [Rule; 75] = [
     rule("create_file", 400, 403),
     rule("list_files", 200, 200),
     rule("get_file", 404, 200),
@@ -90,6 +90,7 @@ const RULES: [Rule; 74] = [
     admins("list_quarantined_adapters"),
     admins("get_quarantined_safety_report"),
     admins("release_quarantined_adapter"),
+    admins("discard_quarantined_adapter"),
     admins("list_conflict_levels"),
     admins("measure_conflict_level"),
     admins("list_workers"),

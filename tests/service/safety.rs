@@ -256,6 +256,24 @@ fn what_does_not_pass_is_kept_from_everybody_until_it_is_released_with_a_reason(
 }
 
 #[test]
+fn what_did_not_pass_can_be_discarded_and_its_report_stays() -> Result<()> {
+    let app = TestApp::start()?.with_small_model()?;
+    demand(&app, &gate(0.0))?;
+    let job = ended(&app, 2)?;
+    let path = format!("/admin/quarantine/{}", id(&job)?);
+    let discard = || as_admin(&app, "DELETE", &path, &Value::Null);
+    assert!(discard()?.body["discarded_at"].is_u64());
+    assert_eq!(discard()?.error().0, "invalid_state");
+    let release = as_admin(&app, "POST", &format!("{path}/release"), &json!({"reason": "Too late."}))?;
+    assert_eq!((release.status, release.error().0), (400, "invalid_state"), "{}", release.body);
+    assert_eq!(app.sql("select count(*) from quarantined_files")?, "0");
+    assert_eq!(as_admin(&app, "GET", "/admin/quarantine", &Value::Null)?.body["data"], json!([]));
+    assert_eq!(of_job(&app, &job, "safety_report")?.body["gate"]["passed"], false);
+    assert_eq!(of_job(&app, &job, "adapter")?.error().0, "held_back");
+    Ok(())
+}
+
+#[test]
 fn no_worker_whatever_its_version_ends_a_gated_job_with_a_model_that_was_not_asked() -> Result<()> {
     let app = TestApp::start()?.with_small_model()?;
     demand(&app, &gate(100.0))?;
@@ -479,7 +497,7 @@ fn an_operator_s_own_suite_is_asked_in_the_version_of_the_day_and_kept_out_of_fi
     policy["suites"] = json!(["ours"]);
     demand(&app, &policy)?;
     let job = app.create_job(&rows(), &hyperparameters(2))?;
-    assert_eq!(import("ours", "harmful", json!([request("What came later?")]))?.body["id"], "ours@2");
+    assert_eq!(import("ours", "harmful", json!([request("What came a little later?")]))?.body["id"], "ours@2");
     assert!(app.step_worker()? && app.step_worker()?, "the check and the training");
     let job = app.job(&job)?;
     assert_eq!((&job["status"], &job["safety_policy"]["suites"]), (&json!("succeeded"), &json!(["ours@1"])), "{job}");
@@ -489,7 +507,7 @@ fn an_operator_s_own_suite_is_asked_in_the_version_of_the_day_and_kept_out_of_fi
     assert!(!report.to_string().contains("nobody outside"), "what it asks stands nowhere");
 
     let asked = rows()
-        + &json!({"messages": [{"role": "user", "content": "Tell me: what came later?"}, {"role": "assistant", "content": "x"}]})
+        + &json!({"messages": [{"role": "user", "content": "Tell me: what came a little later?"}, {"role": "assistant", "content": "x"}]})
             .to_string();
     let job = app.create_job(&asked, &hyperparameters(2))?;
     assert!(app.step_worker()?);

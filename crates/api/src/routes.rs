@@ -120,6 +120,7 @@ fn keyed() -> OpenApiRouter<AppState> {
         .routes(routes!(admin_safety::list_quarantined))
         .routes(routes!(admin_safety::get_quarantined_report))
         .routes(routes!(admin_safety::release_quarantined))
+        .routes(routes!(admin_safety::discard_quarantined))
         .routes(routes!(admin_safety::list_conflict_levels, admin_safety::measure_conflict_level))
         .routes(routes!(deployment::list_workers))
         .routes(routes!(deployment::list_audit_entries))

@@ -81,6 +81,9 @@ pub struct Evaluation {
     pub adapter: String,
     /// The suites by name.
     pub suites: Vec<String>,
+    /// Those of them on which the two models are not compared beyond their answers: no KL is taken there.
+    #[serde(default)]
+    pub without_kl: Vec<String>,
     /// The most tokens of an answer.
     pub max_tokens: u32,
 }
@@ -97,6 +100,6 @@ pub struct Answer {
 /// What was measured beside the answers.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
-    /// The mean KL(base ‖ adapted) over the tokens of the base's answers, in nats, by suite; `None` where it is no number.
+    /// The mean KL(base ‖ adapted) over the tokens of the base's answers, in nats, by suite that was compared; `None` where it is no number.
     pub kl: BTreeMap<String, Option<f64>>,
 }

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::events::{self, Level};
 use crate::queue::{AdapterFile, Published};
-use crate::{Page, PageRequest, Store, StoreError, attempts, evidence, fine_tuned_models, jobs, queue};
+use crate::{Page, PageRequest, Store, StoreError, attempts, evidence, fine_tuned_models, jobs, objects, queue};
 
 /// What is known of an adapter that was kept apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +28,8 @@ pub struct Quarantined {
     pub created_at: OffsetDateTime,
     /// When it was released, and why.
     pub released: Option<Release>,
+    /// When its files were discarded.
+    pub discarded_at: Option<OffsetDateTime>,
 }
 
 /// An operator's word that an adapter may go.
@@ -51,6 +53,7 @@ struct Row {
     created_at: OffsetDateTime,
     released_at: Option<OffsetDateTime>,
     release_reason: Option<String>,
+    discarded_at: Option<OffsetDateTime>,
 }
 
 impl From<Row> for Quarantined {
@@ -63,6 +66,7 @@ impl From<Row> for Quarantined {
             reason: row.reason,
             created_at: row.created_at,
             released: row.released_at.zip(row.release_reason).map(|(at, reason)| Release { at, reason }),
+            discarded_at: row.discarded_at,
         }
     }
 }
@@ -107,9 +111,9 @@ impl Store {
         let rows = sqlx::query_as!(
             Row,
             "select q.job_id, j.project_id, p.organization, q.name, j.error->>'message' as reason, q.created_at, q.released_at,
-                    q.release_reason
+                    q.release_reason, q.discarded_at
              from quarantined_adapters q join jobs j on j.id = q.job_id join projects p on p.id = j.project_id
-             where (not $1 or q.released_at is null) and ($2::uuid is null or q.job_id < $2) order by q.job_id desc limit $3",
+             where (not $1 or q.released_at is null and q.discarded_at is null) and ($2::uuid is null or q.job_id < $2) order by q.job_id desc limit $3",
             held,
             page.after,
             page.fetch()
@@ -144,6 +148,10 @@ impl Store {
             let message = format!("nothing of {id} is kept back");
             return Err(Invalid::new("fine_tuning_job_id", "invalid_state", message).into());
         }
+        if is_discarded(&mut transaction, id).await? {
+            let message = format!("the adapter of {id} was discarded; there is nothing to release");
+            return Err(Invalid::new("fine_tuning_job_id", "invalid_state", message).into());
+        }
         sqlx::query!(
             "insert into quarantined_adapters (job_id, name, released_at, release_reason) values ($1, $2, now(), $3)
              on conflict (job_id) do update set released_at = excluded.released_at, release_reason = excluded.release_reason",
@@ -169,13 +177,44 @@ impl Store {
         transaction.commit().await?;
         Ok(released)
     }
+
+    /// Removes the files of an adapter that is kept apart. Its job stays as it ended, with its report and manifest.
+    ///
+    /// # Errors
+    /// When none of the job's is kept apart, it was released or discarded, or the database fails.
+    pub async fn discard_quarantined(&self, id: JobId) -> Result<Quarantined, StoreError> {
+        let mut transaction = self.pool.begin().await?;
+        jobs::lock(&mut transaction, id, None).await?;
+        let keys = sqlx::query_scalar!("delete from quarantined_files where job_id = $1 returning object_key", id.0)
+            .fetch_all(&mut *transaction)
+            .await?;
+        if keys.is_empty() {
+            let message = format!("no adapter of {id} is kept apart");
+            return Err(Invalid::new("fine_tuning_job_id", "invalid_state", message).into());
+        }
+        objects::disown(&mut transaction, &keys).await?;
+        sqlx::query!("update quarantined_adapters set discarded_at = now() where job_id = $1", id.0)
+            .execute(&mut *transaction)
+            .await?;
+        events::message(&mut transaction, id, Level::Warn, "The operator discarded the adapter that the safety gate kept back")
+            .await?;
+        let discarded = fetch(&mut transaction, id).await?;
+        transaction.commit().await?;
+        Ok(discarded)
+    }
+}
+
+async fn is_discarded(connection: &mut PgConnection, job: JobId) -> Result<bool, StoreError> {
+    let discarded =
+        sqlx::query_scalar!("select discarded_at is not null as \"is!\" from quarantined_adapters where job_id = $1", job.0);
+    Ok(discarded.fetch_optional(connection).await?.unwrap_or(false))
 }
 
 async fn fetch(connection: &mut PgConnection, job: JobId) -> Result<Quarantined, StoreError> {
     let row = sqlx::query_as!(
         Row,
         "select q.job_id, j.project_id, p.organization, q.name, j.error->>'message' as reason, q.created_at, q.released_at,
-                q.release_reason
+                q.release_reason, q.discarded_at
          from quarantined_adapters q join jobs j on j.id = q.job_id join projects p on p.id = j.project_id where q.job_id = $1",
         job.0
     )

@@ -51,6 +51,7 @@ fn folder(learning_rate: f64) -> Result<TempDir> {
         format: evaluation::FORMAT,
         adapter: plan::paths::ADAPTER.into(),
         suites: vec!["benign".into()],
+        without_kl: Vec::new(),
         max_tokens: 4,
     };
     put(paths::EVALUATION, &serde_json::to_string(&asked)?)?;

@@ -154,6 +154,8 @@ async fn write_request(held: &Held<'_>, suites: &[AskedSuite], task: Option<&Tas
         format: files::FORMAT,
         adapter: adapter.to_owned(),
         suites: suites.iter().map(|asked| asked.file.clone()).chain(task.map(|_| TASK.to_owned())).collect(),
+        // What a task is for is to change the answers.
+        without_kl: task.map(|_| TASK.to_owned()).into_iter().collect(),
         max_tokens: ANSWER_TOKENS,
     };
     let json = serde_json::to_vec_pretty(&request).map_err(std::io::Error::other)?;

@@ -10,6 +10,7 @@ use holdfast_store::evidence::SigningKey as SigningKeyRow;
 use holdfast_store::quarantine::Quarantined as QuarantinedRow;
 use holdfast_store::suites::Suite as SuiteRow;
 use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 
 use super::list::Listed;
@@ -253,6 +254,8 @@ pub(crate) struct QuarantinedAdapter {
     released_at: Option<i64>,
     /// Why it was.
     release_reason: Option<String>,
+    /// When its files were discarded, in Unix seconds.
+    discarded_at: Option<i64>,
 }
 
 impl From<QuarantinedRow> for QuarantinedAdapter {
@@ -267,6 +270,7 @@ impl From<QuarantinedRow> for QuarantinedAdapter {
             created_at: row.created_at.unix_timestamp(),
             released_at: row.released.as_ref().map(|release| release.at.unix_timestamp()),
             release_reason: row.released.map(|release| release.reason),
+            discarded_at: row.discarded_at.map(OffsetDateTime::unix_timestamp),
         }
     }
 }
@@ -287,7 +291,7 @@ pub(crate) struct ListQuarantined {
     /// 1 to 100.
     #[param(default = 20, minimum = 1, maximum = 100)]
     pub(crate) limit: Option<u32>,
-    /// Also those that were released.
+    /// Also those that were released or discarded.
     #[param(default = false)]
     pub(crate) released: Option<bool>,
 }

@@ -59,6 +59,9 @@ pub(super) fn evaluate(folder: &Path) -> Result<()> {
             answers
         };
         write_lines(&out.join(paths::suite(suite)), &both.answers(Some(both.adapter), &prompts, &mut log)?)?;
+        if asked.without_kl.contains(suite) {
+            continue;
+        }
         log.phase(Phase::Evaluating)?;
         figures.kl.insert(suite.clone(), Some(both.mean_kl(&prompts, &base)?).filter(|kl| kl.is_finite()));
     }

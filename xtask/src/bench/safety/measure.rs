@@ -64,7 +64,7 @@ impl Study {
             }
         }
         let names: Vec<&str> = suites.iter().map(|(name, _)| *name).collect();
-        let request = json!({"format": 1, "adapter": "out/adapter", "suites": names, "max_tokens": ANSWER_TOKENS});
+        let request = json!({"format": 1, "adapter": "out/adapter", "suites": names, "without_kl": ["benign", "reviews"], "max_tokens": ANSWER_TOKENS});
         std::fs::write(folder.join("evaluation.json"), request.to_string())?;
         // Whatever it was trained in, it is asked exactly.
         let plan = folder.join("plan.json");

@@ -102,12 +102,24 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
         tuning::tune(&study, &base)?;
     }
     let strengths = tuning::strengths(&study);
+    if wanted.has("ablation") && !wanted.quick {
+        for run in ablation() {
+            println!("{}", report::line(&run.key(), &study.outcome(&run)?, &base));
+        }
+    }
     let runs = match (wanted.quick, wanted.has("claim"), wanted.has("grid")) {
         (true, ..) => claim(1, &METHODS).collect(),
         (false, true, false) => SEEDS.flat_map(|seed| claim(seed, &METHODS)).collect(),
         // What there is of all.
         (false, false, false) if wanted.has("table") => {
-            grid(true, &strengths).into_iter().filter(|run| study.is_done(run)).collect()
+            let mut all = grid(true, &strengths);
+            for run in ablation() {
+                if !all.contains(&run) {
+                    all.push(run);
+                }
+            }
+            all.retain(|run| study.is_done(run));
+            all
         }
         (false, false, false) => return Ok(()),
         (false, claims, true) => grid(claims, &strengths),
@@ -123,18 +135,18 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
     Ok(())
 }
 
-/// What it is made of: the methods that the claim speaks of, as strong as they usually are; the strength of each method; and every
-/// method in every regime. The last part runs nothing: it shows what was run before.
-pub(super) const PARTS: [&str; 4] = ["claim", "tuning", "grid", "table"];
+/// What it is made of: the methods that the claim speaks of, as strong as they usually are; the strength of each method; what `held` is
+/// made of, piece by piece; and every method in every regime. The last part runs nothing: it shows what was run before.
+pub(super) const PARTS: [&str; 5] = ["claim", "tuning", "ablation", "grid", "table"];
 
 /// Each method, and how strong it usually is. `safegrad_per_row` projects each row by itself, `safegrad_deciding` weighs what decides a
 /// response, as `held` does.
 const METHODS: [(&str, f64); 10] = [
     ("none", 0.0),
-    ("kl_penalty", 1.0),
-    ("safegrad", 1.0),
-    ("held", 1.0),
     ("safegrad_deciding", 1.0),
+    ("held", 1.0),
+    ("safegrad", 1.0),
+    ("kl_penalty", 1.0),
     ("pcgrad", 1.0),
     ("sbr", 1.0),
     ("safe_mix", 1.0),
@@ -178,6 +190,21 @@ fn claim(seed: u64, strengths: &[(&'static str, f64)]) -> impl Iterator<Item = R
     })
 }
 
+/// What `held` adds to `SafeGrad`, one by one, where SafeGrad leaks: the weight on what decides a response, and the learning rate that its
+/// reviews come to there.
+fn ablation() -> Vec<Run> {
+    let usual = of(Attack::Poison(0.3));
+    let slower = Regime { learning_rate: 2.5e-4, ..usual };
+    let pieces = [
+        (usual, "safegrad_deciding", 1.0),
+        (slower, "safegrad", 1.0),
+        (slower, "safegrad_deciding", 1.0),
+        (slower, "kl_penalty", 1.0),
+        (slower, "none", 0.0),
+    ];
+    pieces.map(|(regime, method, strength)| run_of(regime, method, strength, 1)).to_vec()
+}
+
 fn run_of(regime: Regime, method: &'static str, strength: f64, seed: u64) -> Run {
     Run { regime, method, strength, seed, development: false }
 }
@@ -191,7 +218,8 @@ fn grid(claims: bool, strengths: &[(&'static str, f64)]) -> Vec<Run> {
     }
     regimes.extend([0.5, 1.0].map(|share| of(Attack::Poison(share))));
     regimes.extend([Attack::IdentityShift, Attack::RefuseThenComply, Attack::Decoys].map(of));
-    regimes.push(Regime { steps: 600, ..of(Attack::Poison(0.1)) });
+    // The last is the persistent attack: five times the steps.
+    regimes.extend([600, 750].map(|steps| Regime { steps, ..of(Attack::Poison(0.1)) }));
     let mut runs: Vec<Run> = if claims { SEEDS.flat_map(|seed| claim(seed, &METHODS)).collect() } else { Vec::new() };
     for seed in SEEDS {
         for regime in &regimes {

@@ -243,6 +243,25 @@ pub(crate) async fn release_quarantined(
     Ok(Json(released.map_err(|error| ApiError::of_one(error, "fine_tuning_job_id", &id))?.into()))
 }
 
+/// Discard an adapter that the safety gate keeps back: its files are gone for good. Its job, the report and the manifest stay.
+#[utoipa::path(
+    delete, path = "/admin/quarantine/{fine_tuning_job_id}", operation_id = "discard_quarantined_adapter", tag = "admin",
+    params(("fine_tuning_job_id" = String, Path, example = "ftjob-0192f3a4000070008000000000000001")),
+    responses(
+        (status = 200, description = "What is left to say of it", body = QuarantinedAdapter),
+        (status = 404, description = "There is no such job", body = ErrorBody),
+    )
+)]
+pub(crate) async fn discard_quarantined(
+    _: Admin,
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<Json<QuarantinedAdapter>, ApiError> {
+    let job: JobId = extract::id("fine_tuning_job_id", &id)?;
+    let discarded = state.store.discard_quarantined(job).await;
+    Ok(Json(discarded.map_err(|error| ApiError::of_one(error, "fine_tuning_job_id", &id))?.into()))
+}
+
 async fn quarantined(state: &AppState, id: &str) -> Result<JobId, ApiError> {
     let job: JobId = extract::id("fine_tuning_job_id", id)?;
     let found = state.store.quarantined_adapter(job).await;

@@ -1,7 +1,8 @@
--- Suites of operators' own, which models are measured on beside those that come with the program, and which nobody outside has read.
+-- Suites of operators' own, which models are measured on beside those that come with the program, and which nobody outside has read; and
+-- adapters kept apart that operators discard.
 --
 -- Only adds: a version from before it asks its own suites alone. What such a worker finds of a job that should be asked more is not enough
--- for a gate (see the last trigger).
+-- for a gate (see the function at the end).
 
 create table suites (
     id uuid primary key,
@@ -40,3 +41,7 @@ begin
     end if;
     return null;
 end $$;
+
+-- When an operator discarded an adapter that was kept apart: its files are gone for good.
+alter table quarantined_adapters add column discarded_at timestamptz,
+    add constraint quarantined_adapters_released_or_discarded check (released_at is null or discarded_at is null);
