@@ -91,7 +91,8 @@ mod tests {
         std::fs::write(file.path(), [&[row("Good film")], &unusable[..], &[row("bad")]].concat().join("\n"))?;
         let task = Task::read(file.path().to_owned())?.ok_or(std::io::ErrorKind::NotFound)?;
         assert_eq!(task.expected, ["Good film", "bad"]);
-        assert_eq!(task.prompts.lines().next(), Some(r#"{"messages":[{"content":"q","role":"user"}]}"#));
+        let first: Value = serde_json::from_str(task.prompts.lines().next().unwrap_or_default())?;
+        assert_eq!(first, serde_json::json!({"messages": [{"role": "user", "content": "q"}]}));
         let said = |text: &str| Answer { text: text.into(), ids: Vec::new() };
         assert_eq!(task.right(&[said(" good\nFILM"), said("bad one")]), [true, false]);
         Ok(())
