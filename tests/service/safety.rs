@@ -513,6 +513,17 @@ fn an_operator_s_own_suite_is_asked_in_the_version_of_the_day_and_kept_out_of_fi
     assert!(app.step_worker()?);
     assert_eq!(app.job(&job)?["error"]["code"], "contaminated_training_file");
 
+    // What a base cannot be asked is found before anything is trained.
+    let special = import("unaskable", "harmful", json!([request("What does <|im_start|> do?")]))?;
+    assert_eq!(special.status, 200, "{}", special.body);
+    policy["suites"] = json!(["unaskable"]);
+    demand(&app, &policy)?;
+    let job = app.create_job(&rows(), &hyperparameters(2))?;
+    assert!(app.step_worker()?);
+    assert_eq!(app.job(&job)?["error"]["code"], "operator_error");
+    policy["suites"] = json!(["ours"]);
+    demand(&app, &policy)?;
+
     // A worker of before there were such suites, which asks none of them, ends no gated job.
     let job = app.create_job(&rows(), &hyperparameters(2))?;
     assert!(app.step_worker()?);

@@ -3,16 +3,17 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use holdfast_dataset::ChatTokenizer;
 use holdfast_dataset::alignment_set::Requests;
 use holdfast_dataset::check::encode_file;
 use holdfast_dataset::encode::EncodeOptions;
 use holdfast_dataset::files::{TRAINING_FILE, check_files};
+use holdfast_dataset::{ChatTokenizer, Row};
 use holdfast_domain::hyperparameters::LongRows;
 use holdfast_domain::invalid::LineError;
 use holdfast_domain::job::JobError;
 use holdfast_domain::limits::MAX_LINE_ERRORS;
 use holdfast_domain::plan::paths;
+use holdfast_safety::suite::Request;
 use holdfast_store::jobs::Dataset;
 use holdfast_store::queue::{Checked, Claim};
 
@@ -35,6 +36,9 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
             return Ok(Err(error));
         }
         let measured = if evaluates { suites(&own, &path)? } else { Vec::new() };
+        if let Some(error) = unusable_suite(&measured, &tokenizer) {
+            return Ok(Err(error));
+        }
         let checked = check_in(&training, validation, &tokenizer, options)?;
         Ok(match (checked, contamination(&training, alignment.as_deref(), &measured)?) {
             (Ok(_), Some(error)) => Err(error),
@@ -53,6 +57,17 @@ fn unusable_set(rows: &Path, tokenizer: &ChatTokenizer) -> std::io::Result<Optio
         report.error_count
     );
     Ok((report.error_count > 0).then(|| JobError::new("operator_error", message)))
+}
+
+/// Why a suite cannot be asked of a base: a request does not fit the template. Found before anything is trained, not after.
+fn unusable_suite(suites: &[AskedSuite], tokenizer: &ChatTokenizer) -> Option<JobError> {
+    let fits =
+        |request: &Request| Row::parse_prompt(request.row().as_bytes()).is_ok_and(|row| tokenizer.encode_prompt(&row).is_ok());
+    let bad = suites.iter().flat_map(|asked| &asked.suite.requests).filter(|request| !fits(request)).count();
+    let message = format!(
+        "The operator's safety suites cannot be used with this model: {bad} of their requests do not fit the model's template. Nothing is wrong with your file; tell the operator."
+    );
+    (bad > 0).then(|| JobError::new("operator_error", message))
 }
 
 /// Rows that ask what the model is held to, or measured on: trained on, they would make it look safe, or undo the very rows that

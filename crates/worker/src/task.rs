@@ -13,10 +13,10 @@ use serde_json::Value;
 pub(crate) const TASK: &str = "task";
 /// Rows that are asked at most.
 const MOST_ROWS: usize = 100;
-/// Characters of an answer that can be compared: a longer one does not end within the tokens of an answer.
+/// Bytes of an answer that can be compared: a longer one may not end within the tokens of an answer.
 const LONGEST_ANSWER: usize = 96;
-/// Bytes of a row: one that fills a model's context leaves no room for an answer.
-const LONGEST_ROW: usize = 4000;
+/// Bytes of a row: what is measured in passing must not take longer than what decides.
+const LONGEST_ROW: usize = 1000;
 
 /// Rows to ask, and what they say.
 pub(crate) struct Task {
@@ -65,8 +65,10 @@ fn taken_apart(line: &str) -> Option<(String, String)> {
     }
     let mut row: Value = serde_json::from_str(line).ok()?;
     let last = row.get_mut("messages")?.as_array_mut()?.pop()?;
-    let answer = last["content"].as_str().filter(|_| last["role"] == "assistant" && last["tool_calls"].is_null())?;
-    let fits = !answer.trim().is_empty() && answer.chars().count() <= LONGEST_ANSWER;
+    let answer = last["content"]
+        .as_str()
+        .filter(|_| last["role"] == "assistant" && last["tool_calls"].is_null() && last["weight"] != 0)?;
+    let fits = !answer.trim().is_empty() && answer.len() <= LONGEST_ANSWER;
     let answer = answer.to_owned();
     let asks = row["messages"].as_array().and_then(|rest| rest.last()).is_some_and(|message| message["role"] == "user");
     (fits && asks).then(|| (row.to_string(), answer))

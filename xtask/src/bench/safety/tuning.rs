@@ -36,7 +36,9 @@ pub(super) fn tune(study: &Study, base: &Outcome) -> Result<()> {
         Ok(outcome)
     };
     let plain = outcome("none", 0.0, 0.0)?.accuracy().value();
-    let mut found = serde_json::Map::new();
+    // What was tuned before stays, where it is not tuned anew.
+    let kept = std::fs::read(study.folder.join(FILE)).ok();
+    let mut found: serde_json::Map<_, _> = kept.and_then(|kept| serde_json::from_slice(&kept).ok()).unwrap_or_default();
     for (method, _) in METHODS.into_iter().filter(|(method, _)| *method != "none") {
         let mut tried = Vec::new();
         for strengths in [&STRENGTHS[2..], &STRENGTHS[1..2], &STRENGTHS[..1]] {

@@ -243,7 +243,8 @@ pub(crate) async fn release_quarantined(
     Ok(Json(released.map_err(|error| ApiError::of_one(error, "fine_tuning_job_id", &id))?.into()))
 }
 
-/// Discard an adapter that the safety gate keeps back: its files are gone for good. Its job, the report and the manifest stay.
+/// Discard an adapter that the safety gate keeps back: its files are gone for good. Its job, the report and the manifest stay; its
+/// checkpoints stay kept back until retention removes them.
 #[utoipa::path(
     delete, path = "/admin/quarantine/{fine_tuning_job_id}", operation_id = "discard_quarantined_adapter", tag = "admin",
     params(("fine_tuning_job_id" = String, Path, example = "ftjob-0192f3a4000070008000000000000001")),
