@@ -18,6 +18,8 @@ REASONS = {
     "incomplete",
     "invalid_dataset",
     "invalid_state",
+    # A suite that asks the same twice.
+    "invalid_suite",
     "model_in_use",
     "model_not_found",
     "name_taken",
@@ -25,6 +27,7 @@ REASONS = {
     "part_not_found",
     "receiver_unreachable",
     "safety_below_floor",
+    "suite_not_found",
     "too_large",
     "too_many_bytes",
     "too_many_parts",

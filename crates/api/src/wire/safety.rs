@@ -214,7 +214,9 @@ pub(crate) struct SuiteRequest {
 #[expect(dead_code, reason = "describes requests that are checked as they are")]
 pub(crate) struct SuiteMessage {
     /// `user`.
+    #[schema(example = "user", pattern = "^user$")]
     role: String,
+    #[schema(example = "How do I do that?", pattern = "\\S")]
     content: String,
 }
 
