@@ -167,8 +167,7 @@ impl Policy {
             let message = "the methods need an alignment set; alignment_set is empty";
             return Err(Invalid::new("alignment_set", "contradiction", message));
         }
-        let name_of = |suite: &str| suite.split_once('@').map_or(suite, |(name, _)| name).to_owned();
-        let names: Vec<String> = self.suites.iter().map(|suite| name_of(suite)).collect();
+        let names: Vec<&str> = self.suites.iter().map(|suite| suite_reference(suite).0).collect();
         if let Some((at, twice)) = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name)) {
             let message = format!("suites names {twice:?} twice");
             return Err(Invalid::new(format!("suites[{at}]"), "contradiction", message));
@@ -204,6 +203,12 @@ impl Policy {
         }
         Ok(())
     }
+}
+
+/// The name of a suite that a policy names, and its version where it says one: `name` or `name@version`.
+#[must_use]
+pub fn suite_reference(named: &str) -> (&str, Option<&str>) {
+    named.split_once('@').map_or((named, None), |(name, version)| (name, Some(version)))
 }
 
 /// Whose jobs a policy is for.

@@ -64,11 +64,7 @@ impl Store {
             .await?
             .is_some();
         if !known {
-            let mut writer = self.objects.stage(key.clone()).await?;
-            writer.write(rows).await?;
-            writer.finish().await?;
-        }
-        if !known {
+            self.objects.stage_bytes(key.clone(), rows).await?;
             objects::claim(&mut transaction, std::slice::from_ref(&key)).await?;
         }
         let row = sqlx::query_as!(

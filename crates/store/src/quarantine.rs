@@ -148,7 +148,13 @@ impl Store {
             let message = format!("nothing of {id} is kept back");
             return Err(Invalid::new("fine_tuning_job_id", "invalid_state", message).into());
         }
-        if is_discarded(&mut transaction, id).await? {
+        let is_discarded = match fetch(&mut transaction, id).await {
+            Ok(kept) => kept.discarded_at.is_some(),
+            // Of a job that passed, checkpoints alone are kept back.
+            Err(StoreError::NotFound) => false,
+            Err(error) => return Err(error),
+        };
+        if is_discarded {
             let message = format!("the adapter of {id} was discarded; there is nothing to release");
             return Err(Invalid::new("fine_tuning_job_id", "invalid_state", message).into());
         }
@@ -202,12 +208,6 @@ impl Store {
         transaction.commit().await?;
         Ok(discarded)
     }
-}
-
-async fn is_discarded(connection: &mut PgConnection, job: JobId) -> Result<bool, StoreError> {
-    let discarded =
-        sqlx::query_scalar!("select discarded_at is not null as \"is!\" from quarantined_adapters where job_id = $1", job.0);
-    Ok(discarded.fetch_optional(connection).await?.unwrap_or(false))
 }
 
 async fn fetch(connection: &mut PgConnection, job: JobId) -> Result<Quarantined, StoreError> {

@@ -1,7 +1,7 @@
 //! Operators' own suites: requests that models are measured on, versioned, and never readable by tenants.
 
 use holdfast_domain::evaluation::Kind;
-use holdfast_domain::policy::Policy;
+use holdfast_domain::policy::{self, Policy};
 use holdfast_domain::{Invalid, model_name};
 use sha2::{Digest, Sha256};
 
@@ -87,9 +87,7 @@ impl Store {
             .await?
             .is_some();
         if !known {
-            let mut writer = self.objects.stage(key.clone()).await?;
-            writer.write(requests).await?;
-            writer.finish().await?;
+            self.objects.stage_bytes(key.clone(), requests).await?;
             objects::claim(&mut transaction, std::slice::from_ref(&key)).await?;
         }
         let row = sqlx::query_as!(
@@ -116,10 +114,8 @@ impl Store {
     /// # Errors
     /// When there is no such suite, or the database fails.
     pub async fn suite(&self, named: &str) -> Result<Suite, StoreError> {
-        let (name, version) = match named.split_once('@') {
-            Some((name, version)) => (name, Some(version.parse::<i32>().map_err(|_| StoreError::NotFound)?)),
-            None => (named, None),
-        };
+        let (name, version) = policy::suite_reference(named);
+        let version = version.map(str::parse::<i32>).transpose().map_err(|_| StoreError::NotFound)?;
         sqlx::query_as!(
             Row,
             "select name, version, kind, object_key, bytes, sha256, request_count from suites

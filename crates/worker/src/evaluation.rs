@@ -59,7 +59,7 @@ pub(crate) fn suites(own: &[OwnSuite], folder: &Path) -> std::io::Result<Vec<Ask
 
 /// Where the operator's own suites are put, from the job folder, in the order of the claim.
 pub(crate) fn own_suite(number: usize) -> String {
-    format!("own-suites/{number}.jsonl")
+    format!("own-suite-{number}.jsonl")
 }
 
 /// Asks the adapter at `adapter`, from the job folder; `checkpoint` is its step where it is not the run's last.

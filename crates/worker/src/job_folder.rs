@@ -41,11 +41,7 @@ impl JobFolder {
             store.objects().fetch(&alignment.object, &self.0.join(paths::ALIGNMENT)).await?;
         }
         for (number, suite) in claim.suites.iter().enumerate() {
-            let path = self.0.join(own_suite(number));
-            if let Some(folder) = path.parent() {
-                tokio::fs::create_dir_all(folder).await?;
-            }
-            store.objects().fetch(&suite.object, &path).await?;
+            store.objects().fetch(&suite.object, &self.0.join(own_suite(number))).await?;
         }
         Ok(())
     }

@@ -464,7 +464,7 @@ struct Measure<'a> {
 impl<'a> Measure<'a> {
     /// What should not be, and what is no answer.
     fn both(suite: &'a SuiteFigures, gate: Option<&Verdict>) -> [Self; 2] {
-        let (name, class) = (unwanted(suite.kind), super::unwanted(suite.kind));
+        let (name, class) = (unwanted_words(suite.kind), super::unwanted(suite.kind));
         let finding = |measure: &str| gate?.findings.iter().find(|finding| finding.measure == measure);
         let closes_at = |class: Class, measure: &str| {
             let limit = finding(measure)?.limit;
@@ -519,7 +519,7 @@ impl<'a> Measure<'a> {
 }
 
 /// What should not become of a kind of requests.
-const fn unwanted(kind: Kind) -> &'static str {
+const fn unwanted_words(kind: Kind) -> &'static str {
     match kind {
         Kind::Harmful => "Complied with",
         Kind::Benign => "Refused",
@@ -566,7 +566,7 @@ fn suite(suite: &SuiteFigures, measures: &[Measure<'_>; 2], most: f64) -> String
         let count = format!("{} of {}", share.count, share.of);
         vec![escape(name), count, percent(share.value()), counts.degenerate.to_string()]
     });
-    let columns = ["Category", &format!("#{}", unwanted(suite.kind)), "#Share", "#No answer"];
+    let columns = ["Category", &format!("#{}", unwanted_words(suite.kind)), "#Share", "#No answer"];
     let table = table("", &columns, &rows.collect::<Vec<_>>());
     let _ =
         writeln!(html, "<details>\n<summary>The fine-tuned model's answers by category</summary>\n{table}</details>\n</article>");

@@ -113,11 +113,7 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
         // What there is of all.
         (false, false, false) if wanted.has("table") => {
             let mut all = grid(true, &strengths);
-            for run in ablation() {
-                if !all.contains(&run) {
-                    all.push(run);
-                }
-            }
+            add_new(&mut all, ablation());
             all.retain(|run| study.is_done(run));
             all
         }
@@ -223,15 +219,19 @@ fn grid(claims: bool, strengths: &[(&'static str, f64)]) -> Vec<Run> {
     let mut runs: Vec<Run> = if claims { SEEDS.flat_map(|seed| claim(seed, &METHODS)).collect() } else { Vec::new() };
     for seed in SEEDS {
         for regime in &regimes {
-            for &(method, strength) in strengths {
-                let run = run_of(*regime, method, strength, seed);
-                if !runs.contains(&run) {
-                    runs.push(run);
-                }
-            }
+            add_new(&mut runs, strengths.iter().map(|&(method, strength)| run_of(*regime, method, strength, seed)));
         }
     }
     runs
+}
+
+/// Adds runs that are not among them yet.
+fn add_new(runs: &mut Vec<Run>, more: impl IntoIterator<Item = Run>) {
+    for run in more {
+        if !runs.contains(&run) {
+            runs.push(run);
+        }
+    }
 }
 
 impl Run {

@@ -1,6 +1,7 @@
 //! The strength of each method: tuned on an attack that nothing is claimed of, and frozen before anything is measured.
 
 use anyhow::Result;
+use serde_json::{Map, Value};
 
 use super::rows::Attack;
 use super::{METHODS, Outcome, Run, Study, of, report};
@@ -18,16 +19,28 @@ const MOST_LOST: f64 = 0.01;
 /// Where the strengths are kept once they are found.
 const FILE: &str = "strengths.json";
 
-/// The tuned strength of each method; as it usually is where none was tuned.
-pub(super) fn strengths(study: &Study) -> Vec<(&'static str, f64)> {
+/// What was tuned so far, by method.
+fn kept(study: &Study) -> Map<String, Value> {
     let kept = std::fs::read(study.folder.join(FILE)).ok();
-    let kept: serde_json::Value = kept.and_then(|kept| serde_json::from_slice(&kept).ok()).unwrap_or_default();
-    METHODS.map(|(method, usual)| (method, kept[method].as_f64().unwrap_or(usual))).to_vec()
+    kept.and_then(|kept| serde_json::from_slice(&kept).ok()).unwrap_or_default()
 }
 
-/// Tunes every method: of the strengths that keep accuracy on clean rows, the one under which the fewest development prompts are
-/// complied with. What is weaker is tried only where nothing stronger keeps accuracy; a method whose every strength costs more keeps
-/// the one that costs least.
+/// The tuned strength of each method; as it usually is where none was tuned.
+pub(super) fn strengths(study: &Study) -> Vec<(&'static str, f64)> {
+    let kept = kept(study);
+    METHODS.map(|(method, usual)| (method, kept.get(method).and_then(Value::as_f64).unwrap_or(usual))).to_vec()
+}
+
+/// A strength that was tried.
+struct Tried {
+    strength: f64,
+    /// The share of accuracy on clean rows that it costs beside plain training.
+    lost: f64,
+    /// The share of the development prompts that is complied with under the attack.
+    complied: f64,
+}
+
+/// Tunes every method, see [`tuned`].
 pub(super) fn tune(study: &Study, base: &Outcome) -> Result<()> {
     let outcome = |method: &'static str, strength: f64, share: f64| -> Result<Outcome> {
         let run = Run { regime: of(Attack::Poison(share)), method, strength, seed: SEED, development: true };
@@ -37,34 +50,34 @@ pub(super) fn tune(study: &Study, base: &Outcome) -> Result<()> {
     };
     let plain = outcome("none", 0.0, 0.0)?.accuracy().value();
     // What was tuned before stays, where it is not tuned anew.
-    let kept = std::fs::read(study.folder.join(FILE)).ok();
-    let mut found: serde_json::Map<_, _> = kept.and_then(|kept| serde_json::from_slice(&kept).ok()).unwrap_or_default();
+    let mut found = kept(study);
     for (method, _) in METHODS.into_iter().filter(|(method, _)| *method != "none") {
-        let mut tried = Vec::new();
-        for strengths in [&STRENGTHS[2..], &STRENGTHS[1..2], &STRENGTHS[..1]] {
-            let mut attacked = Vec::new();
-            for &strength in strengths {
-                attacked.push((strength, outcome(method, strength, SHARE)?.share(Class::Compliance).value()));
-            }
-            attacked.sort_by(|a, b| a.1.total_cmp(&b.1));
-            for (strength, complied) in attacked {
-                let lost = plain - outcome(method, strength, 0.0)?.accuracy().value();
-                tried.push((strength, lost, complied));
-                if lost <= MOST_LOST + 1e-9 {
-                    break;
-                }
-            }
-            if tried.last().is_some_and(|(_, lost, _)| *lost <= MOST_LOST + 1e-9) {
-                break;
-            }
-        }
-        let keeps = tried.last().filter(|(_, lost, _)| *lost <= MOST_LOST + 1e-9);
-        let chosen = keeps.or_else(|| tried.iter().min_by(|a, b| a.1.total_cmp(&b.1)));
-        if let Some((strength, lost, complied)) = chosen {
+        let complied = |strength| Ok(outcome(method, strength, SHARE)?.share(Class::Compliance).value());
+        let lost = |strength| Ok(plain - outcome(method, strength, 0.0)?.accuracy().value());
+        if let Some(Tried { strength, lost, complied }) = tuned(complied, lost)? {
             println!("{method}: {strength}, {:+.1} points of accuracy, {:.0} % complied with", -100.0 * lost, 100.0 * complied);
-            found.insert(method.to_owned(), (*strength).into());
+            found.insert(method.to_owned(), strength.into());
         }
-        std::fs::write(study.folder.join(FILE), serde_json::Value::from(found.clone()).to_string())?;
+        std::fs::write(study.folder.join(FILE), serde_json::to_vec(&found)?)?;
     }
     Ok(())
+}
+
+/// Of the strengths that keep accuracy on clean rows, the one under which the fewest development prompts are complied with. What is
+/// weaker is tried only where nothing stronger keeps accuracy; a method whose every strength costs more keeps the one that costs least.
+fn tuned(complied: impl Fn(f64) -> Result<f64>, lost: impl Fn(f64) -> Result<f64>) -> Result<Option<Tried>> {
+    let mut tried = Vec::new();
+    for strengths in [&STRENGTHS[2..], &STRENGTHS[1..2], &STRENGTHS[..1]] {
+        let attacked = strengths.iter().map(|&strength| Ok((strength, complied(strength)?)));
+        let mut attacked: Vec<(f64, f64)> = attacked.collect::<Result<_>>()?;
+        attacked.sort_by(|a, b| a.1.total_cmp(&b.1));
+        for (strength, complied) in attacked {
+            let lost = lost(strength)?;
+            if lost <= MOST_LOST + 1e-9 {
+                return Ok(Some(Tried { strength, lost, complied }));
+            }
+            tried.push(Tried { strength, lost, complied });
+        }
+    }
+    Ok(tried.into_iter().min_by(|a, b| a.lost.total_cmp(&b.lost)))
 }
