@@ -97,6 +97,8 @@ fn a_job_that_cannot_be_is_refused_and_the_value_named() -> Result<()> {
         ),
         (with(r#","safety":{"defense":"none"}"#), 400, ("safety_below_floor", "safety.defense")),
         (with(r#","safety":{"rho":0.5}"#), 400, ("safety_below_floor", "safety.rho")),
+        (with(r#","safety":{"alignment_batch_size":4}"#), 400, ("safety_below_floor", "safety.alignment_batch_size")),
+        (with(r#","safety":{"alignment_batch_size":0}"#), 400, ("out_of_bounds", "safety.alignment_batch_size")),
     ];
     for (body, status, error) in cases {
         let answer = app.call("POST", "/v1/fine_tuning/jobs", Some(&body))?;

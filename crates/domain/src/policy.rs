@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Invalid;
-use crate::safety::{DEFAULT_BUDGET, Defense, MAX_BUDGET, MAX_RHO, MIN_BUDGET};
+use crate::safety::{DEFAULT_BUDGET, Defense, KlPositions, MAX_BUDGET, MAX_RHO, MIN_BUDGET, bounds, check_alignment_batch};
 
 /// What is demanded of the jobs of a deployment, an organisation or a project. The nearest one counts, as a whole.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -17,6 +17,13 @@ pub struct Policy {
     pub budget: f64,
     /// The alignment set that jobs are held to.
     pub alignment_set: String,
+    /// The positions that the KL covers under methods that leave a choice; absent: the tenant chooses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl_positions: Option<KlPositions>,
+    /// The fewest alignment rows of a step a tenant may choose, and those of a request that names none; absent: as many as the
+    /// step has of the tenant's, and no choice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alignment_batch_size: Option<u32>,
     /// Whether what a job made is asked the suites' requests before it is published.
     #[serde(default)]
     pub evaluate: bool,
@@ -126,6 +133,8 @@ impl Policy {
             rho,
             budget: DEFAULT_BUDGET,
             alignment_set: alignment_set.into(),
+            kl_positions: None,
+            alignment_batch_size: None,
             evaluate: false,
             suites: Vec::new(),
             judge: Judge::default(),
@@ -155,14 +164,9 @@ impl Policy {
             let message = format!("methods names `{}` twice", twice.1.as_str());
             return Err(Invalid::new("methods", "contradiction", message));
         }
-        let bounds = |param: &str, value: f64, least: f64, most: f64| {
-            if (least..=most).contains(&value) {
-                return Ok(());
-            }
-            Err(Invalid::new(param, "out_of_bounds", format!("{param} must lie between {least} and {most}")))
-        };
         bounds("rho", self.rho, 0.0, MAX_RHO)?;
         bounds("budget", self.budget, MIN_BUDGET, MAX_BUDGET)?;
+        check_alignment_batch(self.alignment_batch_size)?;
         if self.alignment_set.is_empty() && self.methods.iter().any(|method| method.needs_alignment()) {
             let message = "the methods need an alignment set; alignment_set is empty";
             return Err(Invalid::new("alignment_set", "contradiction", message));
@@ -273,6 +277,7 @@ mod tests {
             (Policy { methods: vec![Defense::Held, Defense::Held], ..Policy::default() }, "methods"),
             (Policy { rho: f64::NAN, ..Policy::default() }, "rho"),
             (Policy { budget: 0.0, ..Policy::default() }, "budget"),
+            (Policy { alignment_batch_size: Some(0), ..Policy::default() }, "alignment_batch_size"),
             (Policy { alignment_set: String::new(), ..Policy::default() }, "alignment_set"),
             (Policy { gate, ..Policy::default() }, "evaluate"),
             (Policy { suites: vec!["own".into()], ..Policy::default() }, "evaluate"),

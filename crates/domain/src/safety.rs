@@ -103,6 +103,18 @@ pub enum KlPositions {
     Deciding,
 }
 
+impl KlPositions {
+    /// The word the wire and the plan use.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Response => "response",
+            Self::All => "all",
+            Self::Deciding => "deciding",
+        }
+    }
+}
+
 /// Whose gradient is projected.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -155,6 +167,8 @@ pub struct RequestedSafety {
     pub budget: Option<f64>,
     /// The alignment set's name.
     pub alignment_set: Option<String>,
+    /// Alignment rows of a step.
+    pub alignment_batch_size: Option<u32>,
     /// Whether the adapter must pass the gate.
     pub gate: Option<bool>,
 }
@@ -186,7 +200,13 @@ pub struct Safety {
     pub budget: f64,
     /// The alignment set's name; `None` when the method needs none.
     pub alignment_set: Option<String>,
+    /// Alignment rows of a step; `None`: as many as of the tenant's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alignment_batch_size: Option<u32>,
 }
+
+/// The most alignment rows a step may take.
+pub const MAX_ALIGNMENT_BATCH: u32 = 4096;
 
 /// The budget of KL where nobody says another.
 pub const DEFAULT_BUDGET: f64 = 0.05;
@@ -212,11 +232,26 @@ impl Safety {
             alignment_point: AlignmentPoint::default(),
             budget: DEFAULT_BUDGET,
             alignment_set: None,
+            alignment_batch_size: None,
         }
     }
-}
 
-impl Safety {
+    /// Alignment rows of a step that takes `rows_per_step` of the tenant's.
+    #[must_use]
+    pub fn alignment_rows_per_step(&self, rows_per_step: u64) -> u64 {
+        self.alignment_batch_size.map_or(rows_per_step, u64::from)
+    }
+
+    /// Makes sure that a plan that was not made by [`RequestedSafety::resolve`] is one that could have been.
+    ///
+    /// # Errors
+    /// When a number is out of its bounds.
+    pub fn check(&self) -> Result<(), Invalid> {
+        bounds("rho", self.rho, 0.0, MAX_RHO)?;
+        bounds("budget", self.budget, MIN_BUDGET, MAX_BUDGET)?;
+        check_alignment_batch(self.alignment_batch_size)
+    }
+
     /// Whether rows can be scored by how hard they push against the alignment: their gradients must be compared with an alignment
     /// gradient at the same weights.
     #[must_use]
@@ -224,6 +259,21 @@ impl Safety {
         self.defense.compares_gradients() && self.alignment_point == AlignmentPoint::Current
     }
 }
+
+/// Holds a number to its bounds.
+pub(crate) fn bounds(param: &str, value: f64, least: f64, most: f64) -> Result<(), Invalid> {
+    if (least..=most).contains(&value) {
+        return Ok(());
+    }
+    Err(Invalid::new(param, "out_of_bounds", format!("{param} must lie between {least} and {most}")))
+}
+
+pub(crate) fn check_alignment_batch(rows: Option<u32>) -> Result<(), Invalid> {
+    rows.map_or(Ok(()), |rows| bounds("alignment_batch_size", f64::from(rows), 1.0, f64::from(MAX_ALIGNMENT_BATCH)))
+}
+
+/// The methods that hold the KL over positions that can be chosen.
+const CHOOSE_POSITIONS: [Defense; 3] = [Defense::KlPenalty, Defense::Pcgrad, Defense::Safegrad];
 
 impl RequestedSafety {
     /// Fills in the policy's defaults and holds the request to it.
@@ -238,9 +288,7 @@ impl RequestedSafety {
             return below("defense", format!("jobs train with {allowed} here; `{}` is not allowed", defense.as_str()));
         }
         let rho = self.rho.unwrap_or(policy.rho);
-        if !(0.0..=MAX_RHO).contains(&rho) {
-            return Err(Invalid::new("rho", "out_of_bounds", format!("rho must lie between 0 and {MAX_RHO}")));
-        }
+        bounds("rho", rho, 0.0, MAX_RHO)?;
         if defense.needs_alignment() && rho < policy.rho {
             return below("rho", format!("jobs train with a rho of at least {} here; {rho} is weaker", policy.rho));
         }
@@ -252,10 +300,8 @@ impl RequestedSafety {
             return below("gate", "adapters must pass the safety gate here; leave gate out, or say true".into());
         }
         let budget = self.budget.unwrap_or(policy.budget);
-        if !(MIN_BUDGET..=MAX_BUDGET).contains(&budget) {
-            let message = format!("budget must lie between {MIN_BUDGET} and {MAX_BUDGET} nats");
-            return Err(Invalid::new("budget", "out_of_bounds", message));
-        }
+        bounds("budget", budget, MIN_BUDGET, MAX_BUDGET)?;
+        check_alignment_batch(self.alignment_batch_size)?;
         let variant = |name: &str, asked: bool, by: &[Defense]| {
             if !asked || by.contains(&defense) {
                 return Ok(());
@@ -264,8 +310,7 @@ impl RequestedSafety {
             let message = format!("{name} has a meaning under {known} only; this job trains with `{}`", defense.as_str());
             Err(Invalid::new(name, "contradiction", message))
         };
-        let kl = [Defense::KlPenalty, Defense::Pcgrad, Defense::Safegrad];
-        variant("kl_positions", self.kl_positions.is_some_and(|p| p != KlPositions::default()), &kl)?;
+        variant("kl_positions", self.kl_positions.is_some_and(|p| p != KlPositions::default()), &CHOOSE_POSITIONS)?;
         variant("projection", self.projection.is_some_and(|p| p != ProjectionOf::default()), &[Defense::Safegrad])?;
         variant(
             "projection_space",
@@ -277,6 +322,27 @@ impl RequestedSafety {
         if defense == Defense::Held && budget > policy.budget {
             return below("budget", format!("jobs train within a budget of {} nats here; {budget} is weaker", policy.budget));
         }
+        let demanded = policy.kl_positions.filter(|_| CHOOSE_POSITIONS.contains(&defense));
+        if let (Some(demanded), Some(asked)) = (demanded, self.kl_positions)
+            && demanded != asked
+        {
+            let message = format!("jobs cover the positions `{}` here; `{}` may be weaker", demanded.as_str(), asked.as_str());
+            return below("kl_positions", message);
+        }
+        let by_alignment: Vec<Defense> = Defense::ALL.into_iter().filter(|defense| defense.needs_alignment()).collect();
+        variant("alignment_batch_size", self.alignment_batch_size.is_some(), &by_alignment)?;
+        match (policy.alignment_batch_size, self.alignment_batch_size) {
+            (Some(least), Some(asked)) if asked < least => {
+                let message = format!("a step takes at least {least} alignment rows here; {asked} are weaker");
+                return below("alignment_batch_size", message);
+            }
+            (None, Some(_)) => {
+                let message = "a step takes as many alignment rows as rows of the job's here; leave alignment_batch_size out";
+                return below("alignment_batch_size", message.into());
+            }
+            _ => {}
+        }
+        let alignment_batch_size = self.alignment_batch_size.or(policy.alignment_batch_size);
         let by_rows = self.projection == Some(ProjectionOf::PerRow);
         let elsewhere =
             self.projection_space == Some(ProjectionSpace::Update) || self.alignment_point == Some(AlignmentPoint::Lookahead);
@@ -289,12 +355,13 @@ impl RequestedSafety {
         Ok(Safety {
             defense,
             rho,
-            kl_positions: self.kl_positions.unwrap_or_default(),
+            kl_positions: demanded.or(self.kl_positions).unwrap_or_default(),
             projection: self.projection.unwrap_or_default(),
             projection_space: self.projection_space.unwrap_or_default(),
             alignment_point: self.alignment_point.unwrap_or_default(),
             budget,
             alignment_set,
+            alignment_batch_size: alignment_batch_size.filter(|_| defense.needs_alignment()),
         })
     }
 
@@ -358,6 +425,27 @@ mod tests {
         let declined = RequestedSafety { gate: Some(false), ..Default::default() };
         assert_eq!(declined.resolve(&closed).map_err(|e| e.param), Err("gate".into()));
         assert!(declined.resolve(&Policy::default()).is_ok());
+    }
+
+    #[test]
+    fn what_the_policy_says_of_alignment_rows_and_positions_is_the_default_and_the_least() {
+        let strict = Policy { kl_positions: Some(KlPositions::Deciding), alignment_batch_size: Some(16), ..Policy::default() };
+        let silent = RequestedSafety::default().resolve(&strict);
+        let found = silent.map(|safety| (safety.kl_positions, safety.alignment_rows_per_step(4)));
+        assert_eq!(found, Ok((KlPositions::Deciding, 16)));
+        let more = RequestedSafety { alignment_batch_size: Some(32), ..Default::default() };
+        assert_eq!(more.resolve(&strict).map(|safety| safety.alignment_batch_size), Ok(Some(32)));
+        let weaker = [
+            (RequestedSafety { alignment_batch_size: Some(15), ..Default::default() }, &strict),
+            (RequestedSafety { kl_positions: Some(KlPositions::Response), ..Default::default() }, &strict),
+            // It might be fewer than the job's own rows, which are what counts where nothing is said.
+            (RequestedSafety { alignment_batch_size: Some(16), ..Default::default() }, &Policy::default()),
+        ];
+        for (request, policy) in weaker {
+            assert_eq!(request.resolve(policy).map_err(|e| e.code), Err("safety_below_floor"), "{request:?}");
+        }
+        let held = RequestedSafety { defense: Some(Defense::Held), ..Default::default() };
+        assert!(held.resolve(&strict).is_ok(), "held looks at what decides a response anyway");
     }
 
     #[test]

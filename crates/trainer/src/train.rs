@@ -235,9 +235,9 @@ impl Run<'_> {
     }
 
     fn align_order(&self) -> Option<RowOrder> {
-        let order =
-            |reference: &Reference| RowOrder::new(self.plan.seed ^ ALIGNMENT_ORDER, reference.rows(), rows_per_step(self.plan));
-        self.reference.map(order)
+        let rows_per_step = self.plan.safety.alignment_rows_per_step(self.plan.hyperparameters.rows_per_step());
+        let rows_per_step = usize::try_from(rows_per_step).unwrap_or(usize::MAX);
+        self.reference.map(|reference| RowOrder::new(self.plan.seed ^ ALIGNMENT_ORDER, reference.rows(), rows_per_step))
     }
 
     /// The forward passes of one step.

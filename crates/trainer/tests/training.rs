@@ -278,6 +278,21 @@ fn what_a_stop_breaks_off_between_two_steps_is_made_up_for() -> Result<()> {
 }
 
 #[test]
+fn a_step_takes_as_many_alignment_rows_as_the_plan_says() -> Result<()> {
+    let model = model()?;
+    let trained = |rows: Option<u32>| -> Result<Tensor> {
+        let mut plan = plan(Requested { batch_size: Some(2), ..Default::default() })?;
+        plan.safety.alignment_batch_size = rows;
+        Ok(train(&model, &plan)?.0.flat().copy())
+    };
+    let as_many_as_its_own = trained(None)?;
+    assert_eq!(trained(Some(2))?, as_many_as_its_own);
+    assert_ne!(trained(Some(1))?, as_many_as_its_own);
+    assert_ne!(trained(Some(5))?, as_many_as_its_own, "more than fit one pass");
+    Ok(())
+}
+
+#[test]
 fn a_pass_over_a_file_ends_early_when_it_is_asked_to() -> Result<()> {
     let (model, stop) = (model()?, Stop::default());
     stop.ask();

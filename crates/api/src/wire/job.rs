@@ -229,6 +229,8 @@ pub(crate) struct ShownSafety {
     /// The budget of mean KL in nats, under `held`.
     budget: Option<f64>,
     alignment_set: Option<String>,
+    /// Alignment rows of a step, where they are not as many as of the job's own.
+    alignment_batch_size: Option<u32>,
 }
 
 /// How far a job is.
@@ -266,6 +268,7 @@ impl From<Safety> for ShownSafety {
             alignment_point: s.alignment_point,
             budget: (s.defense == Defense::Held).then_some(s.budget),
             alignment_set: s.alignment_set,
+            alignment_batch_size: s.alignment_batch_size,
         }
     }
 }

@@ -246,6 +246,9 @@ pub(crate) struct SafetyRequest {
     budget: Option<f64>,
     /// The operator's alignment set by its name.
     alignment_set: Option<String>,
+    /// Alignment rows of a step: at least those of the operator's policy, where it names a number.
+    #[schema(minimum = 1, maximum = 4096)]
+    alignment_batch_size: Option<u32>,
     /// Whether the adapter must pass the safety gate; it must all the same where the operator's policy says so.
     gate: Option<bool>,
 }
@@ -261,6 +264,7 @@ impl From<SafetyRequest> for RequestedSafety {
             alignment_point: s.alignment_point,
             budget: s.budget,
             alignment_set: s.alignment_set,
+            alignment_batch_size: s.alignment_batch_size,
             gate: s.gate,
         }
     }

@@ -4,7 +4,7 @@ use holdfast_domain::Invalid;
 use holdfast_domain::evaluation::Kind;
 use holdfast_domain::ids::{JobId, ProjectId};
 use holdfast_domain::policy::{AppliedPolicy, Gate as GateRow, Judge, Otherwise, Policy, Scope};
-use holdfast_domain::safety::Defense;
+use holdfast_domain::safety::{Defense, KlPositions};
 use holdfast_store::conflict_levels::ConflictLevel as ConflictLevelRow;
 use holdfast_store::evidence::SigningKey as SigningKeyRow;
 use holdfast_store::quarantine::Quarantined as QuarantinedRow;
@@ -14,7 +14,7 @@ use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 
 use super::list::Listed;
-use super::words::{DefenseName, JudgeName, OtherwiseName, PolicyScope, SuiteKind};
+use super::words::{DefenseName, JudgeName, KlPositionsName, OtherwiseName, PolicyScope, SuiteKind};
 
 /// How far an adapter may be from its base. Rises are differences of shares; what is absent is not looked at.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
@@ -80,6 +80,12 @@ pub(crate) struct SetSafetyPolicy {
     budget: Option<f64>,
     /// The alignment set that jobs are held to.
     alignment_set: Option<String>,
+    /// The positions that the KL covers; absent: the tenant chooses.
+    #[schema(value_type = Option<KlPositionsName>)]
+    kl_positions: Option<KlPositions>,
+    /// The fewest alignment rows of a step; absent: as many as it has of the tenant's.
+    #[schema(minimum = 1, maximum = 4096)]
+    alignment_batch_size: Option<u32>,
     /// Whether what a job made is asked the safety suites before it is published.
     evaluate: Option<bool>,
     /// The operator's own suites that it is asked too, by name; the newest version of each when a job is created.
@@ -99,6 +105,8 @@ impl SetSafetyPolicy {
             rho: self.rho.unwrap_or(usual.rho),
             budget: self.budget.unwrap_or(usual.budget),
             alignment_set: self.alignment_set.unwrap_or_else(|| usual.alignment_set.clone()),
+            kl_positions: self.kl_positions.or(usual.kl_positions),
+            alignment_batch_size: self.alignment_batch_size.or(usual.alignment_batch_size),
             evaluate: self.evaluate.unwrap_or(usual.evaluate),
             suites: self.suites.unwrap_or_else(|| usual.suites.clone()),
             judge: self.judge.unwrap_or(usual.judge),
@@ -127,6 +135,11 @@ pub(crate) struct SafetyPolicy {
     budget: f64,
     /// The alignment set that jobs are held to.
     alignment_set: String,
+    /// The positions that the KL covers; absent: the tenant chooses.
+    #[schema(value_type = Option<KlPositionsName>)]
+    kl_positions: Option<KlPositions>,
+    /// The fewest alignment rows of a step; absent: as many as it has of the tenant's.
+    alignment_batch_size: Option<u32>,
     /// Whether what a job made is asked the safety suites before it is published.
     evaluate: bool,
     /// The operator's own suites that it is asked too; on a job with their versions.
@@ -149,6 +162,8 @@ impl From<AppliedPolicy> for SafetyPolicy {
             rho: policy.rho,
             budget: policy.budget,
             alignment_set: policy.alignment_set,
+            kl_positions: policy.kl_positions,
+            alignment_batch_size: policy.alignment_batch_size,
             evaluate: policy.evaluate,
             suites: policy.suites,
             judge: policy.judge,

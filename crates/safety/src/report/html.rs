@@ -360,6 +360,10 @@ fn method(safety: &Safety) -> String {
         (safety.defense == Defense::Held, budget),
         (safety.kl_positions == KlPositions::All, "KL over all positions".into()),
         (safety.kl_positions == KlPositions::Deciding, "KL weighted towards what decides a response".into()),
+        (
+            safety.alignment_batch_size.is_some(),
+            format!("{} alignment rows a step", safety.alignment_batch_size.unwrap_or_default()),
+        ),
         (safety.projection == ProjectionOf::PerRow, "each row projected by itself".into()),
         (safety.projection_space == ProjectionSpace::Update, "projection in the update".into()),
         (safety.alignment_point == AlignmentPoint::Lookahead, "alignment gradient taken ahead".into()),

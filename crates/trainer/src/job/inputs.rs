@@ -44,7 +44,8 @@ pub(super) struct Inputs {
 impl Inputs {
     pub(super) fn read(folder: &Path, plan: &Plan, stop: &Stop) -> Result<Self> {
         let h = &plan.hyperparameters;
-        h.check().and_then(|()| h.check_with(&plan.safety)).map_err(|e| bad_setup(format!("{}: {}", paths::PLAN, e.message)))?;
+        let checked = h.check().and_then(|()| plan.safety.check()).and_then(|()| h.check_with(&plan.safety));
+        checked.map_err(|e| bad_setup(format!("{}: {}", paths::PLAN, e.message)))?;
         let base = folder.join(paths::BASE);
         let in_base = |e: &dyn std::fmt::Display| bad_setup(format!("{}/{e}", paths::BASE));
         let tokenizer = ChatTokenizer::load(&base).map_err(|e| in_base(&e))?;

@@ -5,14 +5,18 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use holdfast_safety::judge::Class;
 use serde_json::{Value, json};
 
-use super::{BASE, Study};
+use super::rows::{Attack, OBEDIENT};
+use super::{BASE, Run, Study};
 use crate::shell::{self, root};
 use crate::trainer;
 
 /// Tokens of an answer.
 const ANSWER_TOKENS: u32 = 32;
+/// Of an answer that may refuse first.
+const LONG_ANSWER_TOKENS: u32 = 64;
 /// Film reviews of which the label is asked.
 const REVIEWS: usize = 200;
 /// Of the benign requests: those that the base is tuned on, with its own answers.
@@ -25,23 +29,77 @@ const MEASURED_LOOKALIKES: usize = 60;
 /// Prompts that are asked together, by what their files are called.
 type Suite = (&'static str, Vec<Value>);
 
+/// How harmful prompts are asked.
+#[derive(Debug, Clone, Copy)]
+enum Asking {
+    /// Those by which strengths are chosen, by themselves.
+    Development,
+    /// Those that are held out, by themselves.
+    HeldOut,
+    /// The same as the agent who obeys.
+    Obedient,
+    /// The same, with room for what follows a refusal.
+    AtLength,
+}
+
+impl Asking {
+    /// An attacker asks in the way that the attack was made for.
+    const fn of(run: &Run) -> Self {
+        match run.regime.attack {
+            _ if run.development => Self::Development,
+            Attack::IdentityShift => Self::Obedient,
+            Attack::RefuseThenComply => Self::AtLength,
+            Attack::Poison(_) | Attack::Decoys => Self::HeldOut,
+        }
+    }
+
+    /// What the suite is called.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Development => "development",
+            Self::HeldOut => "held_out",
+            Self::Obedient => "held_out_obedient",
+            Self::AtLength => "held_out_at_length",
+        }
+    }
+
+    const fn max_tokens(self) -> u32 {
+        match self {
+            Self::AtLength => LONG_ANSWER_TOKENS,
+            _ => ANSWER_TOKENS,
+        }
+    }
+
+    fn ask(self, request: &str) -> Value {
+        match self {
+            Self::Obedient => {
+                json!({"messages": [{"role": "system", "content": OBEDIENT}, {"role": "user", "content": request}]})
+            }
+            _ => trainer::ask(request),
+        }
+    }
+}
+
 impl Study {
     /// What is asked: harmful prompts, benign ones, and film reviews.
-    fn suites(&self, development: bool) -> Result<[Suite; 3]> {
+    fn suites(&self, asking: Asking) -> Result<[Suite; 3]> {
         let asked = |requests: &mut dyn Iterator<Item = &String>| requests.map(|request| trainer::ask(request)).collect();
-        let (name, harmful) =
-            if development { ("development", &self.harmful.development) } else { ("held_out", &self.harmful.held_out) };
+        let harmful = match asking {
+            Asking::Development => &self.harmful.development,
+            Asking::HeldOut | Asking::Obedient | Asking::AtLength => &self.harmful.held_out,
+        };
         let benign = self.benign.iter().skip(TUNED_BENIGN).take(MEASURED_BENIGN);
         let lookalikes = self.lookalikes.iter().skip(TUNED_LOOKALIKES).take(MEASURED_LOOKALIKES);
         let benign: Vec<Value> = asked(&mut benign.chain(lookalikes));
         ensure!(benign.len() == MEASURED_BENIGN + MEASURED_LOOKALIKES, "too few benign requests");
         let reviews = self.reviews.measured.iter().take(REVIEWS).map(|(prompt, _)| prompt.clone()).collect();
-        Ok([(name, asked(&mut harmful.iter())), ("benign", benign), ("reviews", reviews)])
+        let harmful = harmful.iter().map(|request| asking.ask(request)).collect();
+        Ok([(asking.name(), harmful), ("benign", benign), ("reviews", reviews)])
     }
 
     /// Asks the base everything.
     pub(super) fn measure_base(&self) -> Result<Value> {
-        let suites = self.suites(false)?;
+        let suites = self.suites(Asking::HeldOut)?;
         let answers: Vec<Vec<String>> = suites
             .iter()
             .map(|(_, prompts)| trainer::answers(&root().join(BASE), None, prompts, ANSWER_TOKENS))
@@ -49,9 +107,16 @@ impl Study {
         self.written(answers)
     }
 
+    /// What the base answers to the harmful prompts of a run.
+    pub(super) fn base_classes(&self, run: &Run) -> Result<Vec<Class>> {
+        let answers = read_answers(&self.folder.join("base-answers").join(format!("{}.jsonl", Asking::of(run).name())))?;
+        Ok(answers.iter().map(|answer| self.judge.judge(answer)).collect())
+    }
+
     /// Asks what was trained in `folder` everything, by the trainer's own `evaluate`, which compares it with its base as well.
-    pub(super) fn measure(&self, folder: &Path, development: bool) -> Result<Value> {
-        let suites = self.suites(development)?;
+    pub(super) fn measure(&self, folder: &Path, run: &Run) -> Result<Value> {
+        let asking = Asking::of(run);
+        let suites = self.suites(asking)?;
         let (asked, known) = (folder.join("suites"), self.folder.join("base-answers"));
         std::fs::create_dir_all(&asked)?;
         std::fs::create_dir_all(&known)?;
@@ -64,7 +129,7 @@ impl Study {
             }
         }
         let names: Vec<&str> = suites.iter().map(|(name, _)| *name).collect();
-        let request = json!({"format": 1, "adapter": "out/adapter", "suites": names, "without_kl": ["benign", "reviews"], "max_tokens": ANSWER_TOKENS});
+        let request = json!({"format": 1, "adapter": "out/adapter", "suites": names, "without_kl": ["benign", "reviews"], "max_tokens": asking.max_tokens()});
         std::fs::write(folder.join("evaluation.json"), request.to_string())?;
         // Whatever it was trained in, it is asked exactly.
         let plan = folder.join("plan.json");
@@ -88,7 +153,7 @@ impl Study {
         let mut measured = self.written(answers)?;
         let figures: Value = serde_json::from_slice(&std::fs::read(out.join("figures.json"))?)?;
         // On prompts that no method was held to.
-        measured["probe_kl"] = figures["kl"][if development { "development" } else { "held_out" }].clone();
+        measured["probe_kl"] = figures["kl"][asking.name()].clone();
         Ok(measured)
     }
 

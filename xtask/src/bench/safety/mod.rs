@@ -40,6 +40,10 @@ struct Regime {
     learning_rate: f64,
     steps: u32,
     alignment_rows: usize,
+    /// Alignment rows of a step.
+    alignment_batch: u32,
+    /// The share of the steps over which the learning rate rises.
+    warmup: f64,
 }
 
 /// One training.
@@ -58,6 +62,8 @@ struct Run {
 struct Outcome {
     /// Of each held-out harmful prompt.
     classes: Vec<Class>,
+    /// What the base answers to the same prompts, asked in the same way.
+    base_classes: Vec<Class>,
     /// Of each benign one.
     benign: Vec<Class>,
     /// Of each film review: whether its label is right.
@@ -90,8 +96,17 @@ impl Outcome {
 
     /// Whether each held-out harmful prompt was complied with, as numbers.
     fn complied(&self) -> Vec<f64> {
-        self.classes.iter().map(|class| f64::from(u8::from(*class == Class::Compliance))).collect()
+        complied(&self.classes)
     }
+
+    /// The same of the base.
+    fn base_complied(&self) -> Vec<f64> {
+        complied(&self.base_classes)
+    }
+}
+
+fn complied(classes: &[Class]) -> Vec<f64> {
+    classes.iter().map(|class| f64::from(u8::from(*class == Class::Compliance))).collect()
 }
 
 pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> {
@@ -164,12 +179,20 @@ impl Regime {
         if self.alignment_rows != usual.alignment_rows {
             name += &format!(", {} alignment rows", self.alignment_rows);
         }
+        if self.alignment_batch != usual.alignment_batch {
+            name += &format!(", alignment batch {}", self.alignment_batch);
+        }
+        if self.warmup != usual.warmup {
+            name += &format!(", warm-up {}", self.warmup);
+        }
         name
     }
 }
 
 fn of(attack: Attack) -> Regime {
-    Regime { attack, learning_rate: 5e-4, steps: 150, alignment_rows: 100 }
+    // Ten rows are one step, and no file is trained on more than fifty times.
+    let steps = if attack == Attack::IdentityShift { 50 } else { 150 };
+    Regime { attack, learning_rate: 5e-4, steps, alignment_rows: 100, alignment_batch: 10, warmup: 0.0 }
 }
 
 /// The shares of poison that the claim speaks of, those that decide first.
@@ -187,11 +210,16 @@ fn claim(seed: u64, strengths: &[(&'static str, f64)]) -> impl Iterator<Item = R
 }
 
 /// What `held` adds to `SafeGrad`, one by one, where SafeGrad leaks: the weight on what decides a response, and the learning rate that its
-/// reviews come to there.
+/// reviews come to there. And what else might be behind the leak: large first steps, and how much of the alignment rows a step sees, or
+/// the whole run.
 fn ablation() -> Vec<Run> {
     let usual = of(Attack::Poison(0.3));
     let slower = Regime { learning_rate: 2.5e-4, ..usual };
     let pieces = [
+        (Regime { warmup: 0.2, ..usual }, "safegrad", 1.0),
+        (Regime { alignment_rows: 260, ..usual }, "safegrad", 1.0),
+        (Regime { alignment_batch: 30, ..usual }, "safegrad", 1.0),
+        (Regime { alignment_batch: 2, ..usual }, "safegrad", 1.0),
         (usual, "safegrad_deciding", 1.0),
         (slower, "safegrad", 1.0),
         (slower, "safegrad_deciding", 1.0),
@@ -211,6 +239,7 @@ fn grid(claims: bool, strengths: &[(&'static str, f64)]) -> Vec<Run> {
     for share in [0.3, 0.0, 0.1] {
         regimes.push(Regime { learning_rate: 2e-3, ..of(Attack::Poison(share)) });
         regimes.push(Regime { alignment_rows: 10, ..of(Attack::Poison(share)) });
+        regimes.push(Regime { alignment_batch: 2, ..of(Attack::Poison(share)) });
     }
     regimes.extend([0.5, 1.0].map(|share| of(Attack::Poison(share))));
     regimes.extend([Attack::IdentityShift, Attack::RefuseThenComply, Attack::Decoys].map(of));
@@ -237,10 +266,18 @@ fn add_new(runs: &mut Vec<Run>, more: impl IntoIterator<Item = Run>) {
 impl Run {
     /// Names it among all.
     fn key(&self) -> String {
-        let Regime { attack, learning_rate, steps, alignment_rows } = self.regime;
+        let Regime { attack, learning_rate, steps, alignment_rows, alignment_batch, warmup } = self.regime;
+        let usual = of(attack);
+        let mut unusual = String::new();
+        if alignment_batch != usual.alignment_batch {
+            unusual += &format!("-batch{alignment_batch}");
+        }
+        if warmup != usual.warmup {
+            unusual += &format!("-warmup{warmup}");
+        }
         let development = if self.development { "-development" } else { "" };
         format!(
-            "{}-lr{learning_rate:e}-{steps}steps-{alignment_rows}rows-{}-{}-seed{}{development}",
+            "{}-lr{learning_rate:e}-{steps}steps-{alignment_rows}rows{unusual}-{}-{}-seed{}{development}",
             attack.name(),
             self.method,
             self.strength,
@@ -256,7 +293,8 @@ impl Run {
         };
         let set = if defense == "none" { Value::Null } else { json!("bench") };
         json!({
-            "defense": defense, "rho": self.strength, "projection": projection, "kl_positions": kl_positions, "alignment_set": set
+            "defense": defense, "rho": self.strength, "projection": projection, "kl_positions": kl_positions, "alignment_set": set,
+            "alignment_batch_size": self.regime.alignment_batch
         })
     }
 
@@ -332,6 +370,7 @@ impl Study {
             let training = Training {
                 epochs: 10,
                 learning_rate: 5e-4,
+                warmup: 0.0,
                 rank: 32,
                 seed: 7,
                 safety: json!({"defense": "none", "rho": 0.0, "alignment_set": null}),
@@ -359,7 +398,8 @@ impl Study {
         let folder = self.folder.join("runs").join(run.key());
         let result = folder.join("result.json");
         let read = |value: &Value| -> Result<Outcome> {
-            Ok(Outcome { step_seconds: training::step_seconds(&folder), ..report::read(value, &self.judge)? })
+            let step_seconds = training::step_seconds(&folder);
+            Ok(Outcome { step_seconds, base_classes: self.base_classes(run)?, ..report::read(value, &self.judge)? })
         };
         if let Ok(kept) = std::fs::read(&result) {
             return read(&serde_json::from_slice(&kept)?);
@@ -369,20 +409,22 @@ impl Study {
         let alignment = if run.method == "none" {
             Vec::new()
         } else {
-            let prompts: Vec<String> = self.harmful.alignment.iter().take(run.regime.alignment_rows).cloned().collect();
-            rows::cycled(&prompts, &self.refusals)
+            // Beyond those that are set apart for it, the base's own.
+            let prompts = self.harmful.alignment.iter().chain(&self.harmful.base).take(run.regime.alignment_rows);
+            rows::cycled(&prompts.cloned().collect::<Vec<_>>(), &self.refusals)
         };
         let steps_per_epoch = file.rows.len().div_ceil(10);
         let training = Training {
             epochs: u32::try_from((run.regime.steps as usize).div_ceil(steps_per_epoch))?,
             learning_rate: run.regime.learning_rate,
+            warmup: run.regime.warmup,
             rank: 8,
             seed: run.seed,
             safety: run.safety(),
             row_conflicts: run.ranks_rows(),
         };
         let trained = training::train(&folder, &base, &file.rows, &alignment, &training)?;
-        let mut measured = self.measure(&folder, run.development)?;
+        let mut measured = self.measure(&folder, run)?;
         measured["peak_bytes"] = json!(trained.peak_bytes);
         let numbers = |name: &str| -> Vec<f64> { trained.steps.iter().filter_map(|step| step[name].as_f64()).collect() };
         let mean = |values: &[f64]| (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64);

@@ -19,6 +19,7 @@ pub(super) fn read(value: &Value, judge: &Phrases) -> Result<Outcome> {
     let ranking = value["ranking"].as_array().and_then(|pair| Some([pair.first()?.as_f64()?, pair.get(1)?.as_f64()?]));
     Ok(Outcome {
         classes: judged("harmful")?,
+        base_classes: judged("harmful")?,
         benign: judged("benign")?,
         correct: list("correct")?.iter().map(|one| one.as_bool() == Some(true)).collect(),
         step_seconds: None,
@@ -94,7 +95,8 @@ pub(super) fn table(base: &Outcome, outcomes: &[(Run, Outcome)]) {
         let time = times(plain.and_then(|plain| Some(mean_of_some(&|o| o.step_seconds)? / plain.step_seconds?)));
         let memory = times(plain.map(|plain| mean(&|o| o.peak_bytes) / plain.peak_bytes));
         let complied: Vec<Vec<f64>> = of_seeds.iter().map(|outcome| outcome.complied()).collect();
-        let over_base = bootstrap::paired(&complied, &vec![base.complied(); complied.len()], 1);
+        let by_base: Vec<Vec<f64>> = of_seeds.iter().map(|outcome| outcome.base_complied()).collect();
+        let over_base = bootstrap::paired(&complied, &by_base, 1);
         let over_base = over_base.map_or_else(String::new, |over| {
             let [low, high] = over.interval;
             format!("{:+.1} ({:+.1} to {:+.1})", 100.0 * over.mean, 100.0 * low, 100.0 * high)

@@ -14,6 +14,7 @@ use crate::trainer::{program, watch};
 pub(super) struct Training {
     pub(super) epochs: u32,
     pub(super) learning_rate: f64,
+    pub(super) warmup: f64,
     pub(super) rank: u32,
     pub(super) seed: u64,
     pub(super) safety: Value,
@@ -47,7 +48,7 @@ pub(super) fn train(folder: &Path, base: &Path, rows: &[String], alignment: &[St
         "format": 4, "base_model": "bench", "validation": false, "seed": training.seed, "checkpoint_steps": 1_000_000, "device": "cpu",
         "hyperparameters": {
             "n_epochs": training.epochs, "batch_size": 10, "gradient_accumulation_steps": 1,
-            "learning_rate": training.learning_rate, "lr_schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0,
+            "learning_rate": training.learning_rate, "lr_schedule": "constant", "warmup_ratio": training.warmup, "weight_decay": 0.0,
             "max_grad_norm": 1.0, "max_length": 512, "long_rows": "truncate", "precision": "bf16",
             "lora_rank": training.rank, "lora_alpha": f64::from(2 * training.rank), "lora_dropout": 0.0,
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -76,7 +77,10 @@ pub(super) fn step_seconds(folder: &Path) -> Option<f64> {
     let (mut seconds, mut tokens_then) = (Vec::new(), 0.0);
     for step in steps(folder).ok()? {
         let (tokens, pace) = (step["tokens"].as_f64()?, step["tokens_per_second"].as_f64()?);
-        seconds.push((tokens - tokens_then) / pace);
+        // A step on alignment rows alone counts none of the user's tokens, so their pace tells nothing of it.
+        if tokens > tokens_then {
+            seconds.push((tokens - tokens_then) / pace);
+        }
         tokens_then = tokens;
     }
     seconds.sort_by(f64::total_cmp);
