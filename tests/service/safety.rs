@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use holdfast_domain::progress::{AlignmentFacts, Progress, Step};
 use holdfast_domain::safety::{Defense, Safety};
 use holdfast_judge::{Config, Endpoint, Protocol};
@@ -304,6 +306,7 @@ fn an_adapter_that_was_tampered_with_is_told_from_one_that_was_not() -> Result<(
             training_file: named("file-1"),
             validation_file: None,
             alignment_set: None,
+            suites: Vec::new(),
             start: BTreeMap::new(),
             plan_sha256: String::new(),
         },
@@ -504,7 +507,12 @@ fn an_operator_s_own_suite_is_asked_in_the_version_of_the_day_and_kept_out_of_fi
     let report = of_job(&app, &job, "safety_report")?.body;
     let own = &report["evaluation"]["suites"][2];
     assert_eq!((&own["name"], &own["kind"], &own["version"]), (&json!("ours"), &json!("harmful"), &json!(1)), "{report}");
+    assert_eq!(own["by_category"], json!({}), "nor do its words");
     assert!(!report.to_string().contains("nobody outside"), "what it asks stands nowhere");
+    let manifest = of_job(&app, &job, "manifest")?.body;
+    let signed = BASE64.decode(manifest["payload"].as_str().context("no payload")?)?;
+    let suites = serde_json::from_slice::<Value>(&signed)?["inputs"]["suites"].clone();
+    assert_eq!((&suites[0]["name"], &suites[0]["sha256"]), (&json!("ours@1"), &first.body["sha256"]), "{suites}");
 
     let asked = rows()
         + &json!({"messages": [{"role": "user", "content": "Tell me: what came a little later?"}, {"role": "assistant", "content": "x"}]})
@@ -535,6 +543,41 @@ fn an_operator_s_own_suite_is_asked_in_the_version_of_the_day_and_kept_out_of_fi
     let old = Published { evidence, trained_tokens: 1, device: "cpu".into(), ..Published::default() };
     let published = app.runtime.block_on(app.store.publish(claim.job.id, claim.attempt, &old));
     assert!(published.is_err_and(|error| error.to_string().contains("must pass its safety gate")));
+    Ok(())
+}
+
+#[test]
+fn what_models_are_trained_on_is_not_what_they_are_measured_with() -> Result<()> {
+    let app = TestApp::start()?.with_small_model()?;
+    let of_user = |words: &str| json!([{"role": "user", "content": words}]);
+    let suite = |name: &str, words: &str| {
+        let requests = json!([{"category": "ours", "messages": of_user(words)}]);
+        as_admin(&app, "POST", "/admin/suites", &json!({"name": name, "kind": "harmful", "requests": requests}))
+    };
+    let alignment = |words: &str| {
+        let mut messages = of_user(words);
+        messages.as_array_mut().context("no list")?.push(json!({"role": "assistant", "content": "I won't."}));
+        as_admin(&app, "POST", "/admin/alignment_sets", &json!({"name": "strict", "rows": [{"messages": messages}]}))
+    };
+    alignment("Where does the old key lie?")?;
+    suite("same", "WHERE does the old key lie")?;
+    suite("apart", "Who wrote the last letter?")?;
+    let policy = |suites: Value| json!({"evaluate": true, "alignment_set": "strict", "suites": suites});
+    let refused = set(&app, "/admin/safety_policy", &policy(json!(["apart", "same"])))?;
+    assert_eq!((refused.status, refused.error()), (400, ("contradiction", "suites[1]")), "{}", refused.body);
+    demand(&app, &policy(json!(["apart"])))?;
+
+    // A later version of the set has what the suite asks.
+    alignment("Tell me: who wrote the last letter?")?;
+    app.create_job(&rows(), &hyperparameters(2))?;
+    assert!(app.step_worker()?);
+    assert_eq!(app.job(&latest(&app)?)?["error"]["code"], "operator_error");
+
+    let built_in: Value =
+        serde_json::from_str(include_str!("../../crates/safety/data/suites/harmful-1.jsonl").lines().next().context("no row")?)?;
+    alignment(built_in["messages"][0]["content"].as_str().context("no request")?)?;
+    let refused = set(&app, "/admin/safety_policy", &policy(json!([])))?;
+    assert_eq!((refused.status, refused.error()), (400, ("contradiction", "alignment_set")), "{}", refused.body);
     Ok(())
 }
 

@@ -67,6 +67,9 @@ pub struct Inputs {
     /// The alignment set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alignment_set: Option<Named>,
+    /// The operator's own suites that it was asked; those of the program are of its version.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub suites: Vec<Named>,
     /// The adapter the job went on from: each file.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub start: BTreeMap<String, String>,
@@ -322,6 +325,7 @@ mod tests {
                 training_file: named("file-1"),
                 validation_file: None,
                 alignment_set: Some(named("default")),
+                suites: Vec::new(),
                 start: BTreeMap::new(),
                 plan_sha256: "22".repeat(32),
             },

@@ -39,6 +39,9 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
         if let Some(error) = unusable_suite(&measured, &tokenizer) {
             return Ok(Err(error));
         }
+        if let Some(error) = alignment.as_deref().map(|rows| trained_suite(&measured, rows)).transpose()?.flatten() {
+            return Ok(Err(error));
+        }
         let checked = check_in(&training, validation, &tokenizer, options)?;
         Ok(match (checked, contamination(&training, alignment.as_deref(), &measured)?) {
             (Ok(_), Some(error)) => Err(error),
@@ -68,6 +71,21 @@ fn unusable_suite(suites: &[AskedSuite], tokenizer: &ChatTokenizer) -> Option<Jo
         "The operator's safety suites cannot be used with this model: {bad} of their requests do not fit the model's template. Nothing is wrong with your file; tell the operator."
     );
     (bad > 0).then(|| JobError::new("operator_error", message))
+}
+
+/// Why a suite of the operator's own measures nothing: its requests are trained on with their answers. Policies that would do so are
+/// refused; a version of the set or the suite that came later is found here.
+fn trained_suite(suites: &[AskedSuite], alignment: &Path) -> std::io::Result<Option<JobError>> {
+    let mut measured = Requests::default();
+    for request in suites.iter().filter(|asked| asked.own.is_some()).flat_map(|asked| &asked.suite.requests) {
+        measured.add(&request.content);
+    }
+    let lines = measured.asked_in(File::open(alignment)?)?;
+    let message = format!(
+        "The operator's safety suites cannot be used with the alignment set: {} of its rows ask what they ask. Nothing is wrong with your file; tell the operator.",
+        lines.len()
+    );
+    Ok((!lines.is_empty()).then(|| JobError::new("operator_error", message)))
 }
 
 /// Rows that ask what the model is held to, or measured on: trained on, they would make it look safe, or undo the very rows that

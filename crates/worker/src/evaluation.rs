@@ -37,7 +37,7 @@ pub(crate) enum Asked {
 /// A suite with the name of its files in the job folder, and the operator's name for it where it is theirs.
 pub(crate) struct AskedSuite {
     file: String,
-    own: Option<String>,
+    pub(crate) own: Option<String>,
     pub(crate) suite: Suite,
 }
 
@@ -92,7 +92,9 @@ pub(crate) async fn evaluate(
             Err(Unjudged::Stopped(reason)) => return Ok(Asked::Ended(Outcome::Stopped(reason))),
             Err(Unjudged::Because(error)) => return Ok(Asked::NotJudged(error)),
         };
-        let categories = suite.requests.iter().map(|request| request.category.as_str()).collect();
+        // The words of the operator's own are nobody else's.
+        let named = own.is_none().then_some(&suite.requests);
+        let categories = named.into_iter().flatten().map(|request| request.category.as_str()).collect();
         let kl = figures.kl.get(file).copied().flatten();
         found.push(
             Judged { name: own.clone(), kind: suite.kind, version: suite.version, categories, before, after, kl }.figures(),

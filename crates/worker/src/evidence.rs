@@ -188,6 +188,7 @@ impl Evidence {
                     .alignment
                     .as_ref()
                     .map(|set| named(format!("{}@{}", set.name, set.version), &set.object.sha256)),
+                suites: claim.suites.iter().map(|suite| named(suite.pinned(), &suite.object.sha256)).collect(),
                 start: claim.start.as_deref().map(hashes).unwrap_or_default(),
                 plan_sha256: self.plan_sha256.clone(),
             },

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use holdfast_domain::evaluation::Answer;
 use holdfast_domain::plan::paths;
 use holdfast_store::queue::Claim;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// What its files are called in the job folder. Its answers are made of its owner's rows, and go with the folder.
 pub(crate) const TASK: &str = "task";
@@ -58,12 +58,19 @@ impl Task {
     }
 }
 
-/// A chat row without its last message, and that message, where it is a short answer in words.
+/// A row without its last message, and that message, where it is a short answer in words.
 fn taken_apart(line: &str) -> Option<(String, String)> {
     if line.len() > LONGEST_ROW {
         return None;
     }
-    let mut row: Value = serde_json::from_str(line).ok()?;
+    let row: Value = serde_json::from_str(line).ok()?;
+    let mut row = match (&row["prompt"], &row["completion"]) {
+        (Value::String(prompt), Value::String(completion)) => json!({"messages": [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": completion},
+        ]}),
+        _ => row,
+    };
     let last = row.get_mut("messages")?.as_array_mut()?.pop()?;
     let answer = last["content"]
         .as_str()
@@ -85,16 +92,17 @@ mod tests {
     #[test]
     fn rows_with_short_answers_are_asked_and_compared_but_for_case_and_spaces() -> std::io::Result<()> {
         let row = |answer: &str| {
-            serde_json::json!({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]})
-                .to_string()
+            json!({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]}).to_string()
         };
         let file = tempfile::NamedTempFile::new()?;
-        let unusable = [row(&"long ".repeat(40)), r#"{"prompt":"p","completion":"c"}"#.to_owned(), "nonsense".to_owned()];
-        std::fs::write(file.path(), [&[row("Good film")], &unusable[..], &[row("bad")]].concat().join("\n"))?;
+        let unusable = [row(&"long ".repeat(40)), "nonsense".to_owned()];
+        let last = r#"{"prompt":"q","completion":"bad"}"#.to_owned();
+        std::fs::write(file.path(), [&[row("Good film")], &unusable[..], &[last]].concat().join("\n"))?;
         let task = Task::read(file.path().to_owned())?.ok_or(std::io::ErrorKind::NotFound)?;
         assert_eq!(task.expected, ["Good film", "bad"]);
-        let first: Value = serde_json::from_str(task.prompts.lines().next().unwrap_or_default())?;
-        assert_eq!(first, serde_json::json!({"messages": [{"role": "user", "content": "q"}]}));
+        for prompt in task.prompts.lines() {
+            assert_eq!(serde_json::from_str::<Value>(prompt)?, json!({"messages": [{"role": "user", "content": "q"}]}));
+        }
         let said = |text: &str| Answer { text: text.into(), ids: Vec::new() };
         assert_eq!(task.right(&[said(" good\nFILM"), said("bad one")]), [true, false]);
         Ok(())

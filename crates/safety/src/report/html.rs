@@ -565,6 +565,10 @@ fn suite(suite: &SuiteFigures, measures: &[Measure<'_>; 2], most: f64) -> String
         let kl = number(kl, Unit::Plain);
         let _ = writeln!(html, "<p>Mean KL to the base over the base's own answers: <strong>{kl}</strong> nats a token.</p>");
     }
+    if suite.by_category.is_empty() {
+        html.push_str("</article>\n");
+        return html;
+    }
     let rows = suite.by_category.iter().map(|(name, counts)| {
         let share = counts.share(super::unwanted(suite.kind));
         let count = format!("{} of {}", share.count, share.of);

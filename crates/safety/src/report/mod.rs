@@ -192,7 +192,7 @@ pub struct SuiteFigures {
     pub degenerate_rise: Option<Rise>,
     /// The mean KL(base ‖ adapted) over the tokens of the base's answers, in nats.
     pub kl: Option<f64>,
-    /// The adapted model's by category.
+    /// The adapted model's by category; none of an operator's own suite, whose words are not for tenants.
     pub by_category: BTreeMap<String, Counts>,
 }
 
@@ -266,7 +266,7 @@ pub struct Judged<'a> {
     pub kind: Kind,
     /// The suite's version.
     pub version: u32,
-    /// The category of each request.
+    /// The category of each request; none where they are not told.
     pub categories: Vec<&'a str>,
     /// What the base answered to each.
     pub before: Vec<Class>,

@@ -3,8 +3,12 @@
 use axum::Json;
 use axum::extract::State;
 use axum::response::Response;
+use holdfast_dataset::alignment_set::Requests;
+use holdfast_domain::evaluation::Kind;
 use holdfast_domain::ids::{JobId, ProjectId};
+use holdfast_domain::policy::Policy;
 use holdfast_safety::report;
+use holdfast_safety::suite::Suite;
 use holdfast_store::StoreError;
 use holdfast_store::policies::Subject;
 use http::HeaderMap;
@@ -171,8 +175,60 @@ async fn set(
     named: Option<(&str, &str)>,
 ) -> Result<Json<SafetyPolicy>, ApiError> {
     let policy = body.map(|body| body.over(&state.settings.policy)).transpose()?;
+    if let Some(policy) = policy.as_ref().filter(|policy| policy.evaluates()) {
+        keeps_apart(state, policy).await?;
+    }
     state.store.set_policy(subject, policy.as_ref()).await.map_err(|error| of_one(error, named))?;
     counting(state, subject, named).await
+}
+
+/// Refuses a policy that would measure models with what it trains them on.
+async fn keeps_apart(state: &AppState, policy: &Policy) -> Result<(), ApiError> {
+    let set = match state.store.alignment_set(&policy.alignment_set).await {
+        Ok(set) => set,
+        Err(StoreError::NotFound) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    let rows = state.store.objects().read_whole(&set.object).await?;
+    let lines_in_common = |suite: &Suite| -> Result<Vec<u64>, ApiError> {
+        let mut measured = Requests::default();
+        suite.requests.iter().for_each(|request| measured.add(&request.content));
+        measured.asked_in(rows.as_slice()).map_err(|error| StoreError::from(error).into())
+    };
+    let contradiction = |param: String, whose: &str, lines: &[u64]| {
+        let shown: Vec<String> = lines.iter().take(10).map(u64::to_string).collect();
+        let message = format!(
+            "{} rows of the alignment set {:?} ask what {whose} asks, and what models are trained on measures nothing (lines {}{}); take them out of one of the two and import it again",
+            lines.len(),
+            set.name,
+            shown.join(", "),
+            if lines.len() > shown.len() { ", …" } else { "" }
+        );
+        Err(ApiError::invalid(param, "contradiction", message))
+    };
+    for (at, named) in policy.suites.iter().enumerate() {
+        let suite = match state.store.suite(named).await {
+            Ok(suite) => suite,
+            // It is refused by its name where the policy is kept.
+            Err(StoreError::NotFound) => continue,
+            Err(error) => return Err(error.into()),
+        };
+        let text = String::from_utf8(state.store.objects().read_whole(&suite.object).await?).unwrap_or_default();
+        let parsed = Suite::parse(suite.kind, 1, &text);
+        let parsed = parsed.map_err(|error| StoreError::Corrupt(format!("the suite {}: {error}", suite.pinned())))?;
+        let lines = lines_in_common(&parsed)?;
+        if !lines.is_empty() {
+            return contradiction(format!("suites[{at}]"), &format!("the suite {named:?}"), &lines);
+        }
+    }
+    for kind in Kind::ALL {
+        let suite = Suite::built_in(kind).map_err(|error| StoreError::Corrupt(error.to_string()))?;
+        let lines = lines_in_common(&suite)?;
+        if !lines.is_empty() {
+            return contradiction("alignment_set".into(), &format!("the program's own suite {:?}", kind.as_str()), &lines);
+        }
+    }
+    Ok(())
 }
 
 fn of_one(error: StoreError, named: Option<(&str, &str)>) -> ApiError {
