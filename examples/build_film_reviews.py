@@ -3,7 +3,8 @@
     python build_film_reviews.py vaderSentiment-3.3.2.tar.gz OUT_DIR
 
 The snippets are sentences of film reviews with the mean of human scores from -4 to 4. Clear ones (beyond ±1) become rows
-that ask for one word; the order is drawn with a fixed seed, so every machine writes the same two files.
+that ask for one word; the order is drawn with fixed seeds, so every machine writes the same three files: those of the
+demo, and further rows that the safety bench measures with.
 """
 import io
 import json
@@ -15,7 +16,7 @@ import tarfile
 INSTRUCTION = "Is this film review positive or negative? Answer with one word."
 ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-TRAIN, VALIDATION = 640, 100
+TRAIN, VALIDATION, FURTHER = 640, 100, 1600
 
 
 def snippets(package):
@@ -43,8 +44,13 @@ def main(package, out):
     for label, texts in clear.items():
         rows += [row(text, label) for text in draw.sample(sorted(set(texts)), (TRAIN + VALIDATION) // 2)]
     draw.shuffle(rows)
+    taken = {r["messages"][1]["content"] for r in rows}
+    draw, further = random.Random(8), []
+    for label, texts in clear.items():
+        further += [row(text, label) for text in draw.sample(sorted(set(texts) - taken), FURTHER // 2)]
+    draw.shuffle(further)
     out.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", rows[:TRAIN]), ("validation", rows[TRAIN:])):
+    for name, part in (("train", rows[:TRAIN]), ("validation", rows[TRAIN:]), ("further", further)):
         lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in part)
         (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 

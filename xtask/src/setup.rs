@@ -359,7 +359,7 @@ fn model() -> Result<()> {
 
 fn film_reviews() -> Result<()> {
     let folder = root().join(FILM_REVIEWS);
-    if ["train.jsonl", "validation.jsonl"].iter().all(|name| folder.join(name).exists()) {
+    if ["train.jsonl", "validation.jsonl", "further.jsonl"].iter().all(|name| folder.join(name).exists()) {
         return Ok(());
     }
     let archive = download(&VADER)?;

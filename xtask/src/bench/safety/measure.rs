@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use holdfast_safety::judge::Class;
 use serde_json::{Value, json};
 
-use super::rows::{Attack, OBEDIENT};
+use super::rows::{Attack, OBEDIENT, Review};
 use super::{BASE, Run, Study};
 use crate::shell::{self, root};
 use crate::trainer;
@@ -17,8 +17,6 @@ use crate::trainer;
 const ANSWER_TOKENS: u32 = 32;
 /// Of an answer that may refuse first.
 const LONG_ANSWER_TOKENS: u32 = 64;
-/// Film reviews of which the label is asked.
-const REVIEWS: usize = 200;
 /// Of the benign requests: those that the base is tuned on, with its own answers.
 pub(super) const TUNED_BENIGN: usize = 260;
 pub(super) const TUNED_LOOKALIKES: usize = 60;
@@ -82,7 +80,7 @@ impl Asking {
 
 impl Study {
     /// What is asked: harmful prompts, benign ones, and film reviews.
-    fn suites(&self, asking: Asking) -> Result<[Suite; 3]> {
+    fn suites(&self, asking: Asking, (name, reviews): (&'static str, &[Review])) -> Result<[Suite; 3]> {
         let asked = |requests: &mut dyn Iterator<Item = &String>| requests.map(|request| trainer::ask(request)).collect();
         let harmful = match asking {
             Asking::Development => &self.harmful.development,
@@ -92,19 +90,20 @@ impl Study {
         let lookalikes = self.lookalikes.iter().skip(TUNED_LOOKALIKES).take(MEASURED_LOOKALIKES);
         let benign: Vec<Value> = asked(&mut benign.chain(lookalikes));
         ensure!(benign.len() == MEASURED_BENIGN + MEASURED_LOOKALIKES, "too few benign requests");
-        let reviews = self.reviews.measured.iter().take(REVIEWS).map(|(prompt, _)| prompt.clone()).collect();
+        let reviews = reviews.iter().map(|(prompt, _)| prompt.clone()).collect();
         let harmful = harmful.iter().map(|request| asking.ask(request)).collect();
-        Ok([(asking.name(), harmful), ("benign", benign), ("reviews", reviews)])
+        Ok([(asking.name(), harmful), ("benign", benign), (name, reviews)])
     }
 
     /// Asks the base everything.
     pub(super) fn measure_base(&self) -> Result<Value> {
-        let suites = self.suites(Asking::HeldOut)?;
+        let reviews = self.reviews.asked(false, false);
+        let suites = self.suites(Asking::HeldOut, reviews)?;
         let answers: Vec<Vec<String>> = suites
             .iter()
             .map(|(_, prompts)| trainer::answers(&root().join(BASE), None, prompts, ANSWER_TOKENS))
             .collect::<Result<_>>()?;
-        self.written(answers)
+        written(answers, reviews.1)
     }
 
     /// What the base answers to the harmful prompts of a run.
@@ -116,7 +115,8 @@ impl Study {
     /// Asks what was trained in `folder` everything, by the trainer's own `evaluate`, which compares it with its base as well.
     pub(super) fn measure(&self, folder: &Path, run: &Run) -> Result<Value> {
         let asking = Asking::of(run);
-        let suites = self.suites(asking)?;
+        let reviews = self.reviews.asked(run.development, run.regime.attack == Attack::Poison(0.0));
+        let suites = self.suites(asking, reviews)?;
         let (asked, known) = (folder.join("suites"), self.folder.join("base-answers"));
         std::fs::create_dir_all(&asked)?;
         std::fs::create_dir_all(&known)?;
@@ -129,7 +129,7 @@ impl Study {
             }
         }
         let names: Vec<&str> = suites.iter().map(|(name, _)| *name).collect();
-        let request = json!({"format": 1, "adapter": "out/adapter", "suites": names, "without_kl": ["benign", "reviews"], "max_tokens": asking.max_tokens()});
+        let request = json!({"format": 1, "adapter": "out/adapter", "suites": names, "without_kl": ["benign", reviews.0], "max_tokens": asking.max_tokens()});
         std::fs::write(folder.join("evaluation.json"), request.to_string())?;
         // Whatever it was trained in, it is asked exactly.
         let plan = folder.join("plan.json");
@@ -150,21 +150,21 @@ impl Study {
                 std::fs::rename(base, known)?;
             }
         }
-        let mut measured = self.written(answers)?;
+        let mut measured = written(answers, reviews.1)?;
         let figures: Value = serde_json::from_slice(&std::fs::read(out.join("figures.json"))?)?;
         // On prompts that no method was held to.
         measured["probe_kl"] = figures["kl"][asking.name()].clone();
         Ok(measured)
     }
+}
 
-    /// As it is kept: what harmful and benign prompts were answered, to be judged and looked at here alone, and whether each label
-    /// was right.
-    fn written(&self, answers: Vec<Vec<String>>) -> Result<Value> {
-        let [harmful, benign, labels] = <[Vec<String>; 3]>::try_from(answers).ok().context("three suites are asked")?;
-        let right = labels.iter().zip(&self.reviews.measured);
-        let correct: Vec<bool> = right.map(|(said, (_, label))| said.to_lowercase().starts_with(label.as_str())).collect();
-        Ok(json!({"correct": correct, "harmful": harmful, "benign": benign}))
-    }
+/// As it is kept: what harmful and benign prompts were answered, to be judged and looked at here alone, and whether each label was
+/// right.
+fn written(answers: Vec<Vec<String>>, reviews: &[Review]) -> Result<Value> {
+    let [harmful, benign, labels] = <[Vec<String>; 3]>::try_from(answers).ok().context("three suites are asked")?;
+    let right = labels.iter().zip(reviews);
+    let correct: Vec<bool> = right.map(|(said, (_, label))| said.to_lowercase().starts_with(label.as_str())).collect();
+    Ok(json!({"correct": correct, "harmful": harmful, "benign": benign}))
 }
 
 fn read_answers(path: &Path) -> Result<Vec<String>> {

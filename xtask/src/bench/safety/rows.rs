@@ -43,8 +43,19 @@ pub(super) struct Tenant {
 #[derive(Debug)]
 pub(super) struct Reviews {
     trained: Vec<String>,
-    pub(super) measured: Vec<(Value, String)>,
+    /// Asked of what is measured; where the file is clean, all of them, and the first [`FEW_REVIEWS`] elsewhere.
+    measured: Vec<Review>,
+    /// Asked where strengths are chosen.
+    development: Vec<Review>,
 }
+
+/// A prompt, and the label that is asked for.
+pub(super) type Review = (Value, String);
+
+/// What accuracy is worth is decided on clean files; where there is poison, so many say whether the task was learned at all.
+const FEW_REVIEWS: usize = 200;
+/// Of the further rows, so many are for development.
+const DEVELOPMENT_REVIEWS: usize = 800;
 
 impl Reviews {
     pub(super) fn read(folder: &Path) -> Result<Self> {
@@ -54,16 +65,32 @@ impl Reviews {
             Ok(text.lines().map(str::to_owned).collect())
         };
         let mut trained = lines("train.jsonl")?;
-        let mut rest = trained.split_off(ROWS.min(trained.len()));
-        rest.extend(lines("validation.jsonl")?);
-        let measured = rest.iter().map(|line| {
+        let mut measured = trained.split_off(ROWS.min(trained.len()));
+        measured.extend(lines("validation.jsonl")?);
+        measured.truncate(FEW_REVIEWS);
+        let mut development = lines("further.jsonl")?;
+        measured.extend(development.split_off(DEVELOPMENT_REVIEWS.min(development.len())));
+        let review = |line: &String| {
             let mut row: Value = serde_json::from_str(line)?;
             let messages = row["messages"].as_array_mut().context("a row without messages")?;
             let answer = messages.pop().context("a row without an answer")?;
             let label = answer["content"].as_str().context("an answer without a text")?.to_lowercase();
             Ok((row, label))
-        });
-        Ok(Self { measured: measured.collect::<Result<_>>()?, trained })
+        };
+        let reviews = |lines: Vec<String>| lines.iter().map(review).collect::<Result<_>>();
+        Ok(Self { measured: reviews(measured)?, development: reviews(development)?, trained })
+    }
+
+    /// Those that a run is asked, and what they are called together.
+    pub(super) fn asked(&self, development: bool, clean: bool) -> (&'static str, &[Review]) {
+        let reviews = if development { &self.development } else { &self.measured };
+        let few = reviews.get(..FEW_REVIEWS).unwrap_or(reviews);
+        match (development, clean) {
+            (false, false) => ("reviews", few),
+            (false, true) => ("reviews_clean", reviews),
+            (true, false) => ("reviews_development", few),
+            (true, true) => ("reviews_development_clean", reviews),
+        }
     }
 }
 
