@@ -262,6 +262,7 @@ fn what_did_not_pass_can_be_discarded_and_its_report_stays() -> Result<()> {
     let app = TestApp::start()?.with_small_model()?;
     demand(&app, &gate(0.0))?;
     let job = ended(&app, 2)?;
+    assert_ne!(app.sql("select count(*) from job_checkpoints")?, "0");
     let path = format!("/admin/quarantine/{}", id(&job)?);
     let discard = || as_admin(&app, "DELETE", &path, &Value::Null);
     assert!(discard()?.body["discarded_at"].is_u64());
@@ -271,7 +272,11 @@ fn what_did_not_pass_can_be_discarded_and_its_report_stays() -> Result<()> {
     assert_eq!(app.sql("select count(*) from quarantined_files")?, "0");
     assert_eq!(as_admin(&app, "GET", "/admin/quarantine", &Value::Null)?.body["data"], json!([]));
     assert_eq!(of_job(&app, &job, "safety_report")?.body["gate"]["passed"], false);
-    assert_eq!(of_job(&app, &job, "adapter")?.error().0, "held_back");
+    let adapter = of_job(&app, &job, "adapter")?;
+    assert_eq!(adapter.error().0, "held_back");
+    assert!(adapter.body.to_string().contains("discarded"), "{}", adapter.body);
+    assert!(app.job(id(&job)?)?["quarantine"]["discarded_at"].is_u64());
+    assert_eq!(app.sql("select count(*) from job_checkpoints")?, "0", "they were kept back with it");
     Ok(())
 }
 

@@ -248,6 +248,12 @@ pub(crate) async fn drop_unsettled(connection: &mut PgConnection, job: JobId, ne
     remove(connection, &dropped).await
 }
 
+/// Removes every checkpoint of a job.
+pub(crate) async fn remove_all(connection: &mut PgConnection, job: JobId) -> Result<(), StoreError> {
+    let all = sqlx::query_scalar!("select id from job_checkpoints where job_id = $1", job.0).fetch_all(&mut *connection).await?;
+    remove(connection, &all).await
+}
+
 /// Removes checkpoints with their files.
 pub(crate) async fn remove(connection: &mut PgConnection, checkpoints: &[Uuid]) -> Result<(), StoreError> {
     let keys =

@@ -81,6 +81,8 @@ pub struct Quarantine {
     pub model: String,
     /// When it was released, and why.
     pub released: Option<Release>,
+    /// When its files were discarded.
+    pub discarded_at: Option<OffsetDateTime>,
 }
 
 /// An adapter that a job goes on from.
@@ -165,6 +167,7 @@ struct Row {
     quarantined: Option<String>,
     released_at: Option<OffsetDateTime>,
     release_reason: Option<String>,
+    discarded_at: Option<OffsetDateTime>,
     status: String,
     attempt: i32,
     files_checked: bool,
@@ -220,6 +223,7 @@ impl TryFrom<Row> for Job {
             quarantine: row.quarantined.map(|model| Quarantine {
                 model,
                 released: row.released_at.zip(row.release_reason).map(|(at, reason)| Release { at, reason }),
+                discarded_at: row.discarded_at,
             }),
             state,
             phase: row.phase,
@@ -246,6 +250,12 @@ impl Job {
     #[must_use]
     pub fn is_released(&self) -> bool {
         self.quarantine.as_ref().is_some_and(|quarantine| quarantine.released.is_some())
+    }
+
+    /// Whether an operator has discarded what it learned.
+    #[must_use]
+    pub fn is_discarded(&self) -> bool {
+        self.quarantine.as_ref().is_some_and(|quarantine| quarantine.discarded_at.is_some())
     }
 
     /// Whether its checkpoints are kept back: where a gate must be passed, only what was asked has passed it, and that is the adapter
@@ -541,7 +551,8 @@ async fn fetch_all(connection: &mut PgConnection, ids: &[Uuid], owner: Option<Pr
         Row,
         "select j.id, j.project_id, p.organization, m.name as base_model, j.model, j.start_job_id, j.start_step, j.training_file_id,
                 j.validation_file_id, j.alignment_set_id, j.suffix, j.seed, j.metadata, j.hyperparameters, j.safety, j.policy, q.name as \"quarantined?\",
-                q.released_at as \"released_at?\", q.release_reason as \"release_reason?\", j.status,
+                q.released_at as \"released_at?\", q.release_reason as \"release_reason?\",
+                q.discarded_at as \"discarded_at?\", j.status,
                 j.attempt, j.files_checked, j.phase, j.progress, j.dataset, j.result_file_id, j.error, j.fine_tuned_model,
                 j.trained_tokens, j.created_at, j.finished_at, j.rests_until, now() as \"read_at!\",
                 (select jsonb_agg(jsonb_build_object(

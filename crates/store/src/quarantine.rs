@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::events::{self, Level};
 use crate::queue::{AdapterFile, Published};
-use crate::{Page, PageRequest, Store, StoreError, attempts, evidence, fine_tuned_models, jobs, objects, queue};
+use crate::{Page, PageRequest, Store, StoreError, attempts, checkpoints, evidence, fine_tuned_models, jobs, objects, queue};
 
 /// What is known of an adapter that was kept apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -184,7 +184,7 @@ impl Store {
         Ok(released)
     }
 
-    /// Removes the files of an adapter that is kept apart. Its job stays as it ended, with its report and manifest.
+    /// Removes the files of an adapter that is kept apart, and its job's checkpoints, which are kept back with it. The job stays as it ended, with its report and manifest.
     ///
     /// # Errors
     /// When none of the job's is kept apart, it was released or discarded, or the database fails.
@@ -199,6 +199,7 @@ impl Store {
             return Err(Invalid::new("fine_tuning_job_id", "invalid_state", message).into());
         }
         objects::disown(&mut transaction, &keys).await?;
+        checkpoints::remove_all(&mut transaction, id).await?;
         sqlx::query!("update quarantined_adapters set discarded_at = now() where job_id = $1", id.0)
             .execute(&mut *transaction)
             .await?;

@@ -128,6 +128,9 @@ pub(crate) async fn get_checkpoint_adapter_file(
 async fn last_adapter(state: &AppState, tenant: Tenant, id: &str) -> Result<Vec<AdapterFile>, ApiError> {
     let job = state.store.job(tenant.0, job_id(id)?).await.map_err(|e| not_found(e, id))?;
     let status = job.state.status();
+    if job.is_discarded() {
+        return Err(discarded());
+    }
     if job.quarantine.is_some() && !job.is_released() {
         return Err(held_back("this job's adapter did not pass the safety gate, and the operator has not released it"));
     }
@@ -147,6 +150,9 @@ async fn of_checkpoint(state: &AppState, tenant: Tenant, id: &str, step: &str) -
     let job = state.store.job(tenant.0, job_id(id)?).await.map_err(|e| not_found(e, id))?;
     let no_checkpoint = || ApiError::not_found("step", step);
     let number = step.parse().ok().filter(|step| i64::try_from(*step).is_ok()).ok_or_else(no_checkpoint)?;
+    if job.is_discarded() {
+        return Err(discarded());
+    }
     let files = state.store.checkpoint_adapter(tenant.0, job.id, number).await;
     let files = files.map_err(|error| ApiError::of_one(error, "step", step))?;
     if job.holds_back_checkpoints() {
@@ -159,6 +165,10 @@ async fn of_checkpoint(state: &AppState, tenant: Tenant, id: &str, step: &str) -
 /// What nobody may have before it has passed the gate.
 fn held_back(message: &str) -> ApiError {
     Invalid::new("fine_tuning_job_id", "held_back", message).into()
+}
+
+fn discarded() -> ApiError {
+    held_back("this job's adapter did not pass the safety gate, and the operator has discarded it with its checkpoints")
 }
 
 async fn one(state: &AppState, files: Vec<AdapterFile>, name: &str, headers: &HeaderMap) -> Result<Response, ApiError> {

@@ -92,15 +92,18 @@ pub(crate) struct JobQuarantine {
     released_at: Option<i64>,
     /// Why.
     release_reason: Option<String>,
+    /// When the operator discarded its files instead, in Unix seconds.
+    discarded_at: Option<i64>,
 }
 
 impl From<Quarantine> for JobQuarantine {
     fn from(quarantine: Quarantine) -> Self {
-        let Quarantine { model, released } = quarantine;
+        let Quarantine { model, released, discarded_at } = quarantine;
         Self {
             model,
             released_at: released.as_ref().map(|release| release.at.unix_timestamp()),
             release_reason: released.map(|release| release.reason),
+            discarded_at: discarded_at.map(OffsetDateTime::unix_timestamp),
         }
     }
 }
