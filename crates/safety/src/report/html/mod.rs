@@ -1,27 +1,23 @@
 //! The report as a page: whole in itself, without a script, and readable where nothing else is loaded.
 
+mod answers;
+mod parts;
+mod text;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use holdfast_domain::gauge::LEAST_STEPS;
 use holdfast_domain::policy::{AppliedPolicy, Scope};
 use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf, ProjectionSpace, Safety};
-use serde_json::Value;
 
-use super::plot::{self, Curve, Unit, number, percent, tenths};
-use super::{Evaluation, FILE, Finding, Gauge, Point, Report, Rise, SuiteFigures, TaskFigures, Validation, Verdict};
-use crate::judge::Class;
+use self::parts::{counted, figure, key, table};
+use self::text::{escape, row_text};
+use super::plot::{self, Curve, Unit, number, percent};
+use super::{Evaluation, FILE, Gauge, Point, Report, Validation, Verdict};
 use crate::manifest;
-use crate::share::Share;
-use crate::suite::Kind;
 
 const STYLE: &str = include_str!("page.css");
-/// Characters of a row that are shown.
-const LONGEST_TEXT: usize = 400;
-/// Characters that each turn of a row has at least, and a role at most.
-const SHORTEST_TURN: usize = 20;
-/// Where the scale of the bars ends: at the first of these that holds them all, else at 1.
-const SCALES: [f64; 4] = [0.2, 0.4, 0.6, 0.8];
 /// Standard deviations that a 95 % interval reaches to either side.
 const REACH: f64 = 1.96;
 
@@ -109,23 +105,6 @@ impl Report {
             ("Judged by", judged),
         ];
         facts.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
-    }
-
-    fn answers(&self) -> String {
-        let Some(evaluation) = &self.evaluation else { return "<p>Nothing was asked of the model.</p>\n".into() };
-        let gate = self.gate.as_ref();
-        let mut html = String::from(
-            "<p>The same requests, put to the base model and to the fine-tuned one. Bars show the share of answers that should \
-             not be; the thin lines are 95 % intervals. Rises have theirs by the paired bootstrap over the requests.</p>\n",
-        );
-        html.push_str(&gate.map_or_else(String::new, |gate| findings(gate, evaluation)));
-        let suites: Vec<_> = evaluation.suites.iter().map(|suite| (suite, Measure::both(suite, gate))).collect();
-        let most = suites.iter().flat_map(|(_, measures)| measures).map(Measure::most).fold(0.0, f64::max);
-        let most = SCALES.into_iter().find(|end| *end >= most).unwrap_or(1.0);
-        let drawn: String = suites.iter().map(|(figures, measures)| suite(figures, measures, most)).collect();
-        let _ = writeln!(html, "<div class=\"suites\">\n{drawn}</div>");
-        html.push_str(&evaluation.task.as_ref().map_or_else(String::new, task));
-        html
     }
 
     fn curves(&self) -> String {
@@ -398,304 +377,13 @@ fn sentence(words: &str) -> String {
     characters.next().map_or_else(String::new, |first| format!("{}{}.", first.to_uppercase(), characters.as_str()))
 }
 
-fn counted(count: u64, what: &str) -> String {
-    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
-}
-
-/// A table of cells that are HTML already. A column whose title begins with # has numbers.
-fn table(caption: &str, columns: &[&str], rows: &[Vec<String>]) -> String {
-    let mut html = String::from("<div class=\"wide\"><table>\n");
-    if !caption.is_empty() {
-        let _ = writeln!(html, "<caption>{caption}</caption>");
-    }
-    let class = |column: &str| if column.starts_with('#') { " class=\"number\"" } else { "" };
-    html.push_str("<thead><tr>");
-    for column in columns {
-        let _ = write!(html, "<th scope=\"col\"{}>{}</th>", class(column), column.trim_start_matches('#'));
-    }
-    html.push_str("</tr></thead>\n<tbody>\n");
-    for row in rows {
-        html.push_str("<tr>");
-        for (at, (cell, column)) in row.iter().zip(columns).enumerate() {
-            let class = class(column);
-            let _ = if at == 0 {
-                write!(html, "<th scope=\"row\"{class}>{cell}</th>")
-            } else {
-                write!(html, "<td{class}>{cell}</td>")
-            };
-        }
-        html.push_str("</tr>\n");
-    }
-    html.push_str("</tbody>\n</table></div>\n");
-    html
-}
-
-/// A curve with its name and the key of its levels; empty where there is no point.
-fn figure(curve: &Curve<'_>) -> String {
-    let Some(drawn) = curve.draw() else { return String::new() };
-    let mean = match curve.window() {
-        1 => String::new(),
-        window => key("line", &format!("mean of {window} dots")),
-    };
-    let levels: String = curve.levels.iter().map(|(_, class, words)| key(class, words)).collect();
-    format!(
-        "<figure>\n<figcaption><strong>{}</strong> <span class=\"dim\">{}</span></figcaption>\n{drawn}\n\
-         <p class=\"keys\">{mean}{levels}</p>\n</figure>\n",
-        curve.name, curve.about
-    )
-}
-
-/// What a colour means.
-fn key(class: &str, words: &str) -> String {
-    let mark = match class {
-        "limit" | "whole" | "line" => format!("<path class=\"{class}\" d=\"M0 5H18\"/>"),
-        "chance" => "<rect class=\"chance\" width=\"18\" height=\"10\"/>".to_owned(),
-        _ => format!("<circle class=\"{class}\" cx=\"9\" cy=\"5\" r=\"5\"/>"),
-    };
-    format!("<span><svg class=\"key\" width=\"18\" height=\"10\" aria-hidden=\"true\">{mark}</svg>{words}</span> ")
-}
-
-/// A share of a suite's answers that should be small, before and after.
-struct Measure<'a> {
-    name: &'static str,
-    class: Class,
-    suite: &'a SuiteFigures,
-    rise: Option<Rise>,
-    /// The largest share that passes.
-    closes_at: Option<f64>,
-}
-
-impl<'a> Measure<'a> {
-    /// What should not be, and what is no answer.
-    fn both(suite: &'a SuiteFigures, gate: Option<&Verdict>) -> [Self; 2] {
-        let (name, class) = (unwanted_words(suite.kind), super::unwanted(suite.kind));
-        let finding = |measure: &str| gate?.findings.iter().find(|finding| finding.measure == measure);
-        let closes_at = |class: Class, measure: &str| {
-            let limit = finding(measure)?.limit;
-            Some((suite.before.share(class).value() + limit).min(1.0))
-        };
-        let limit = closes_at(
-            class,
-            match suite.kind {
-                Kind::Harmful => "harmful_compliance_rise",
-                Kind::Benign => "over_refusal_rise",
-            },
-        );
-        let degenerate = closes_at(Class::Degenerate, "degenerate_rise");
-        [
-            Self { name, class, suite, rise: suite.rise, closes_at: limit },
-            Self {
-                name: "No answer at all",
-                class: Class::Degenerate,
-                suite,
-                rise: suite.degenerate_rise,
-                closes_at: degenerate,
-            },
-        ]
-    }
-
-    /// The end of a scale that has room for it.
-    fn most(&self) -> f64 {
-        let ends = [self.suite.before, self.suite.after].map(|counts| counts.share(self.class).interval()[1]);
-        ends.into_iter().chain(self.closes_at).fold(0.0, f64::max)
-    }
-
-    fn html(&self, most: f64) -> String {
-        let mut html = format!("<h4>{}</h4>\n", self.name);
-        let sides = [("Base", self.suite.before, "before", None), ("Fine-tuned", self.suite.after, "after", self.closes_at)];
-        for (name, counts, class, limit) in sides {
-            let share = counts.share(self.class);
-            let [low, high] = share.interval().map(|end| tenths(100.0 * end));
-            let _ = writeln!(
-                html,
-                "<div class=\"share\"><span>{name}</span><span><strong>{} of {}</strong>, {} <span class=\"dim\">({low} to \
-                 {high})</span></span></div>\n{}",
-                share.count,
-                share.of,
-                percent(share.value()),
-                plot::bar(name, share, class, most, limit)
-            );
-        }
-        let (scale, rise) = (plot::scale(most), self.rise.as_ref().map_or_else(|| "not known".to_owned(), rise));
-        let _ = writeln!(html, "{scale}<div class=\"share\"><span>Rise</span><span>{rise}</span></div>");
-        html
-    }
-}
-
-/// What should not become of a kind of requests.
-const fn unwanted_words(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Harmful => "Complied with",
-        Kind::Benign => "Refused",
-    }
-}
-
-fn rise(rise: &Rise) -> String {
-    format!("<strong>{}</strong>{}", points(rise.value), interval(rise))
-}
-
-fn interval(rise: &Rise) -> String {
-    let [low, high] = rise.interval.map(signed_tenths);
-    format!(" <span class=\"dim\">({low} to {high})</span>")
-}
-
-/// A difference of shares.
-fn points(share: f64) -> String {
-    format!("{}\u{a0}points", signed_tenths(share))
-}
-
-fn signed_tenths(share: f64) -> String {
-    let points = tenths(100.0 * share);
-    if share > 0.0 && points != "0" { format!("+{points}") } else { points }
-}
-
-fn suite(suite: &SuiteFigures, measures: &[Measure<'_>; 2], most: f64) -> String {
-    let title = match suite.kind {
-        Kind::Harmful => "Requests it should refuse",
-        Kind::Benign => "Requests it should answer",
-    };
-    let asked = counted(suite.after.share(Class::Refusal).of.into(), "request");
-    let whose = suite.name.as_ref().map_or_else(String::new, |name| format!(" of the operator's own suite {}", escape(name)));
-    let mut html = format!("<article>\n<h3>{title}</h3>\n<p class=\"dim\">{asked}{whose}, version {}</p>\n", suite.version);
-    html.extend(measures.iter().map(|measure| measure.html(most)));
-    if measures.iter().any(|measure| measure.closes_at.is_some()) {
-        let _ = writeln!(html, "<p class=\"keys\">{}</p>", key("limit", "the most that passes, from where the base stands"));
-    }
-    if let Some(kl) = suite.kl {
-        let kl = number(kl, Unit::Plain);
-        let _ = writeln!(html, "<p>Mean KL to the base over the base's own answers: <strong>{kl}</strong> nats a token.</p>");
-    }
-    if suite.by_category.is_empty() {
-        html.push_str("</article>\n");
-        return html;
-    }
-    let rows = suite.by_category.iter().map(|(name, counts)| {
-        let share = counts.share(super::unwanted(suite.kind));
-        let count = format!("{} of {}", share.count, share.of);
-        vec![escape(name), count, percent(share.value()), counts.degenerate.to_string()]
-    });
-    let columns = ["Category", &format!("#{}", unwanted_words(suite.kind)), "#Share", "#No answer"];
-    let table = table("", &columns, &rows.collect::<Vec<_>>());
-    let _ =
-        writeln!(html, "<details>\n<summary>The fine-tuned model's answers by category</summary>\n{table}</details>\n</article>");
-    html
-}
-
-/// How often the job's own validation rows were answered as they are.
-fn task(task: &TaskFigures) -> String {
-    let [before, after] = task.shares();
-    let cells = |name: &str, share: Share| {
-        let [low, high] = share.interval().map(|end| tenths(100.0 * end));
-        let found = format!("{} <span class=\"dim\">({low} to {high})</span>", percent(share.value()));
-        vec![name.to_owned(), format!("{} of {}", share.count, share.of), found]
-    };
-    let rows = [cells("Base", before), cells("Fine-tuned", after)];
-    let rise = task.rise.as_ref().map_or_else(|| "not known".to_owned(), rise);
-    format!(
-        "<p>Rows of the job's validation file with short answers, answered word for word as they are, but for case and spaces:</p>\n{}         <p>Rise: {rise}</p>\n",
-        table("The job's own task", &["Model", "#As in the file", "#Share (95 % interval)"], &rows)
-    )
-}
-
-/// What a gate found, measure by measure.
-fn findings(gate: &Verdict, evaluation: &Evaluation) -> String {
-    let rows = gate.findings.iter().map(|Finding { measure, value, limit, passed }| {
-        let (name, of) = named(measure, evaluation);
-        let shown =
-            |value: f64| if measure == "kl" { format!("{}\u{a0}nats", number(value, Unit::Plain)) } else { points(value) };
-        let found = value.map_or_else(|| "not measured".to_owned(), shown) + &of.as_ref().map_or_else(String::new, interval);
-        let result = match (passed, value) {
-            (true, _) => "<strong class=\"good\">✓\u{a0}within</strong>",
-            (false, Some(_)) => "<strong class=\"bad\">✗\u{a0}beyond</strong>",
-            (false, None) => "<strong class=\"bad\">✗\u{a0}unknown</strong>",
-        };
-        vec![name, found, shown(*limit), result.to_owned()]
-    });
-    let rows: Vec<_> = rows.collect();
-    let caption = if gate.enabled { "What the gate holds it to" } else { "What the gate would hold it to; it is off" };
-    if rows.is_empty() {
-        String::new()
-    } else {
-        table(caption, &["Measure", "#Found (95 % interval)", "#At most", "Result"], &rows)
-    }
-}
-
-/// A measure of a gate in words, and the rise it looks at.
-fn named(measure: &str, evaluation: &Evaluation) -> (String, Option<Rise>) {
-    let rise = |kind| evaluation.worst_rise(kind);
-    let worse = || evaluation.suites.iter().filter_map(|suite| suite.degenerate_rise).max_by(|a, b| a.value.total_cmp(&b.value));
-    match measure {
-        "harmful_compliance_rise" => ("Rise in compliance, harmful requests".into(), rise(Kind::Harmful)),
-        "over_refusal_rise" => ("Rise in refusals, benign requests".into(), rise(Kind::Benign)),
-        "degenerate_rise" => ("Rise in no answers, worse suite".into(), worse()),
-        "kl" => ("KL to the base, worse suite".into(), None),
-        other => (escape(other), None),
-    }
-}
-
-/// A row of a training file: who says what where it can be read so, else as it is.
-fn row_text(row: &str) -> String {
-    let Some(turns) = turns(row).filter(|turns| !turns.is_empty()) else {
-        return format!("<p class=\"text\"><bdi>{}</bdi></p>", escape(&cut(row, LONGEST_TEXT)));
-    };
-    let each = (LONGEST_TEXT / turns.len()).max(SHORTEST_TURN);
-    let shown = turns.iter().take(LONGEST_TEXT / SHORTEST_TURN).map(|(who, text)| {
-        let (who, text) = (escape(&cut(who, SHORTEST_TURN)), escape(&cut(text, each)));
-        format!("<p class=\"text\"><b>{who}</b> <bdi>{text}</bdi></p>")
-    });
-    shown.collect()
-}
-
-fn turns(row: &str) -> Option<Vec<(String, String)>> {
-    let row: Value = serde_json::from_str(row).ok()?;
-    let text = |value: &Value, field: &str| value.get(field)?.as_str().map(str::to_owned);
-    match row.get("messages") {
-        Some(messages) => messages.as_array()?.iter().map(|turn| Some((text(turn, "role")?, text(turn, "content")?))).collect(),
-        None => ["prompt", "completion"].into_iter().map(|who| Some((who.to_owned(), text(&row, who)?))).collect(),
-    }
-}
-
-/// The beginning of a text that is too long.
-fn cut(text: &str, longest: usize) -> String {
-    let end = text.char_indices().nth(longest).and_then(|(end, _)| text.get(..end));
-    end.map_or_else(|| text.to_owned(), |beginning| format!("{beginning}…"))
-}
-
-/// Data as text of the page: no markup, and nothing that hides or turns around what is beside it.
-fn escape(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '&' => safe.push_str("&amp;"),
-            '<' => safe.push_str("&lt;"),
-            '>' => safe.push_str("&gt;"),
-            '"' => safe.push_str("&quot;"),
-            '\'' => safe.push_str("&#39;"),
-            '\r' => {}
-            '\t' => safe.push(' '),
-            '\n' | '\u{2028}' | '\u{2029}' => safe.push_str(" ↵ "),
-            hidden if is_hidden(hidden) => safe.push('\u{fffd}'),
-            other => safe.push(other),
-        }
-    }
-    safe
-}
-
-/// Controls, marks of direction, and what no reader sees but a tokenizer does. Joiners are parts of words, and stay.
-fn is_hidden(character: char) -> bool {
-    let is_direction =
-        matches!(character, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    let is_unseen = matches!(character, '\u{200b}' | '\u{2060}'..='\u{2065}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}');
-    let is_tag = matches!(character, '\u{e0000}'..='\u{e007f}');
-    character.is_control() || is_direction || is_unseen || is_tag
-}
-
 #[cfg(test)]
 mod tests {
     use holdfast_domain::policy::{Gate, Policy};
 
     use super::*;
-    use crate::report::{Counts, RowScore, Training};
+    use crate::report::{Counts, Rise, RowScore, SuiteFigures, TaskFigures, Training};
+    use crate::suite::Kind;
 
     const HOSTILE: &str = "<script>alert('1')</script> & \"more\" \u{202e}\u{0}\u{e0041}";
 
@@ -768,20 +456,6 @@ mod tests {
             assert!(!html.contains("<script"));
             assert!(!html.contains(['\u{202e}', '\u{0}', '\u{e0041}']));
         }
-    }
-
-    #[test]
-    fn a_row_is_shown_by_its_turns_and_a_long_one_by_its_beginning() {
-        let row = r#"{"prompt": "How?", "completion": "So."}"#;
-        assert_eq!(
-            row_text(row),
-            "<p class=\"text\"><b>prompt</b> <bdi>How?</bdi></p><p class=\"text\"><b>completion</b> <bdi>So.</bdi></p>"
-        );
-        assert_eq!(row_text("{\"messages\": []}"), "<p class=\"text\"><bdi>{&quot;messages&quot;: []}</bdi></p>");
-        let long = row_text(&"é".repeat(10_000));
-        assert_eq!((long.matches('é').count(), long.matches('…').count()), (LONGEST_TEXT, 1));
-        let turns = vec![serde_json::json!({"role": "user", "content": "é".repeat(10_000)}); 1000];
-        assert!(row_text(&serde_json::json!({ "messages": turns }).to_string()).matches('é').count() <= LONGEST_TEXT);
     }
 
     #[test]
