@@ -186,7 +186,7 @@ pub async fn import_suite(args: &StoreArgs, file: &Path, name: &str, kind: Kind)
     let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
     let parsed = Suite::parse(kind, 1, &text).with_context(|| file.display().to_string())?;
     let suite = with_store(args, async |store| {
-        let suite = store.create_suite(name, kind, text.as_bytes(), parsed.requests.len() as u64).await?;
+        let suite = store.create_suite(name, kind, parsed.lines().as_bytes(), parsed.requests.len() as u64).await?;
         note(store, "suites import", &suite.pinned(), None).await?;
         Ok(suite)
     })

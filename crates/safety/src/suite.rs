@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 pub use holdfast_domain::evaluation::Kind;
 
@@ -87,6 +88,16 @@ impl Suite {
         if requests.is_empty() { Err(SuiteError::Empty) } else { Ok(Self { kind, version, requests }) }
     }
 
+    /// The suite as JSON lines: the same of equal suites, however they were written.
+    #[must_use]
+    pub fn lines(&self) -> String {
+        let line = |Request { category, content }: &Request| {
+            let (category, content) = (Value::from(category.as_str()), Value::from(content.as_str()));
+            format!("{{\"category\":{category},\"messages\":[{{\"role\":\"user\",\"content\":{content}}}]}}\n")
+        };
+        self.requests.iter().map(line).collect()
+    }
+
     /// The suite of a kind that comes with the program.
     ///
     /// # Errors
@@ -119,6 +130,15 @@ mod tests {
         assert_eq!((harmful.requests.len(), benign.requests.len()), (120, 120));
         assert_eq!(by_category(&harmful), by_category(&benign));
         assert!(by_category(&harmful).values().all(|count| *count >= 5));
+        Ok(())
+    }
+
+    #[test]
+    fn a_suite_is_written_alike_however_it_was() -> Result<(), SuiteError> {
+        let text = "\n{ \"messages\": [{\"content\": \"q\", \"role\": \"user\"}],\t\"category\": \"c\" }\n";
+        let suite = Suite::parse(Kind::Benign, 1, text)?;
+        assert_eq!(suite.lines(), "{\"category\":\"c\",\"messages\":[{\"role\":\"user\",\"content\":\"q\"}]}\n");
+        assert_eq!(Suite::parse(Kind::Benign, 1, &suite.lines())?, suite);
         Ok(())
     }
 

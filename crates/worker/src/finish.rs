@@ -10,14 +10,15 @@ use holdfast_safety::report::{Evaluation, Verdict};
 use holdfast_store::queue::{AdapterFile, Published};
 use holdfast_store::{Store, StoreError};
 
+use crate::Stop;
 use crate::agent::{self, Outcome};
 use crate::dispatcher::Held;
 use crate::evaluation::{self, Asked};
 use crate::evidence::{self, Evidence};
 use crate::pauses::Pauses;
 
-/// How long it is tried to publish an adapter that is trained, while the store or the database is away.
-const PUBLISH_PATIENCE: Duration = Duration::from_secs(60 * 60);
+/// How long it is tried to ask and to publish an adapter that is trained, while the store or the database is away.
+const PATIENCE: Duration = Duration::from_secs(60 * 60);
 /// Checkpoints that are asked at most where the last adapter does not pass.
 const CANDIDATES: usize = 5;
 /// Where their adapters are put, under the job folder.
@@ -77,24 +78,54 @@ pub(crate) async fn finish(held: &Held<'_>, adapter: Vec<PathBuf>, trained_token
     let policy = held.claim.job.policy.as_ref().map(|applied| &applied.policy).filter(|policy| policy.evaluates());
     let made = match policy {
         None => Made::new(adapter),
-        Some(policy) => match examine(held, policy, adapter).await? {
-            Ok(made) => made,
-            Err(other) => return Ok(Ending::Other(other)),
-        },
-    };
-    // What is trained is not trained again for an outage; the lease is kept meanwhile.
-    let (mut stop, mut pauses, since) = (held.stop.clone(), Pauses::default(), Instant::now());
-    let mut gathered = None;
-    loop {
-        match gather_and_publish(held, &made, &mut gathered, trained_tokens).await {
-            Err(error) if error.is_unavailable() && since.elapsed() < PUBLISH_PATIENCE => {
-                tracing::warn!(%error, "the adapter could not be published; trying again");
+        Some(policy) => {
+            let mut tries = Tries::default();
+            loop {
+                match examine(held, policy, adapter.clone()).await {
+                    Ok(Ok(made)) => break made,
+                    Ok(Err(other)) => return Ok(Ending::Other(other)),
+                    Err(error) => match tries.again(held, "asked", error).await? {
+                        Ok(()) => {}
+                        Err(reason) => return Ok(Ending::Other(Outcome::Stopped(reason))),
+                    },
+                }
             }
-            ended => return Ok(Ending::Written(ended)),
         }
-        if let Err(reason) = pauses.next(&mut stop).await {
-            return Ok(Ending::Other(Outcome::Stopped(reason)));
+    };
+    let (mut tries, mut gathered) = (Tries::default(), None);
+    loop {
+        let Err(error) = gather_and_publish(held, &made, &mut gathered, trained_tokens).await else {
+            return Ok(Ending::Written(Ok(())));
+        };
+        match tries.again(held, "published", error).await {
+            Ok(Ok(())) => {}
+            Ok(Err(reason)) => return Ok(Ending::Other(Outcome::Stopped(reason))),
+            Err(error) => return Ok(Ending::Written(Err(error))),
         }
+    }
+}
+
+/// How often something was tried that needs the store and the database.
+struct Tries {
+    pauses: Pauses,
+    since: Instant,
+}
+
+impl Default for Tries {
+    fn default() -> Self {
+        Self { pauses: Pauses::default(), since: Instant::now() }
+    }
+}
+
+impl Tries {
+    /// Waits to try again what failed because one of them is away: what is trained is not trained again for an outage, and the lease
+    /// is kept meanwhile. The inner error is why the worker must let go; the outer one is `error`, where waiting is of no use.
+    async fn again(&mut self, held: &Held<'_>, what: &str, error: StoreError) -> Result<Result<(), Stop>, StoreError> {
+        if !error.is_unavailable() || self.since.elapsed() >= PATIENCE {
+            return Err(error);
+        }
+        tracing::warn!(%error, "the adapter could not be {what}; trying again");
+        Ok(self.pauses.next(&mut held.stop.clone()).await)
     }
 }
 

@@ -80,7 +80,7 @@ pub(crate) async fn create_suite(
     let lines: String = body.requests.iter().map(|request| request.to_string() + "\n").collect();
     let suite = holdfast_safety::suite::Suite::parse(body.kind, 1, &lines)
         .map_err(|error| ApiError::invalid("requests", "invalid_suite", format!("requests: {error}")))?;
-    let created = state.store.create_suite(&body.name, body.kind, lines.as_bytes(), suite.requests.len() as u64).await?;
+    let created = state.store.create_suite(&body.name, body.kind, suite.lines().as_bytes(), suite.requests.len() as u64).await?;
     Ok(Created(created.into()))
 }
 
