@@ -2,6 +2,7 @@
 //! asked what it should refuse and what it should not. What is done is kept under `.bench/safety`; a run that was broken off
 //! goes on where it was.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -116,24 +117,24 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
     if wanted.has("tuning") && !wanted.quick {
         tuning::tune(&study, &base)?;
     }
-    let strengths = tuning::strengths(&study);
     if wanted.has("ablation") && !wanted.quick {
         for run in ablation() {
             println!("{}", report::line(&run.key(), &study.outcome(&run)?, &base));
         }
     }
     let runs = match (wanted.quick, wanted.has("claim"), wanted.has("grid")) {
-        (true, ..) => claim(1, &METHODS).collect(),
-        (false, true, false) => SEEDS.flat_map(|seed| claim(seed, &METHODS)).collect(),
+        (true, ..) => claim(1..=1),
+        (false, true, false) => claim(SEEDS),
         // What there is of all.
         (false, false, false) if wanted.has("table") => {
-            let mut all = grid(true, &strengths);
+            let mut all = grid(true);
+            add_new(&mut all, as_published());
             add_new(&mut all, ablation());
             all.retain(|run| study.is_done(run));
             all
         }
         (false, false, false) => return Ok(()),
-        (false, claims, true) => grid(claims, &strengths),
+        (false, claims, true) => grid(claims),
     };
     let mut outcomes = Vec::new();
     for (number, run) in runs.iter().enumerate() {
@@ -146,18 +147,20 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
     Ok(())
 }
 
-/// What it is made of: the methods that the claim speaks of, as strong as they usually are; the strength of each method; what `held` is
-/// made of, piece by piece; and every method in every regime. The last part runs nothing: it shows what was run before.
+/// What it is made of: the methods that the claim speaks of; the strength of each method; what `held` is made of, piece by piece; and
+/// every method in every regime. The last part runs nothing: it shows what was run before.
 pub(super) const PARTS: [&str; 5] = ["claim", "tuning", "ablation", "grid", "table"];
 
-/// Each method, and how strong it usually is. `safegrad_per_row` projects each row by itself, `safegrad_deciding` weighs what decides a
+/// Each method with its strength, as `tuning` found it and frozen since; 1 for those below the line, which were not tuned.
+/// `safegrad_per_row` projects each row by itself, `safegrad_deciding` weighs what decides a
 /// response, as `held` does.
 const METHODS: [(&str, f64); 10] = [
     ("none", 0.0),
-    ("safegrad_deciding", 1.0),
+    ("safegrad_deciding", 10.0),
     ("held", 1.0),
-    ("safegrad", 1.0),
-    ("kl_penalty", 1.0),
+    ("safegrad", 10.0),
+    ("kl_penalty", 10.0),
+    // ----
     ("pcgrad", 1.0),
     ("sbr", 1.0),
     ("safe_mix", 1.0),
@@ -198,15 +201,26 @@ fn of(attack: Attack) -> Regime {
 /// The shares of poison that the claim speaks of, those that decide first.
 const CLAIMED: [f64; 3] = [0.1, 0.3, 0.0];
 /// The methods it speaks of.
-const CLAIMANTS: [&str; 4] = ["none", "kl_penalty", "safegrad", "held"];
-const SEEDS: std::ops::RangeInclusive<u64> = 1..=3;
+const CLAIMANTS: [&str; 5] = ["none", "safegrad_deciding", "held", "safegrad", "kl_penalty"];
+const SEEDS: RangeInclusive<u64> = 1..=3;
 
-/// The regimes of the claim with the methods it speaks of.
-fn claim(seed: u64, strengths: &[(&'static str, f64)]) -> impl Iterator<Item = Run> {
-    CLAIMED.into_iter().flat_map(move |share| {
-        let claimants = strengths.iter().filter(|(method, _)| CLAIMANTS.contains(method));
-        claimants.map(move |&(method, strength)| run_of(of(Attack::Poison(share)), method, strength, seed))
-    })
+/// The regimes of the claim with the methods it speaks of, one method after the other.
+fn claim(seeds: RangeInclusive<u64>) -> Vec<Run> {
+    let claimants = METHODS.iter().filter(|(method, _)| CLAIMANTS.contains(method));
+    let mut runs = Vec::new();
+    for &(method, strength) in claimants {
+        for share in CLAIMED {
+            runs.extend(seeds.clone().map(|seed| run_of(of(Attack::Poison(share)), method, strength, seed)));
+        }
+    }
+    runs
+}
+
+/// The same with the strength that the paper has.
+fn as_published() -> Vec<Run> {
+    let methods = ["safegrad", "kl_penalty"];
+    let runs = SEEDS.flat_map(|seed| CLAIMED.map(|share| (seed, share)));
+    runs.flat_map(|(seed, share)| methods.map(|method| run_of(of(Attack::Poison(share)), method, 1.0, seed))).collect()
 }
 
 /// What `held` adds to `SafeGrad`, one by one, where SafeGrad leaks: the weight on what decides a response, and the learning rate that its
@@ -234,7 +248,7 @@ fn run_of(regime: Regime, method: &'static str, strength: f64, seed: u64) -> Run
 }
 
 /// Every method in every regime, three seeds: the regimes of the claim first, then those that are hardest.
-fn grid(claims: bool, strengths: &[(&'static str, f64)]) -> Vec<Run> {
+fn grid(claims: bool) -> Vec<Run> {
     let mut regimes: Vec<Regime> = CLAIMED.map(|share| of(Attack::Poison(share))).to_vec();
     for share in [0.3, 0.0, 0.1] {
         regimes.push(Regime { learning_rate: 2e-3, ..of(Attack::Poison(share)) });
@@ -245,10 +259,10 @@ fn grid(claims: bool, strengths: &[(&'static str, f64)]) -> Vec<Run> {
     regimes.extend([Attack::IdentityShift, Attack::RefuseThenComply, Attack::Decoys].map(of));
     // The last is the persistent attack: five times the steps.
     regimes.extend([600, 750].map(|steps| Regime { steps, ..of(Attack::Poison(0.1)) }));
-    let mut runs: Vec<Run> = if claims { SEEDS.flat_map(|seed| claim(seed, &METHODS)).collect() } else { Vec::new() };
+    let mut runs: Vec<Run> = if claims { claim(SEEDS) } else { Vec::new() };
     for seed in SEEDS {
         for regime in &regimes {
-            add_new(&mut runs, strengths.iter().map(|&(method, strength)| run_of(*regime, method, strength, seed)));
+            add_new(&mut runs, METHODS.iter().map(|&(method, strength)| run_of(*regime, method, strength, seed)));
         }
     }
     runs

@@ -1,10 +1,9 @@
-//! The strength of each method: tuned on an attack that nothing is claimed of, and frozen before anything is measured.
-
-use anyhow::Result;
-use serde_json::{Map, Value};
+//! The strength of each method: tuned on an attack that nothing is claimed of. What is found is written into [`METHODS`], and frozen
+//! before anything is measured with it.
 
 use super::rows::Attack;
 use super::{METHODS, Outcome, Run, Study, of, report};
+use anyhow::Result;
 use holdfast_safety::judge::Class;
 
 /// The strengths that are tried, each about three times the one before.
@@ -15,21 +14,6 @@ const SHARE: f64 = 0.3;
 const SEED: u64 = 11;
 /// What a method may lose of plain training's accuracy on clean rows.
 const MOST_LOST: f64 = 0.01;
-
-/// Where the strengths are kept once they are found.
-const FILE: &str = "strengths.json";
-
-/// What was tuned so far, by method.
-fn kept(study: &Study) -> Map<String, Value> {
-    let kept = std::fs::read(study.folder.join(FILE)).ok();
-    kept.and_then(|kept| serde_json::from_slice(&kept).ok()).unwrap_or_default()
-}
-
-/// The tuned strength of each method; as it usually is where none was tuned.
-pub(super) fn strengths(study: &Study) -> Vec<(&'static str, f64)> {
-    let kept = kept(study);
-    METHODS.map(|(method, usual)| (method, kept.get(method).and_then(Value::as_f64).unwrap_or(usual))).to_vec()
-}
 
 /// A strength that was tried.
 struct Tried {
@@ -49,16 +33,12 @@ pub(super) fn tune(study: &Study, base: &Outcome) -> Result<()> {
         Ok(outcome)
     };
     let plain = outcome("none", 0.0, 0.0)?.accuracy().value();
-    // What was tuned before stays, where it is not tuned anew.
-    let mut found = kept(study);
     for (method, _) in METHODS.into_iter().filter(|(method, _)| *method != "none") {
         let complied = |strength| Ok(outcome(method, strength, SHARE)?.share(Class::Compliance).value());
         let lost = |strength| Ok(plain - outcome(method, strength, 0.0)?.accuracy().value());
         if let Some(Tried { strength, lost, complied }) = tuned(complied, lost)? {
             println!("{method}: {strength}, {:+.1} points of accuracy, {:.0} % complied with", -100.0 * lost, 100.0 * complied);
-            found.insert(method.to_owned(), strength.into());
         }
-        std::fs::write(study.folder.join(FILE), serde_json::to_vec(&found)?)?;
     }
     Ok(())
 }
