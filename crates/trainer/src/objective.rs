@@ -92,7 +92,14 @@ impl Engine<'_> {
     #[must_use]
     pub fn gradients(&self, user: &[Batch], alignment: Option<AlignmentRows<'_>>) -> (Task, Option<Side>) {
         let user_tokens = supervised(user);
-        let align_divisor = alignment.map_or(0.0, |rows| rows.divisor());
+        let align_tokens = alignment.map_or(0.0, |rows| rows.tokens());
+        let chosen = alignment.and_then(|rows| self.choose(rows));
+        let alignment = match (&chosen, alignment) {
+            (Some(passes), Some(rows)) => Some(AlignmentRows { passes, ..rows }),
+            (_, whole) => whole,
+        };
+        let counts = if chosen.is_some() { Counts::All } else { Counts::WorseHalf };
+        let align_divisor = alignment.map_or(0.0, |rows| rows.divisor(counts));
         let mut gradients = [Gradient::zeros(self.adapter), Gradient::zeros(self.adapter)];
         let (mut task, mut correct, mut align) = (0.0, 0, 0.0);
         let align_passes = alignment.map_or(0, |rows| rows.passes.len());
@@ -106,7 +113,7 @@ impl Engine<'_> {
             let score_held = |hidden: &Tensor| {
                 held.as_ref().map_or_else(
                     || nothing(hidden),
-                    |(objective, held)| self.score_alignment(hidden, held, *objective, align_divisor),
+                    |(objective, held)| self.score_alignment(hidden, held, *objective, counts, align_divisor),
                 )
             };
             let mut segments = Vec::new();
@@ -139,7 +146,38 @@ impl Engine<'_> {
         }
         let [u, a] = gradients;
         let task = self.task_of(task, correct, user_tokens, u);
-        (task, alignment.map(|rows| Side { loss: align / align_divisor, tokens: rows.tokens(), gradient: a }))
+        (task, alignment.map(|_| Side { loss: align / align_divisor, tokens: align_tokens, gradient: a }))
+    }
+
+    /// Of rows that come in several passes and of which the worse half counts, that half, pass by pass: no pass knows by itself which
+    /// rows are worse than those of another. Nothing is dropped in the look that decides. `None` where nothing has to be chosen.
+    fn choose(&self, rows: AlignmentRows<'_>) -> Option<Vec<Vec<usize>>> {
+        if rows.objective != Objective::WeightedKl || rows.passes.len() < 2 {
+            return None;
+        }
+        let losses: Vec<Vec<f64>> = rows.passes.iter().map(|numbers| self.row_losses(rows, numbers)).collect();
+        let mut all: Vec<(f64, usize, usize)> = Vec::new();
+        for (pass, losses) in losses.iter().enumerate() {
+            all.extend(losses.iter().enumerate().map(|(row, loss)| (*loss, pass, row)));
+        }
+        all.sort_by(|(x, ..), (y, ..)| y.total_cmp(x));
+        all.truncate(reference::worse_half(all.len()));
+        let mut chosen: Vec<(usize, usize)> = all.into_iter().map(|(_, pass, row)| (pass, row)).collect();
+        chosen.sort_unstable();
+        let passes = rows.passes.iter().enumerate().map(|(at, numbers)| {
+            chosen.iter().filter(|(pass, _)| *pass == at).filter_map(|(_, row)| numbers.get(*row).copied()).collect::<Vec<_>>()
+        });
+        Some(passes.filter(|numbers| !numbers.is_empty()).collect())
+    }
+
+    /// Each row's mean of the weighted KL.
+    fn row_losses(&self, rows: AlignmentRows<'_>, numbers: &[usize]) -> Vec<f64> {
+        let held = rows.reference.batch(self.model, rows.objective, numbers);
+        let packed = Packed::new(&[(&held.batch, 0)], self.model.device);
+        let hidden = self.model.hidden(&packed, Some(self.adapter));
+        let Some(base) = &held.hidden else { return Vec::new() };
+        let at = Vec::<f32>::try_from(&loss::kl(&hidden, &self.model.head, base).at).unwrap_or_default();
+        deciding(&at, &held).0
     }
 
     /// `u`, with each row's own part of it: `each` gets the row's number within the step and its gradient, whose sum over all
@@ -180,13 +218,24 @@ impl Engine<'_> {
     /// # Errors
     /// [`Stopped`], between two passes.
     pub fn alignment_loss(&self, rows: AlignmentRows<'_>, stop: &Stop) -> Result<f64, Stopped> {
-        let divisor = rows.divisor();
+        if rows.objective == Objective::WeightedKl {
+            let mut losses = Vec::new();
+            for numbers in rows.passes {
+                stop.check()?;
+                losses.extend(self.row_losses(rows, numbers));
+            }
+            losses.sort_by(|x, y| y.total_cmp(x));
+            losses.truncate(reference::worse_half(losses.len()));
+            return Ok(losses.iter().sum::<f64>() / losses.len() as f64);
+        }
+        let divisor = rows.divisor(Counts::All);
         let mut sum = 0.0;
         for numbers in rows.passes {
             stop.check()?;
             let held = rows.reference.batch(self.model, rows.objective, numbers);
             let packed = Packed::new(&[(&held.batch, 0)], self.model.device);
-            sum += self.score_alignment(&self.model.hidden(&packed, Some(self.adapter)), &held, rows.objective, divisor).sum;
+            let hidden = self.model.hidden(&packed, Some(self.adapter));
+            sum += self.score_alignment(&hidden, &held, rows.objective, Counts::All, divisor).sum;
         }
         Ok(sum / divisor)
     }
@@ -202,7 +251,14 @@ impl Engine<'_> {
         Scored { sum: loss.sum(), correct: loss.correct, by_hidden: loss.mean_by_hidden(divisor) }
     }
 
-    fn score_alignment(&self, hidden: &Tensor, held: &ReferenceBatch, objective: Objective, divisor: f64) -> Scored {
+    fn score_alignment(
+        &self,
+        hidden: &Tensor,
+        held: &ReferenceBatch,
+        objective: Objective,
+        counts: Counts,
+        divisor: f64,
+    ) -> Scored {
         let Some(base) = &held.hidden else { return self.score_task(hidden, &held.batch.targets, divisor) };
         match objective {
             Objective::Hidden => {
@@ -215,7 +271,14 @@ impl Engine<'_> {
             Objective::WeightedKl => {
                 let mut loss = loss::kl(hidden, &self.model.head, base);
                 let at = Vec::<f32>::try_from(&loss.at).unwrap_or_default();
-                let (sum, weights) = deciding(&at, held);
+                let (losses, mut weights) = deciding(&at, held);
+                let mut order: Vec<usize> = (0..losses.len()).collect();
+                order.sort_by(|x, y| losses[*y].total_cmp(&losses[*x]));
+                let better = order.split_off(counts.of(order.len()));
+                for row in better {
+                    weights[held.rows[row].clone()].fill(0.0);
+                }
+                let sum = order.iter().map(|row| losses[*row]).sum();
                 let weights: Vec<f32> = weights.into_iter().map(|weight| single(weight / divisor)).collect();
                 let weights = Tensor::from_slice(&weights).to_device(self.model.device).unsqueeze(1);
                 loss.by_hidden *= weights.to_kind(hidden.kind());
@@ -253,8 +316,29 @@ impl Engine<'_> {
     }
 }
 
+/// Which rows of a pass count under [`Objective::WeightedKl`].
+#[derive(Debug, Clone, Copy)]
+enum Counts {
+    /// They were chosen before.
+    All,
+    /// They are all there are.
+    WorseHalf,
+}
+
+impl Counts {
+    fn of(self, rows: usize) -> usize {
+        match self {
+            Self::All => rows,
+            Self::WorseHalf => reference::worse_half(rows),
+        }
+    }
+}
+
 impl AlignmentRows<'_> {
-    fn divisor(&self) -> f64 {
+    fn divisor(&self, counts: Counts) -> f64 {
+        if self.objective == Objective::WeightedKl {
+            return counts.of(self.passes.iter().map(Vec::len).sum()) as f64;
+        }
         self.passes.iter().map(|rows| self.reference.divisor(self.objective, rows)).sum()
     }
 
@@ -271,11 +355,10 @@ fn nothing(hidden: &Tensor) -> Scored {
     Scored { sum: 0.0, correct: 0, by_hidden: hidden.zeros_like() }
 }
 
-/// Each row's mean of the KL `at` its positions, weighted towards the beginning of each response: their sum over the worse half
-/// of the rows, and what each position weighs in it.
-fn deciding(at: &[f32], held: &ReferenceBatch) -> (f64, Vec<f64>) {
+/// Each row's mean of the KL `at` its positions, weighted towards the beginning of each response, and what each position weighs in it.
+fn deciding(at: &[f32], held: &ReferenceBatch) -> (Vec<f64>, Vec<f64>) {
     let mut weights = vec![0.0; at.len()];
-    let mut rows = Vec::new();
+    let mut losses = Vec::new();
     for row in &held.rows {
         for run in reference::runs(&held.batch.positions, row.clone()) {
             for (nth, position) in run.enumerate() {
@@ -286,14 +369,9 @@ fn deciding(at: &[f32], held: &ReferenceBatch) -> (f64, Vec<f64>) {
         for position in row.clone() {
             weights[position] /= total;
         }
-        rows.push((row.clone(), row.clone().map(|position| weights[position] * f64::from(at[position])).sum::<f64>()));
+        losses.push(row.clone().map(|position| weights[position] * f64::from(at[position])).sum());
     }
-    rows.sort_by(|(_, x), (_, y)| y.total_cmp(x));
-    let better = rows.split_off(reference::worse_half(rows.len()));
-    for (row, _) in better {
-        weights[row].fill(0.0);
-    }
-    (rows.iter().map(|(_, loss)| loss).sum(), weights)
+    (losses, weights)
 }
 
 #[cfg(test)]
@@ -303,17 +381,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_deciding_positions_weigh_five_and_only_the_worse_half_of_the_rows_counts() {
+    fn the_deciding_positions_weigh_five() {
         // Two rows of eight supervised positions; the second is worse, at its first position alone.
         let example = Example { ids: (0..9).collect(), supervised: (0..9).map(|time| time > 0).collect() };
         let batch = Batch::new([&example, &example]);
         let held = ReferenceBatch { batch, hidden: None, rows: vec![0..8, 8..16] };
         let mut at = vec![0.01_f32; 16];
         at[8] = 1.0;
-        let (sum, weights) = deciding(&at, &held);
+        let (losses, weights) = deciding(&at, &held);
         // Σω = 6·5 + 2 = 32, so the second row's mean is (5·1 + (27)·0.01) / 32.
-        assert!((sum - (5.0 + 0.27) / 32.0).abs() < 1e-6, "{sum}");
-        assert_eq!(weights[..8], [0.0; 8]);
+        assert!((losses[0] - 0.01).abs() < 1e-6 && (losses[1] - (5.0 + 0.27) / 32.0).abs() < 1e-6, "{losses:?}");
         assert!((weights[8] - 5.0 / 32.0).abs() < 1e-12 && (weights[15] - 1.0 / 32.0).abs() < 1e-12);
     }
 }

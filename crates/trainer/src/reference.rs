@@ -103,8 +103,7 @@ impl Reference {
     #[must_use]
     pub fn divisor(&self, objective: Objective, rows: &[usize]) -> f64 {
         let count = match (objective, self.positions) {
-            (Objective::Hidden, _) => rows.len(),
-            (Objective::WeightedKl, _) => worse_half(rows.len()),
+            (Objective::Hidden | Objective::WeightedKl, _) => rows.len(),
             // The released code counts labels, so a supervised first token counts although nothing predicts it.
             (Objective::Kl, KlPositions::All) => {
                 rows.iter().map(|&row| self.examples[row].supervised.iter().filter(|s| **s).count()).sum()

@@ -128,6 +128,27 @@ fn how_a_step_is_cut_into_passes_makes_no_difference_also_with_dropout() -> Resu
 }
 
 #[test]
+fn the_worse_half_of_a_step_s_alignment_rows_is_that_of_all_its_passes() -> Result<()> {
+    let model = model()?;
+    let adapter = adapter_files::read(&fixture(), &model)?;
+    let reference = Reference::new(&model, examples(6), KlPositions::Deciding, &Stop::default())?;
+    let engine = Engine { model: &model, adapter: &adapter, dropout_key: None, recompute: Recompute::Nothing };
+    let of = |passes: &[Vec<usize>]| -> Result<(f64, f64, Tensor)> {
+        let rows = AlignmentRows { reference: &reference, objective: Objective::WeightedKl, passes };
+        let side = engine.alignment(rows);
+        Ok((side.loss, engine.alignment_loss(rows, &Stop::default())?, side.gradient.0))
+    };
+    let (loss, alone, gradient) = of(&[(0..6).collect()])?;
+    assert!((loss - alone).abs() < 1e-6);
+    for passes in [vec![vec![0, 1, 2], vec![3], vec![4, 5]], (0..6).map(|row| vec![row]).collect()] {
+        let (of_parts, alone_of_parts, gradient_of_parts) = of(&passes)?;
+        assert!((loss - of_parts).abs() < 1e-6 && (loss - alone_of_parts).abs() < 1e-6, "{passes:?}");
+        assert!(largest_difference(&gradient, &gradient_of_parts) < 1e-5, "{passes:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn what_is_computed_again_instead_of_kept_makes_no_difference() -> Result<()> {
     let model = model()?;
     let mut adapter = adapter_files::read(&fixture(), &model)?;
