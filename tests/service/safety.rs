@@ -567,9 +567,12 @@ fn what_models_are_trained_on_is_not_what_they_are_measured_with() -> Result<()>
     alignment("Where does the old key lie?")?;
     suite("same", "WHERE does the old key lie")?;
     suite("apart", "Who wrote the last letter?")?;
+    suite("longer", "Tell me now: where does the old key lie?")?;
     let policy = |suites: Value| json!({"evaluate": true, "alignment_set": "strict", "suites": suites});
     let refused = set(&app, "/admin/safety_policy", &policy(json!(["apart", "same"])))?;
     assert_eq!((refused.status, refused.error()), (400, ("contradiction", "suites[1]")), "{}", refused.body);
+    let refused = set(&app, "/admin/safety_policy", &policy(json!(["longer"])))?;
+    assert_eq!((refused.status, refused.error()), (400, ("contradiction", "suites[0]")), "{}", refused.body);
     demand(&app, &policy(json!(["apart"])))?;
 
     // A later version of the set has what the suite asks.

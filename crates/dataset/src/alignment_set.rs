@@ -119,6 +119,25 @@ fn requested<'a>(row: &'a Row<'_>) -> Option<&'a str> {
     row.messages.iter().rev().find(|message| message.role == Role::User)?.content.as_deref()
 }
 
+/// The lines of an alignment set that ask one of `measured`, or what one of them asks among other words.
+#[must_use]
+pub fn in_common(rows: &[u8], measured: &[&str]) -> Vec<u64> {
+    let (held_to, mut asked) = (Requests::of_rows(rows), Requests::default());
+    measured.iter().for_each(|request| asked.add(request));
+    let holding: Vec<&&str> = measured.iter().filter(|request| held_to.stand_in(request)).collect();
+    let mut lines = Vec::new();
+    // Reading from memory does not fail.
+    let _ = each_line(rows, |number, line| {
+        let Ok(row) = Row::parse_line(line) else { return };
+        let mut own = Requests::default();
+        requested(&row).into_iter().for_each(|request| own.add(request));
+        if asked.are_asked(&row) || holding.iter().any(|request| own.stand_in(request)) {
+            lines.push(number);
+        }
+    });
+    lines
+}
+
 /// Checks the rows of an alignment set: each a request and its answer, none twice.
 #[must_use]
 pub fn check(rows: &[u8]) -> Report {

@@ -20,8 +20,8 @@ pub struct Policy {
     /// The positions that the KL covers under methods that leave a choice; absent: the tenant chooses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kl_positions: Option<KlPositions>,
-    /// The fewest alignment rows of a step a tenant may choose, and those of a request that names none; absent: as many as the
-    /// step has of the tenant's, and no choice.
+    /// The fewest alignment rows of a step; a request that names none gets as many as the step has of the tenant's rows, if they are
+    /// more. Absent: these, and no choice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alignment_batch_size: Option<u32>,
     /// Whether what a job made is asked the suites' requests before it is published.

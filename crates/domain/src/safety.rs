@@ -365,6 +365,14 @@ impl RequestedSafety {
         })
     }
 
+    /// `resolved` for steps of so many of the tenant's rows: where the request names no number, a step takes as many alignment rows as
+    /// rows, and the policy's least where that is more.
+    #[must_use]
+    pub fn for_steps_of(&self, rows: u64, resolved: Safety) -> Safety {
+        let least = resolved.alignment_batch_size.filter(|least| u64::from(*least) > rows);
+        Safety { alignment_batch_size: self.alignment_batch_size.or(least), ..resolved }
+    }
+
     /// The policy as it counts for this request: a tenant may ask for the gate where the operator does not demand it.
     #[must_use]
     pub fn apply(&self, mut applied: AppliedPolicy) -> AppliedPolicy {
@@ -430,11 +438,15 @@ mod tests {
     #[test]
     fn what_the_policy_says_of_alignment_rows_and_positions_is_the_default_and_the_least() {
         let strict = Policy { kl_positions: Some(KlPositions::Deciding), alignment_batch_size: Some(16), ..Policy::default() };
-        let silent = RequestedSafety::default().resolve(&strict);
-        let found = silent.map(|safety| (safety.kl_positions, safety.alignment_rows_per_step(4)));
-        assert_eq!(found, Ok((KlPositions::Deciding, 16)));
-        let more = RequestedSafety { alignment_batch_size: Some(32), ..Default::default() };
-        assert_eq!(more.resolve(&strict).map(|safety| safety.alignment_batch_size), Ok(Some(32)));
+        let rows = |request: &RequestedSafety, rows: u64| {
+            let safety = request.resolve(&strict).map(|safety| request.for_steps_of(rows, safety));
+            safety.map(|safety| (safety.kl_positions, safety.alignment_rows_per_step(rows)))
+        };
+        let (silent, more) =
+            (RequestedSafety::default(), RequestedSafety { alignment_batch_size: Some(32), ..Default::default() });
+        assert_eq!(rows(&silent, 4), Ok((KlPositions::Deciding, 16)));
+        assert_eq!(rows(&silent, 64), Ok((KlPositions::Deciding, 64)), "never fewer than the step's own");
+        assert_eq!(rows(&more, 4), Ok((KlPositions::Deciding, 32)));
         let weaker = [
             (RequestedSafety { alignment_batch_size: Some(15), ..Default::default() }, &strict),
             (RequestedSafety { kl_positions: Some(KlPositions::Response), ..Default::default() }, &strict),

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use holdfast_dataset::alignment_set::Requests;
+use holdfast_dataset::alignment_set::{self, Requests};
 use holdfast_dataset::check::encode_file;
 use holdfast_dataset::encode::EncodeOptions;
 use holdfast_dataset::files::{TRAINING_FILE, check_files};
@@ -73,14 +73,12 @@ fn unusable_suite(suites: &[AskedSuite], tokenizer: &ChatTokenizer) -> Option<Jo
     (bad > 0).then(|| JobError::new("operator_error", message))
 }
 
-/// Why a suite of the operator's own measures nothing: its requests are trained on with their answers. Policies that would do so are
-/// refused; a version of the set or the suite that came later is found here.
+/// Why suites measure nothing: their requests are trained on with their answers. Policies that would do so are refused; a version of
+/// the set or of a suite that came later is found here.
 fn trained_suite(suites: &[AskedSuite], alignment: &Path) -> std::io::Result<Option<JobError>> {
-    let mut measured = Requests::default();
-    for request in suites.iter().filter(|asked| asked.own.is_some()).flat_map(|asked| &asked.suite.requests) {
-        measured.add(&request.content);
-    }
-    let lines = measured.asked_in(File::open(alignment)?)?;
+    let measured: Vec<&str> =
+        suites.iter().flat_map(|asked| &asked.suite.requests).map(|request| request.content.as_str()).collect();
+    let lines = alignment_set::in_common(&std::fs::read(alignment)?, &measured);
     let message = format!(
         "The operator's safety suites cannot be used with the alignment set: {} of its rows ask what they ask. Nothing is wrong with your file; tell the operator.",
         lines.len()

@@ -37,7 +37,7 @@ pub(crate) enum Asked {
 /// A suite with the name of its files in the job folder, and the operator's name for it where it is theirs.
 pub(crate) struct AskedSuite {
     file: String,
-    pub(crate) own: Option<String>,
+    own: Option<String>,
     pub(crate) suite: Suite,
 }
 

@@ -105,23 +105,20 @@ pub(crate) async fn finish(held: &Held<'_>, adapter: Vec<PathBuf>, trained_token
     }
 }
 
-/// How often something was tried that needs the store and the database.
+/// How often something was tried in vain that needs the store and the database.
+#[derive(Default)]
 struct Tries {
     pauses: Pauses,
-    since: Instant,
-}
-
-impl Default for Tries {
-    fn default() -> Self {
-        Self { pauses: Pauses::default(), since: Instant::now() }
-    }
+    /// Since when it fails: what is tried may take long by itself.
+    since: Option<Instant>,
 }
 
 impl Tries {
     /// Waits to try again what failed because one of them is away: what is trained is not trained again for an outage, and the lease
     /// is kept meanwhile. The inner error is why the worker must let go; the outer one is `error`, where waiting is of no use.
     async fn again(&mut self, held: &Held<'_>, what: &str, error: StoreError) -> Result<Result<(), Stop>, StoreError> {
-        if !error.is_unavailable() || self.since.elapsed() >= PATIENCE {
+        let since = self.since.get_or_insert_with(Instant::now);
+        if !error.is_unavailable() || since.elapsed() >= PATIENCE {
             return Err(error);
         }
         tracing::warn!(%error, "the adapter could not be {what}; trying again");

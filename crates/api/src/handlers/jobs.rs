@@ -117,6 +117,7 @@ pub(crate) async fn resolve(state: &AppState, tenant: Tenant, mut body: CreateJo
     let base = state.store.base_model(&base_model).await.map_err(|error| no_model(error, &base_model))?;
     let mut hyperparameters = requested.resolve(training.row_count, base.context_length).map_err(|e| e.within(at))?;
     hyperparameters.row_conflicts = requested.row_conflicts.unwrap_or(policy.policy.evaluates() && safety.can_score_rows());
+    let safety = requested_safety.for_steps_of(hyperparameters.rows_per_step(), safety);
     hyperparameters.check_with(&safety).map_err(|e| e.within(at))?;
     let seed = match body.seed {
         Some(seed) if seed > MAX_SEED => {

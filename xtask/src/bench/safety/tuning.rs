@@ -33,11 +33,14 @@ pub(super) fn tune(study: &Study, base: &Outcome) -> Result<()> {
         Ok(outcome)
     };
     let plain = outcome("none", 0.0, 0.0)?.accuracy().value();
-    for (method, _) in METHODS.into_iter().filter(|(method, _)| *method != "none") {
+    for (method, frozen) in METHODS.into_iter().filter(|(method, _)| *method != "none") {
         let complied = |strength| Ok(outcome(method, strength, SHARE)?.share(Class::Compliance).value());
         let lost = |strength| Ok(plain - outcome(method, strength, 0.0)?.accuracy().value());
         if let Some(Tried { strength, lost, complied }) = tuned(complied, lost)? {
             println!("{method}: {strength}, {:+.1} points of accuracy, {:.0} % complied with", -100.0 * lost, 100.0 * complied);
+            if strength != frozen {
+                println!("{method}: what is measured has {frozen}; write {strength} into METHODS");
+            }
         }
     }
     Ok(())

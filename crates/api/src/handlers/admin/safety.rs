@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::State;
 use axum::response::Response;
-use holdfast_dataset::alignment_set::Requests;
+use holdfast_dataset::alignment_set;
 use holdfast_domain::evaluation::Kind;
 use holdfast_domain::ids::{JobId, ProjectId};
 use holdfast_domain::policy::Policy;
@@ -190,10 +190,9 @@ async fn keeps_apart(state: &AppState, policy: &Policy) -> Result<(), ApiError> 
         Err(error) => return Err(error.into()),
     };
     let rows = state.store.objects().read_whole(&set.object).await?;
-    let lines_in_common = |suite: &Suite| -> Result<Vec<u64>, ApiError> {
-        let mut measured = Requests::default();
-        suite.requests.iter().for_each(|request| measured.add(&request.content));
-        measured.asked_in(rows.as_slice()).map_err(|error| StoreError::from(error).into())
+    let lines_in_common = |suite: &Suite| {
+        let measured: Vec<&str> = suite.requests.iter().map(|request| request.content.as_str()).collect();
+        alignment_set::in_common(&rows, &measured)
     };
     let contradiction = |param: String, whose: &str, lines: &[u64]| {
         let shown: Vec<String> = lines.iter().take(10).map(u64::to_string).collect();
@@ -216,14 +215,14 @@ async fn keeps_apart(state: &AppState, policy: &Policy) -> Result<(), ApiError> 
         let text = String::from_utf8(state.store.objects().read_whole(&suite.object).await?).unwrap_or_default();
         let parsed = Suite::parse(suite.kind, 1, &text);
         let parsed = parsed.map_err(|error| StoreError::Corrupt(format!("the suite {}: {error}", suite.pinned())))?;
-        let lines = lines_in_common(&parsed)?;
+        let lines = lines_in_common(&parsed);
         if !lines.is_empty() {
             return contradiction(format!("suites[{at}]"), &format!("the suite {named:?}"), &lines);
         }
     }
     for kind in Kind::ALL {
         let suite = Suite::built_in(kind).map_err(|error| StoreError::Corrupt(error.to_string()))?;
-        let lines = lines_in_common(&suite)?;
+        let lines = lines_in_common(&suite);
         if !lines.is_empty() {
             return contradiction("alignment_set".into(), &format!("the program's own suite {:?}", kind.as_str()), &lines);
         }
@@ -299,8 +298,8 @@ pub(crate) async fn release_quarantined(
     Ok(Json(released.map_err(|error| ApiError::of_one(error, "fine_tuning_job_id", &id))?.into()))
 }
 
-/// Discard an adapter that the safety gate keeps back: its files are gone for good. Its job, the report and the manifest stay; its
-/// checkpoints stay kept back until retention removes them.
+/// Discard an adapter that the safety gate keeps back, and the checkpoints of its job: the files are gone for good. The job, its report
+/// and its manifest stay.
 #[utoipa::path(
     delete, path = "/admin/quarantine/{fine_tuning_job_id}", operation_id = "discard_quarantined_adapter", tag = "admin",
     params(("fine_tuning_job_id" = String, Path, example = "ftjob-0192f3a4000070008000000000000001")),
