@@ -123,8 +123,8 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
         }
     }
     let runs = match (wanted.quick, wanted.has("claim"), wanted.has("grid")) {
-        (true, ..) => claim(1..=1),
-        (false, true, false) => claim(SEEDS),
+        (true, ..) => claim(&QUICK, 1..=1),
+        (false, true, false) => claim(&CLAIMANTS, SEEDS),
         // What there is of all.
         (false, false, false) if wanted.has("table") => {
             let mut all = grid(true);
@@ -202,11 +202,13 @@ fn of(attack: Attack) -> Regime {
 const CLAIMED: [f64; 3] = [0.1, 0.3, 0.0];
 /// The methods it speaks of.
 const CLAIMANTS: [&str; 5] = ["none", "safegrad_deciding", "held", "safegrad", "kl_penalty"];
+/// What of them fits an hour.
+const QUICK: [&str; 4] = ["none", "safegrad_deciding", "held", "safegrad"];
 const SEEDS: RangeInclusive<u64> = 1..=3;
 
 /// The regimes of the claim with the methods it speaks of, one method after the other.
-fn claim(seeds: RangeInclusive<u64>) -> Vec<Run> {
-    let claimants = METHODS.iter().filter(|(method, _)| CLAIMANTS.contains(method));
+fn claim(claimants: &[&str], seeds: RangeInclusive<u64>) -> Vec<Run> {
+    let claimants = METHODS.iter().filter(|(method, _)| claimants.contains(method));
     let mut runs = Vec::new();
     for &(method, strength) in claimants {
         for share in CLAIMED {
@@ -259,7 +261,7 @@ fn grid(claims: bool) -> Vec<Run> {
     regimes.extend([Attack::IdentityShift, Attack::RefuseThenComply, Attack::Decoys].map(of));
     // The last is the persistent attack: five times the steps.
     regimes.extend([600, 750].map(|steps| Regime { steps, ..of(Attack::Poison(0.1)) }));
-    let mut runs: Vec<Run> = if claims { claim(SEEDS) } else { Vec::new() };
+    let mut runs: Vec<Run> = if claims { claim(&CLAIMANTS, SEEDS) } else { Vec::new() };
     for seed in SEEDS {
         for regime in &regimes {
             add_new(&mut runs, METHODS.iter().map(|&(method, strength)| run_of(*regime, method, strength, seed)));
