@@ -191,7 +191,7 @@ pub async fn import_suite(args: &StoreArgs, file: &Path, name: &str, kind: Kind)
         Ok(suite)
     })
     .await?;
-    println!("{} requests are version {} of the suite {}", suite.request_count, suite.version, suite.name);
+    println!("imported {} of {} requests", suite.pinned(), suite.request_count);
     Ok(())
 }
 
@@ -211,6 +211,6 @@ pub async fn import_alignment(args: &StoreArgs, file: &Path, name: &str) -> Resu
         Ok(set)
     })
     .await?;
-    println!("{} rows are version {} of the alignment set {}", set.row_count, set.version, set.name);
+    println!("imported {}@{} of {} rows", set.name, set.version, set.row_count);
     Ok(())
 }

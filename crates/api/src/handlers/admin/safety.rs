@@ -197,9 +197,9 @@ async fn keeps_apart(state: &AppState, policy: &Policy) -> Result<(), ApiError> 
     let contradiction = |param: String, whose: &str, lines: &[u64]| {
         let shown: Vec<String> = lines.iter().take(10).map(u64::to_string).collect();
         let message = format!(
-            "{} rows of the alignment set {:?} ask what {whose} asks, and what models are trained on measures nothing (lines {}{}); take them out of one of the two and import it again",
-            lines.len(),
+            "in the alignment set {:?} {} what {whose} asks, and what models are trained on measures nothing (lines {}{}); take that out of one of the two and import it again",
             set.name,
+            if lines.len() == 1 { "a row asks".to_owned() } else { format!("{} rows ask", lines.len()) },
             shown.join(", "),
             if lines.len() > shown.len() { ", …" } else { "" }
         );
