@@ -12,9 +12,14 @@ const LONG_LEASE: Duration = Duration::from_secs(30);
 
 /// Creates a job that trains for some seconds, with a checkpoint every 20 steps.
 fn create_job(world: &World, name: &str) -> Result<String> {
+    create_job_with(world, name, &json!({}))
+}
+
+fn create_job_with(world: &World, name: &str, safety: &Value) -> Result<String> {
     let rows: String = (0..40).map(|i| format!("{}\n", ROW.replace("a film", &format!("film number {i} is one")))).collect();
     let file = world.upload(&rows, "rows")?;
-    let body = json!({"model": "base", "training_file": file, "hyperparameters": {"n_epochs": 30, "batch_size": 2, "lora_dropout": 0.1}});
+    let hyperparameters = json!({"n_epochs": 30, "batch_size": 2, "lora_dropout": 0.1});
+    let body = json!({"model": "base", "training_file": file, "hyperparameters": hyperparameters, "safety": safety});
     let job = world.call("POST", "/v1/fine_tuning/jobs", Some(&body), name)?;
     Ok(job["id"].as_str().context("no id")?.to_owned())
 }
@@ -161,5 +166,23 @@ fn a_database_that_is_away_for_less_than_a_lease_costs_no_attempt_and_the_api_sa
     assert_eq!(weights(&world, &job)?, calm);
     let steps = world.sql("select count(distinct s ->> 'step') from job_metrics m, jsonb_array_elements(m.steps) s")?;
     assert_eq!(steps, ["600"], "figures were lost");
+    Ok(())
+}
+
+#[test]
+fn a_database_that_is_away_while_a_model_is_asked_costs_no_attempt() -> Result<()> {
+    let mut world = World::start(1, LONG_LEASE)?;
+    let job = create_job_with(&world, "asked", &json!({"gate": true}))?;
+    wait_until(&world, &job, |job| job["phase"] == "evaluating")?;
+    let server = i32::try_from(world.postgres.id()).ok().and_then(Pid::from_raw).context("no Postgres")?;
+    let gone = Instant::now();
+    kill_process(server, Signal::QUIT)?;
+    while gone.elapsed() < LEASE / 2 {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    ensure!(world.postgres.revive()?, "Postgres had not ended");
+    ensure!(gone.elapsed() < LONG_LEASE / 2, "the gap was too long to show anything: {:?}", gone.elapsed());
+    let done = wait_until(&world, &job, has_succeeded)?;
+    assert_eq!(ends(&done), ["succeeded"], "{done}");
     Ok(())
 }
