@@ -170,8 +170,9 @@ mod tests {
         fn the_result_never_works_against_the_alignment((u, a) in vectors(), rho in 0.0_f64..4.0) {
             let merged = merge(&u, &a, Defense::Safegrad, rho);
             let align = gradient(&a);
-            let scale = merged.gradient.norm() * align.norm();
-            prop_assert!(merged.gradient.dot(&align) >= -1e-5 * scale);
+            // Of parallel vectors all that is left may be what rounding leaves of them.
+            let scale = (merged.gradient.norm() + gradient(&u).norm()) * align.norm();
+            prop_assert!(merged.gradient.dot(&align) >= -1e-6 * scale - 1e-6);
         }
 
         #[test]
@@ -199,7 +200,8 @@ mod tests {
         fn a_corrected_update_never_raises_the_alignment_loss((change, a) in vectors()) {
             let align = gradient(&a);
             let corrected = Gradient(without_increase(Tensor::from_slice(&change), &align));
-            prop_assert!(corrected.dot(&align) <= 1e-5 * corrected.norm() * align.norm() + 1e-6);
+            // Of parallel vectors all that is left is what rounding leaves of them.
+            prop_assert!(corrected.dot(&align) <= 1e-6 * gradient(&change).norm() * align.norm() + 1e-6);
         }
     }
 
