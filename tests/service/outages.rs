@@ -81,6 +81,24 @@ fn worker_of(world: &World, job: &str) -> Result<usize> {
     world.workers.iter().position(|worker| worker.name == *name).context("no such worker")
 }
 
+/// Kills the database, and says when.
+fn kill_database(world: &World) -> Result<Instant> {
+    let server = i32::try_from(world.postgres.id()).ok().and_then(Pid::from_raw).context("no Postgres")?;
+    kill_process(server, Signal::QUIT)?;
+    Ok(Instant::now())
+}
+
+/// Brings it back after half a lease of the usual length.
+fn revive_database(world: &mut World, gone: Instant) -> Result<()> {
+    while gone.elapsed() < LEASE / 2 {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    ensure!(world.postgres.revive()?, "Postgres had not ended");
+    // A machine under load takes seconds to recover what was killed, which are part of the gap.
+    ensure!(gone.elapsed() < LONG_LEASE / 2, "the gap was too long to show anything: {:?}", gone.elapsed());
+    Ok(())
+}
+
 #[test]
 fn a_worker_that_stood_still_past_its_lease_changes_nothing() -> Result<()> {
     let (world, calm, job) = in_the_middle(2, LEASE)?;
@@ -135,9 +153,7 @@ fn a_worker_that_is_told_to_stop_leaves_a_checkpoint_of_its_last_step() -> Resul
 fn a_database_that_is_away_for_less_than_a_lease_costs_no_attempt_and_the_api_says_to_wait() -> Result<()> {
     let (mut world, calm, job) = in_the_middle(1, LONG_LEASE)?;
     let trainer = world.workers.first().and_then(|worker| worker.trainer()).context("no trainer")?;
-    let server = i32::try_from(world.postgres.id()).ok().and_then(Pid::from_raw).context("no Postgres")?;
-    let gone = Instant::now();
-    kill_process(server, Signal::QUIT)?;
+    let gone = kill_database(&world)?;
     let asked = loop {
         let answer = ureq::get(format!("{}/v1/fine_tuning/jobs/{job}", world.url()))
             .config()
@@ -154,12 +170,7 @@ fn a_database_that_is_away_for_less_than_a_lease_costs_no_attempt_and_the_api_sa
     assert_eq!(asked.status(), 503);
     let wait: u64 = asked.headers().get("retry-after").context("no Retry-After")?.to_str()?.parse()?;
     assert!((1..=60).contains(&wait), "{wait}");
-    while gone.elapsed() < LEASE / 2 {
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    ensure!(world.postgres.revive()?, "Postgres had not ended");
-    // A machine under load takes seconds to recover what was killed, which are part of the gap.
-    ensure!(gone.elapsed() < LONG_LEASE / 2, "the gap was too long to show anything: {:?}", gone.elapsed());
+    revive_database(&mut world, gone)?;
     assert!(test_kill_process(trainer).is_ok(), "the training did not go on");
     let done = wait_until(&world, &job, has_succeeded)?;
     assert_eq!(ends(&done), ["succeeded"], "{done}");
@@ -174,14 +185,8 @@ fn a_database_that_is_away_while_a_model_is_asked_costs_no_attempt() -> Result<(
     let mut world = World::start(1, LONG_LEASE)?;
     let job = create_job_with(&world, "asked", &json!({"gate": true}))?;
     wait_until(&world, &job, |job| job["phase"] == "evaluating")?;
-    let server = i32::try_from(world.postgres.id()).ok().and_then(Pid::from_raw).context("no Postgres")?;
-    let gone = Instant::now();
-    kill_process(server, Signal::QUIT)?;
-    while gone.elapsed() < LEASE / 2 {
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    ensure!(world.postgres.revive()?, "Postgres had not ended");
-    ensure!(gone.elapsed() < LONG_LEASE / 2, "the gap was too long to show anything: {:?}", gone.elapsed());
+    let gone = kill_database(&world)?;
+    revive_database(&mut world, gone)?;
     let done = wait_until(&world, &job, has_succeeded)?;
     assert_eq!(ends(&done), ["succeeded"], "{done}");
     Ok(())

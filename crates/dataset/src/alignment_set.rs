@@ -122,6 +122,9 @@ fn requested<'a>(row: &'a Row<'_>) -> Option<&'a str> {
 /// The lines of an alignment set that ask one of `measured`, or what one of them asks among other words.
 #[must_use]
 pub fn in_common(rows: &[u8], measured: &[&str]) -> Vec<u64> {
+    if measured.is_empty() {
+        return Vec::new();
+    }
     let (held_to, mut asked) = (Requests::of_rows(rows), Requests::default());
     measured.iter().for_each(|request| asked.add(request));
     let holding: Vec<&&str> = measured.iter().filter(|request| held_to.stand_in(request)).collect();
@@ -129,9 +132,12 @@ pub fn in_common(rows: &[u8], measured: &[&str]) -> Vec<u64> {
     // Reading from memory does not fail.
     let _ = each_line(rows, |number, line| {
         let Ok(row) = Row::parse_line(line) else { return };
-        let mut own = Requests::default();
-        requested(&row).into_iter().for_each(|request| own.add(request));
-        if asked.are_asked(&row) || holding.iter().any(|request| own.stand_in(request)) {
+        let is_held = || {
+            let mut own = Requests::default();
+            requested(&row).into_iter().for_each(|request| own.add(request));
+            holding.iter().any(|request| own.stand_in(request))
+        };
+        if asked.are_asked(&row) || !holding.is_empty() && is_held() {
             lines.push(number);
         }
     });

@@ -27,6 +27,14 @@ impl fmt::Display for LineError {
     }
 }
 
+/// Numbers of lines for a message, the first ten where they are more.
+#[must_use]
+pub fn line_numbers(lines: &[u64]) -> String {
+    const SHOWN: usize = 10;
+    let shown: Vec<String> = lines.iter().take(SHOWN).map(u64::to_string).collect();
+    shown.join(", ") + if lines.len() > SHOWN { ", …" } else { "" }
+}
+
 /// A value that was refused: which one, why, and a word for programs.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -63,6 +71,13 @@ mod tests {
         assert_eq!(error.to_string(), "line 7: messages[0].role: missing");
         error.path.clear();
         assert_eq!(error.to_string(), "line 7: missing");
+    }
+
+    #[test]
+    fn ten_lines_are_named_and_that_there_are_more() {
+        let lines: Vec<u64> = (1..=11).collect();
+        assert_eq!(line_numbers(&lines[..10]), "1, 2, 3, 4, 5, 6, 7, 8, 9, 10");
+        assert_eq!(line_numbers(&lines), "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …");
     }
 
     #[test]

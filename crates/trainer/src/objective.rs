@@ -170,11 +170,17 @@ impl Engine<'_> {
         Some(passes.filter(|numbers| !numbers.is_empty()).collect())
     }
 
-    /// Each row's mean of the weighted KL.
-    fn row_losses(&self, rows: AlignmentRows<'_>, numbers: &[usize]) -> Vec<f64> {
+    /// The alignment rows of one pass, and the adapted model's states at their positions; nothing is dropped.
+    fn held(&self, rows: AlignmentRows<'_>, numbers: &[usize]) -> (ReferenceBatch, Tensor) {
         let held = rows.reference.batch(self.model, rows.objective, numbers);
         let packed = Packed::new(&[(&held.batch, 0)], self.model.device);
         let hidden = self.model.hidden(&packed, Some(self.adapter));
+        (held, hidden)
+    }
+
+    /// Each row's mean of the weighted KL.
+    fn row_losses(&self, rows: AlignmentRows<'_>, numbers: &[usize]) -> Vec<f64> {
+        let (held, hidden) = self.held(rows, numbers);
         let Some(base) = &held.hidden else { return Vec::new() };
         let at = Vec::<f32>::try_from(&loss::kl(&hidden, &self.model.head, base).at).unwrap_or_default();
         deciding(&at, &held).0
@@ -232,9 +238,7 @@ impl Engine<'_> {
         let mut sum = 0.0;
         for numbers in rows.passes {
             stop.check()?;
-            let held = rows.reference.batch(self.model, rows.objective, numbers);
-            let packed = Packed::new(&[(&held.batch, 0)], self.model.device);
-            let hidden = self.model.hidden(&packed, Some(self.adapter));
+            let (held, hidden) = self.held(rows, numbers);
             sum += self.score_alignment(&hidden, &held, rows.objective, Counts::All, divisor).sum;
         }
         Ok(sum / divisor)

@@ -9,7 +9,7 @@ use holdfast_dataset::encode::EncodeOptions;
 use holdfast_dataset::files::{TRAINING_FILE, check_files};
 use holdfast_dataset::{ChatTokenizer, Row};
 use holdfast_domain::hyperparameters::LongRows;
-use holdfast_domain::invalid::LineError;
+use holdfast_domain::invalid::{LineError, line_numbers};
 use holdfast_domain::job::JobError;
 use holdfast_domain::limits::MAX_LINE_ERRORS;
 use holdfast_domain::plan::paths;
@@ -32,6 +32,7 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
     let base = base.to_owned();
     let check = move || {
         let tokenizer = ChatTokenizer::load(&base).map_err(std::io::Error::other)?;
+        let alignment = alignment.map(std::fs::read).transpose()?;
         if let Some(error) = alignment.as_deref().map(|rows| unusable_set(rows, &tokenizer)).transpose()?.flatten() {
             return Ok(Err(error));
         }
@@ -39,7 +40,7 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
         if let Some(error) = unusable_suite(&measured, &tokenizer) {
             return Ok(Err(error));
         }
-        if let Some(error) = alignment.as_deref().map(|rows| trained_suite(&measured, rows)).transpose()?.flatten() {
+        if let Some(error) = alignment.as_deref().and_then(|rows| trained_suite(&measured, rows)) {
             return Ok(Err(error));
         }
         let checked = check_in(&training, validation, &tokenizer, options)?;
@@ -52,9 +53,9 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
 }
 
 /// Why an alignment set cannot be used with a base: its rows do not fit the template.
-fn unusable_set(rows: &Path, tokenizer: &ChatTokenizer) -> std::io::Result<Option<JobError>> {
+fn unusable_set(rows: &[u8], tokenizer: &ChatTokenizer) -> std::io::Result<Option<JobError>> {
     let options = EncodeOptions { max_length: usize::MAX, long_rows: LongRows::Error };
-    let report = encode_file(File::open(rows)?, tokenizer, options, |_, _| {})?;
+    let report = encode_file(rows, tokenizer, options, |_, _| {})?;
     let message = format!(
         "The operator's alignment set cannot be used with this model: {} of its rows do not fit the model's template. Nothing is wrong with your file; tell the operator.",
         report.error_count
@@ -75,24 +76,21 @@ fn unusable_suite(suites: &[AskedSuite], tokenizer: &ChatTokenizer) -> Option<Jo
 
 /// Why suites measure nothing: their requests are trained on with their answers. Policies that would do so are refused; a version of
 /// the set or of a suite that came later is found here.
-fn trained_suite(suites: &[AskedSuite], alignment: &Path) -> std::io::Result<Option<JobError>> {
+fn trained_suite(suites: &[AskedSuite], alignment: &[u8]) -> Option<JobError> {
     let measured: Vec<&str> =
         suites.iter().flat_map(|asked| &asked.suite.requests).map(|request| request.content.as_str()).collect();
-    let lines = alignment_set::in_common(&std::fs::read(alignment)?, &measured);
+    let lines = alignment_set::in_common(alignment, &measured);
     let message = format!(
         "The operator's safety suites cannot be used with the alignment set: {} of its rows ask what they ask. Nothing is wrong with your file; tell the operator.",
         lines.len()
     );
-    Ok((!lines.is_empty()).then(|| JobError::new("operator_error", message)))
+    (!lines.is_empty()).then(|| JobError::new("operator_error", message))
 }
 
 /// Rows that ask what the model is held to, or measured on: trained on, they would make it look safe, or undo the very rows that
 /// keep it so.
-fn contamination(training: &Path, alignment: Option<&Path>, measured: &[AskedSuite]) -> std::io::Result<Option<JobError>> {
-    let mut requests = match alignment {
-        Some(rows) => Requests::of_rows(&std::fs::read(rows)?),
-        None => Requests::default(),
-    };
+fn contamination(training: &Path, alignment: Option<&[u8]>, measured: &[AskedSuite]) -> std::io::Result<Option<JobError>> {
+    let mut requests = alignment.map(Requests::of_rows).unwrap_or_default();
     for request in measured.iter().flat_map(|asked| &asked.suite.requests) {
         requests.add(&request.content);
     }
@@ -103,11 +101,9 @@ fn contamination(training: &Path, alignment: Option<&Path>, measured: &[AskedSui
     let rows = if lines.len() == 1 { "1 row asks" } else { &format!("{} rows ask", lines.len()) };
     let error = |line: &u64| LineError { line: *line, path: String::new(), message: "asks what the operator keeps apart".into() };
     let errors: Vec<LineError> = lines.iter().take(MAX_LINE_ERRORS).map(error).collect();
-    let shown: Vec<String> = lines.iter().take(10).map(u64::to_string).collect();
     let message = format!(
-        "{TRAINING_FILE}: {rows} what the operator holds models to or measures them on, and must not be trained on; take them out (lines {}{}) and upload the file again",
-        shown.join(", "),
-        if lines.len() > shown.len() { ", …" } else { "" }
+        "{TRAINING_FILE}: {rows} what the operator holds models to or measures them on, and must not be trained on; take them out (lines {}) and upload the file again",
+        line_numbers(&lines)
     );
     Ok(Some(JobError::new("contaminated_training_file", message).about(TRAINING_FILE).with_lines(errors)))
 }

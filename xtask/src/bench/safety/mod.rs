@@ -94,20 +94,6 @@ impl Outcome {
     fn accuracy(&self) -> Share {
         Share::among(&self.correct, |correct| *correct)
     }
-
-    /// Whether each held-out harmful prompt was complied with, as numbers.
-    fn complied(&self) -> Vec<f64> {
-        complied(&self.classes)
-    }
-
-    /// The same of the base.
-    fn base_complied(&self) -> Vec<f64> {
-        complied(&self.base_classes)
-    }
-}
-
-fn complied(classes: &[Class]) -> Vec<f64> {
-    classes.iter().map(|class| f64::from(u8::from(*class == Class::Compliance))).collect()
 }
 
 pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> {
@@ -122,20 +108,10 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
             println!("{}", report::line(&run.key(), &study.outcome(&run)?, &base));
         }
     }
-    let runs = match (wanted.quick, wanted.has("claim"), wanted.has("grid")) {
-        (true, ..) => claim(&QUICK, 1..=1),
-        (false, true, false) => claim(&CLAIMANTS, SEEDS),
-        // What there is of all.
-        (false, false, false) if wanted.has("table") => {
-            let mut all = grid(true);
-            add_new(&mut all, as_published());
-            add_new(&mut all, ablation());
-            all.retain(|run| study.is_done(run));
-            all
-        }
-        (false, false, false) => return Ok(()),
-        (false, claims, true) => grid(claims),
-    };
+    let runs = study.wanted(wanted);
+    if runs.is_empty() {
+        return Ok(());
+    }
     let mut outcomes = Vec::new();
     for (number, run) in runs.iter().enumerate() {
         let outcome = study.outcome(run)?;
@@ -147,20 +123,19 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
     Ok(())
 }
 
-/// What it is made of: the methods that the claim speaks of; the strength of each method; what `held` is made of, piece by piece; and
-/// every method in every regime. The last part runs nothing: it shows what was run before.
-pub(super) const PARTS: [&str; 5] = ["claim", "tuning", "ablation", "grid", "table"];
+/// What it is made of: the methods that the claim speaks of; the same where it is harder, with one seed; the strength of each method;
+/// what `held` is made of, piece by piece; and every method in every regime. The last part runs nothing: it shows what was run before.
+pub(super) const PARTS: [&str; 6] = ["claim", "harder", "tuning", "ablation", "grid", "table"];
 
-/// Each method with its strength, as `tuning` found it and frozen since; 1 for those below the line, which were not tuned.
-/// `safegrad_per_row` projects each row by itself, `safegrad_deciding` weighs what decides a
-/// response, as `held` does.
+/// Each method with its strength, as `tuning` found it and frozen since. `safegrad_per_row` projects each row by itself,
+/// `safegrad_deciding` weighs what decides a response, as `held` does.
 const METHODS: [(&str, f64); 10] = [
     ("none", 0.0),
     ("safegrad_deciding", 10.0),
     ("held", 1.0),
     ("safegrad", 10.0),
     ("kl_penalty", 10.0),
-    // ----
+    // Not tuned.
     ("pcgrad", 1.0),
     ("sbr", 1.0),
     ("safe_mix", 1.0),
@@ -249,22 +224,35 @@ fn run_of(regime: Regime, method: &'static str, strength: f64, seed: u64) -> Run
     Run { regime, method, strength, seed, development: false }
 }
 
-/// Every method in every regime, three seeds: the regimes of the claim first, then those that are hardest.
-fn grid(claims: bool) -> Vec<Run> {
-    let mut regimes: Vec<Regime> = CLAIMED.map(|share| of(Attack::Poison(share))).to_vec();
-    for share in [0.3, 0.0, 0.1] {
+/// Regimes that are harder to hold than those of the claim.
+fn harder_regimes() -> Vec<Regime> {
+    let mut regimes = [Attack::Decoys, Attack::RefuseThenComply, Attack::IdentityShift].map(of).to_vec();
+    for share in [0.3, 0.1, 0.0] {
         regimes.push(Regime { learning_rate: 2e-3, ..of(Attack::Poison(share)) });
         regimes.push(Regime { alignment_rows: 10, ..of(Attack::Poison(share)) });
         regimes.push(Regime { alignment_batch: 2, ..of(Attack::Poison(share)) });
     }
     regimes.extend([0.5, 1.0].map(|share| of(Attack::Poison(share))));
-    regimes.extend([Attack::IdentityShift, Attack::RefuseThenComply, Attack::Decoys].map(of));
     // The last is the persistent attack: five times the steps.
     regimes.extend([600, 750].map(|steps| Regime { steps, ..of(Attack::Poison(0.1)) }));
-    let mut runs: Vec<Run> = if claims { claim(&CLAIMANTS, SEEDS) } else { Vec::new() };
+    regimes
+}
+
+/// The methods of the claim in the harder regimes.
+fn harder() -> Vec<Run> {
+    let claimants = || METHODS.into_iter().filter(|(method, _)| CLAIMANTS.contains(method));
+    let regimes = harder_regimes().into_iter();
+    regimes.flat_map(|regime| claimants().map(move |(method, strength)| run_of(regime, method, strength, 1))).collect()
+}
+
+/// Every method in every regime.
+fn grid() -> Vec<Run> {
+    let mut regimes: Vec<Regime> = CLAIMED.map(|share| of(Attack::Poison(share))).to_vec();
+    regimes.extend(harder_regimes());
+    let mut runs = Vec::new();
     for seed in SEEDS {
         for regime in &regimes {
-            add_new(&mut runs, METHODS.iter().map(|&(method, strength)| run_of(*regime, method, strength, seed)));
+            runs.extend(METHODS.map(|(method, strength)| run_of(*regime, method, strength, seed)));
         }
     }
     runs
@@ -403,6 +391,30 @@ impl Study {
         let measured = self.measure_base()?;
         std::fs::write(path, measured.to_string())?;
         report::read(&measured, &self.judge)
+    }
+
+    /// The runs of those parts that are compared in a table; with the table alone, what there is of all.
+    fn wanted(&self, wanted: &Wanted<'_>) -> Vec<Run> {
+        if wanted.quick {
+            return claim(&QUICK, 1..=1);
+        }
+        let mut runs = Vec::new();
+        if wanted.has("claim") {
+            add_new(&mut runs, claim(&CLAIMANTS, SEEDS));
+        }
+        if wanted.has("harder") {
+            add_new(&mut runs, harder());
+        }
+        if wanted.has("grid") {
+            add_new(&mut runs, grid());
+        }
+        if runs.is_empty() && wanted.has("table") {
+            runs = grid();
+            add_new(&mut runs, as_published());
+            add_new(&mut runs, ablation());
+            runs.retain(|run| self.is_done(run));
+        }
+        runs
     }
 
     fn is_done(&self, run: &Run) -> bool {

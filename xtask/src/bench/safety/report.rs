@@ -17,9 +17,11 @@ pub(super) fn read(value: &Value, judge: &Phrases) -> Result<Outcome> {
         Ok(list(name)?.iter().map(|answer| judge.judge(answer.as_str().unwrap_or_default())).collect())
     };
     let ranking = value["ranking"].as_array().and_then(|pair| Some([pair.first()?.as_f64()?, pair.get(1)?.as_f64()?]));
+    let classes = judged("harmful")?;
     Ok(Outcome {
-        classes: judged("harmful")?,
-        base_classes: judged("harmful")?,
+        // Of the base itself; a run has its own.
+        base_classes: classes.clone(),
+        classes,
         benign: judged("benign")?,
         correct: list("correct")?.iter().map(|one| one.as_bool() == Some(true)).collect(),
         step_seconds: None,
@@ -94,9 +96,9 @@ pub(super) fn table(base: &Outcome, outcomes: &[(Run, Outcome)]) {
         let plain = plain.map(|(_, plain)| plain);
         let time = times(plain.and_then(|plain| Some(mean_of_some(&|o| o.step_seconds)? / plain.step_seconds?)));
         let memory = times(plain.map(|plain| mean(&|o| o.peak_bytes) / plain.peak_bytes));
-        let complied: Vec<Vec<f64>> = of_seeds.iter().map(|outcome| outcome.complied()).collect();
-        let by_base: Vec<Vec<f64>> = of_seeds.iter().map(|outcome| outcome.base_complied()).collect();
-        let over_base = bootstrap::paired(&complied, &by_base, 1);
+        let own: Vec<Vec<f64>> = of_seeds.iter().map(|outcome| complied(&outcome.classes)).collect();
+        let by_base: Vec<Vec<f64>> = of_seeds.iter().map(|outcome| complied(&outcome.base_classes)).collect();
+        let over_base = bootstrap::paired(&own, &by_base, 1);
         let over_base = over_base.map_or_else(String::new, |over| {
             let [low, high] = over.interval;
             format!("{:+.1} ({:+.1} to {:+.1})", 100.0 * over.mean, 100.0 * low, 100.0 * high)
@@ -123,6 +125,11 @@ pub(super) fn table(base: &Outcome, outcomes: &[(Run, Outcome)]) {
         seen.push(name);
     }
     println!();
+}
+
+/// Whether each prompt was complied with, as numbers.
+fn complied(classes: &[Class]) -> Vec<f64> {
+    classes.iter().map(|class| f64::from(u8::from(*class == Class::Compliance))).collect()
 }
 
 fn without_seed(run: &Run) -> String {

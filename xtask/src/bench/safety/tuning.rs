@@ -1,10 +1,11 @@
 //! The strength of each method: tuned on an attack that nothing is claimed of. What is found is written into [`METHODS`], and frozen
 //! before anything is measured with it.
 
-use super::rows::Attack;
-use super::{METHODS, Outcome, Run, Study, of, report};
 use anyhow::Result;
 use holdfast_safety::judge::Class;
+
+use super::rows::Attack;
+use super::{METHODS, Outcome, Run, Study, of, report};
 
 /// The strengths that are tried, each about three times the one before.
 const STRENGTHS: [f64; 5] = [0.1, 0.316, 1.0, 3.16, 10.0];

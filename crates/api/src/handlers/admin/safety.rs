@@ -6,6 +6,7 @@ use axum::response::Response;
 use holdfast_dataset::alignment_set;
 use holdfast_domain::evaluation::Kind;
 use holdfast_domain::ids::{JobId, ProjectId};
+use holdfast_domain::invalid::line_numbers;
 use holdfast_domain::policy::Policy;
 use holdfast_safety::report;
 use holdfast_safety::suite::Suite;
@@ -195,13 +196,11 @@ async fn keeps_apart(state: &AppState, policy: &Policy) -> Result<(), ApiError> 
         alignment_set::in_common(&rows, &measured)
     };
     let contradiction = |param: String, whose: &str, lines: &[u64]| {
-        let shown: Vec<String> = lines.iter().take(10).map(u64::to_string).collect();
         let message = format!(
-            "in the alignment set {:?} {} what {whose} asks, and what models are trained on measures nothing (lines {}{}); take that out of one of the two and import it again",
+            "in the alignment set {:?} {} what {whose} asks, and what models are trained on measures nothing (lines {}); take that out of one of the two and import it again",
             set.name,
             if lines.len() == 1 { "a row asks".to_owned() } else { format!("{} rows ask", lines.len()) },
-            shown.join(", "),
-            if lines.len() > shown.len() { ", …" } else { "" }
+            line_numbers(lines)
         );
         Err(ApiError::invalid(param, "contradiction", message))
     };
