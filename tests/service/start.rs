@@ -60,8 +60,24 @@ fn a_store_that_holds_nothing_of_what_the_database_names_is_not_taken_into_use()
 fn a_database_that_does_not_answer_is_named_with_its_setting() -> Result<()> {
     let app = TestApp::start()?;
     let data = tempfile::tempdir()?;
-    let said = refusal(migrate(&app, &data, "/tmp")?.env("DATABASE_URL", "postgres://127.0.0.1:1/nothing"))?;
+    let store = data.path().join("objects").to_string_lossy().into_owned();
+    let said = refusal(migrate(&app, &data, &store)?.env("DATABASE_URL", "postgres://127.0.0.1:1/nothing"))?;
     assert!(said.contains("DATABASE_URL"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn a_folder_is_closed_to_others_unless_it_holds_what_is_not_the_service_s() -> Result<()> {
+    let app = TestApp::start()?;
+    let (data, foreign) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    std::fs::write(foreign.path().join("letter.txt"), "of somebody else")?;
+    std::fs::set_permissions(foreign.path(), std::fs::Permissions::from_mode(0o755))?;
+    let mode_after = |folder: &Path| -> Result<u32> {
+        migrate(&app, &data, &folder.to_string_lossy())?.env("DATABASE_URL", "postgres://127.0.0.1:1/nothing").output()?;
+        Ok(std::fs::metadata(folder)?.permissions().mode() & 0o777)
+    };
+    assert_eq!(mode_after(&data.path().join("objects"))?, 0o700);
+    assert_eq!(mode_after(foreign.path())?, 0o755);
     Ok(())
 }
 

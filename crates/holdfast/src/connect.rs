@@ -109,7 +109,7 @@ async fn start(args: &StoreArgs) -> Result<Connection> {
 async fn open(args: &StoreArgs, database_url: &str) -> Result<Store> {
     let location = ObjectLocation::from_env(object_store(args));
     if let Some(folder) = location.folder().with_context(|| unusable(args))? {
-        make_folder(folder).and_then(|()| keep_private(folder)).with_context(|| unusable(args))?;
+        make_private(folder).with_context(|| unusable(args))?;
     }
     let store = Store::connect(database_url, &location).await.map_err(|error| match error {
         StoreError::Objects(_) | StoreError::Io(_) => anyhow::Error::new(error).context(unusable(args)),
@@ -146,8 +146,14 @@ fn make_folder(folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))
 }
 
-/// Tenants' rows are in it: nobody but the service may look inside.
-fn keep_private(folder: &Path) -> Result<()> {
+/// Makes a folder that nobody but the service may look into: tenants' rows will be in it. One that holds something already was closed when
+/// it was taken into use, or is not ours to close: a name that was mistaken must not shut a whole machine out of its `/tmp`.
+fn make_private(folder: &Path) -> Result<()> {
+    make_folder(folder)?;
+    let mut inside = folder.read_dir().with_context(|| format!("cannot read {}", folder.display()))?;
+    if inside.next().is_some() {
+        return Ok(());
+    }
     let closed = std::fs::Permissions::from_mode(0o700);
     std::fs::set_permissions(folder, closed).with_context(|| format!("cannot close {} to others", folder.display()))
 }
