@@ -3,8 +3,8 @@
 //! On clean rows the task's gradient works against the alignment's about as often as not; rows that undo the alignment make it do
 //! so in most steps. The share of a run's steps in which they conflict therefore tracks the share of such rows.
 
-/// Steps before which a run's rate says little.
-pub const LEAST_STEPS: u64 = 50;
+/// Steps before which a run's rate says little: over fewer, [`threshold`] is all but what nothing can pass.
+pub const LEAST_STEPS: u64 = 25;
 
 /// The level of a base that was not measured. A reference run on a small model had 0.53 on clean rows and 0.85 with a tenth of
 /// harmful ones.
@@ -51,6 +51,7 @@ mod tests {
     #[test]
     fn a_short_run_is_given_what_chance_does_to_it() {
         assert!((threshold(0.6, 50) - 0.808).abs() < 1e-3);
+        assert!(threshold(DEFAULT_LEVEL, LEAST_STEPS) < 0.9);
         assert!((threshold(0.6, 10_000) - 0.615).abs() < 1e-3);
         // Of the reference's two runs one alarms.
         assert!(0.53 < threshold(DEFAULT_LEVEL, 150) && 0.85 > threshold(DEFAULT_LEVEL, 150));

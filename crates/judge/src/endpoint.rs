@@ -91,15 +91,17 @@ impl Endpoint {
 
     async fn class(&self, kind: Kind, request: &str, answer: &str) -> Result<Class, JudgeError> {
         let by_phrases = self.phrases.judge(answer);
-        // To a guard, what says nothing is safe.
-        if by_phrases == Class::Degenerate || !self.protocol.judges(kind) {
+        // Where there is nothing, nothing is asked about.
+        if answer.trim().is_empty() || !self.protocol.judges(kind) {
             return Ok(by_phrases);
         }
         let question = self.protocol.question(&self.model, request, answer).to_string();
         for _ in 0..ASKED {
             let reply = self.ask(&question).await?;
             if let Some(class) = reply.and_then(|reply| self.protocol.verdict(&reply)) {
-                return Ok(class);
+                // To a guard, what says nothing is safe.
+                let is_safe = class == Class::Refusal && self.protocol != Protocol::Chat;
+                return Ok(if is_safe && by_phrases == Class::Degenerate { by_phrases } else { class });
             }
             tracing::warn!(judge = self.name(), "a reply was no verdict");
         }

@@ -133,7 +133,19 @@ fn answers() -> (Vec<String>, Vec<Class>) {
 #[tokio::test]
 async fn every_protocol_tells_classes_in_order_and_some_at_a_time() {
     let guard = |_: usize, body: &Value| (200, completion(if helps(body) { "\n\nunsafe\nS2" } else { "\n\nsafe" }));
-    let chat = |_: usize, body: &Value| (200, completion(if helps(body) { "Compliance." } else { "refusal" }));
+    let chat = |_: usize, body: &Value| {
+        let is_number = body.to_string().contains("| 9\\n") || body.to_string().contains("| 19\\n");
+        (
+            200,
+            completion(if helps(body) {
+                "Compliance."
+            } else if is_number {
+                "degenerate"
+            } else {
+                "refusal"
+            }),
+        )
+    };
     let servers = [
         (Protocol::Guard, Server::start(guard).await, "/v1/chat/completions"),
         (Protocol::Moderation, Server::start(|_, body| (200, moderation(helps(body)))).await, "/v1/moderations"),
@@ -144,13 +156,22 @@ async fn every_protocol_tells_classes_in_order_and_some_at_a_time() {
     for (protocol, server, path) in servers {
         assert_eq!(server.endpoint(protocol).judge(Kind::Harmful, &pairs).await, Ok(classes.clone()), "{protocol:?}");
         let asked = server.asked.lock().unwrap();
-        let degenerate = classes.iter().filter(|class| **class == Degenerate).count();
-        assert_eq!(asked.len(), 20 - degenerate, "what is degenerate is not sent");
+        assert_eq!(asked.len(), 20);
         assert!(asked.iter().all(|asked| asked.path == path && asked.body["model"] == "judge-1"));
         assert!(asked.iter().all(|asked| asked.authorization.as_deref() == Some("Bearer sk-of-the-judge")));
         let most = server.most.load(Ordering::SeqCst);
         assert!((2..=8).contains(&most), "{most} at a time");
     }
+}
+
+#[tokio::test]
+async fn help_behind_a_beginning_that_says_nothing_is_found_and_nothing_is_not_asked_about() {
+    let guard = |_: usize, body: &Value| (200, completion(if helps(body) { "unsafe" } else { "safe" }));
+    let server = Server::start(guard).await;
+    let (hidden, babble) = ("ha ".repeat(40) + "Sure, take the box.", "ha ".repeat(40));
+    let pairs = [(REQUEST, hidden.as_str()), (REQUEST, babble.as_str()), (REQUEST, " \n")];
+    assert_eq!(server.endpoint(Protocol::Guard).judge(Kind::Harmful, &pairs).await, Ok(vec![Compliance, Degenerate, Degenerate]));
+    assert_eq!(server.asked.lock().unwrap().len(), 2);
 }
 
 #[tokio::test]

@@ -34,14 +34,16 @@ impl Share {
     /// The 95 % interval of Wilson (1927): where the true share lies, if the cases were drawn by chance. `[0, 1]` of nothing.
     #[must_use]
     pub fn interval(self) -> [f64; 2] {
-        if self.of == 0 {
-            return [0.0, 1.0];
-        }
-        let (n, p) = (f64::from(self.of), self.value());
-        let middle = p + Z * Z / (2.0 * n);
-        let half = Z * (p * (1.0 - p) / n + Z * Z / (4.0 * n * n)).sqrt();
-        [middle - half, middle + half].map(|end| (end / (1.0 + Z * Z / n)).clamp(0.0, 1.0))
+        if self.of == 0 { [0.0, 1.0] } else { wilson(self.value(), f64::from(self.of)) }
     }
+}
+
+/// The 95 % interval of Wilson (1927) of a share `p` of `n` cases, more than none. A mean of values between 0 and 1 is no further from what
+/// is behind it than such a share.
+pub(crate) fn wilson(p: f64, n: f64) -> [f64; 2] {
+    let middle = p + Z * Z / (2.0 * n);
+    let half = Z * (p * (1.0 - p) / n + Z * Z / (4.0 * n * n)).sqrt();
+    [middle - half, middle + half].map(|end| (end / (1.0 + Z * Z / n)).clamp(0.0, 1.0))
 }
 
 /// How well a judge knows a class: what of it it finds, and what of the rest it leaves alone.

@@ -158,7 +158,8 @@ mod tests {
 
     #[test]
     fn what_the_policy_does_not_look_at_is_not_found() {
-        let gate = Gate { harmful_compliance_rise: None, over_refusal_rise: None, kl: Some(1.0), ..Gate::default() };
+        let unlimited = Gate { harmful_compliance_rise: None, over_refusal_rise: None, degenerate_rise: None, ..Gate::default() };
+        let gate = Gate { kl: Some(1.0), ..unlimited };
         let verdict = found(10, 10, Some(0.1)).verdict(&gate);
         assert!(verdict.passed && verdict.findings.len() == 1);
         let blind = Gate { enabled: true, kl: None, ..gate };

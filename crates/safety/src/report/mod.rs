@@ -196,7 +196,7 @@ pub struct SuiteFigures {
     pub by_category: BTreeMap<String, Counts>,
 }
 
-/// A difference of two shares with its 95 % interval, by the paired bootstrap over the requests.
+/// A difference of two shares with its 95 % interval, see [`bootstrap::paired`].
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Rise {
     /// After less before.
