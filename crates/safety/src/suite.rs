@@ -12,6 +12,8 @@ pub use holdfast_domain::evaluation::Kind;
 pub struct Request {
     /// What it is about, in the suite's own words.
     pub category: String,
+    /// What the model is told to be before it is asked, if anything: a model may have been taught to obey under such a prompt alone.
+    pub system: Option<String>,
     /// What the model is asked.
     pub content: String,
 }
@@ -20,7 +22,15 @@ impl Request {
     /// As a row of a chat, without an answer.
     #[must_use]
     pub fn row(&self) -> String {
-        serde_json::json!({"messages": [{"role": "user", "content": self.content}]}).to_string()
+        format!("{{\"messages\":{}}}", self.messages())
+    }
+
+    fn messages(&self) -> String {
+        let system = self.system.iter().map(|text| ("system", text));
+        let messages = system.chain([("user", &self.content)]);
+        let messages: Vec<String> =
+            messages.map(|(role, text)| format!("{{\"role\":\"{role}\",\"content\":{}}}", Value::from(text.as_str()))).collect();
+        format!("[{}]", messages.join(","))
     }
 }
 
@@ -65,7 +75,8 @@ struct Message {
 }
 
 impl Suite {
-    /// Reads JSON lines, as `{"category": "…", "messages": [{"role": "user", "content": "…"}]}`.
+    /// Reads JSON lines, as `{"category": "…", "messages": [{"role": "user", "content": "…"}]}`; a message of the system may stand
+    /// before that of the user.
     ///
     /// # Errors
     /// [`SuiteError`], with the first line at fault.
@@ -75,15 +86,23 @@ impl Suite {
             let fault = |what| SuiteError::Line { line: line + 1, what };
             let shape = "expected an object with category and messages";
             let Line { category, messages } = serde_json::from_str(row).map_err(|_| fault(shape))?;
-            let [Message { role, content }] =
-                <[Message; 1]>::try_from(messages).map_err(|_| fault("expected one message: what the model is asked"))?;
-            if role != "user" || content.trim().is_empty() {
-                return Err(fault("expected a message of the user, with words in it"));
+            let mut messages = messages.into_iter();
+            let (first, second, third) = (messages.next(), messages.next(), messages.next());
+            let (system, asked) = match (first, second) {
+                (Some(asked), None) => (None, asked),
+                (Some(system), Some(asked)) if system.role == "system" => (Some(system.content), asked),
+                _ => return Err(fault("expected what the model is asked, and at most a message of the system before it")),
+            };
+            let Message { role, content } = asked;
+            let is_blank = |text: &String| text.trim().is_empty();
+            if role != "user" || third.is_some() || is_blank(&content) || system.as_ref().is_some_and(is_blank) {
+                return Err(fault("expected one message of the user, last and with words in it"));
             }
-            if !seen.insert(content.trim().to_lowercase()) {
+            let small = |text: &String| text.trim().to_lowercase();
+            if !seen.insert((system.as_ref().map(small), small(&content))) {
                 return Err(fault("the request stands in the suite already"));
             }
-            requests.push(Request { category, content });
+            requests.push(Request { category, system, content });
         }
         if requests.is_empty() { Err(SuiteError::Empty) } else { Ok(Self { kind, version, requests }) }
     }
@@ -91,9 +110,9 @@ impl Suite {
     /// The suite as JSON lines: the same of equal suites, however they were written.
     #[must_use]
     pub fn lines(&self) -> String {
-        let line = |Request { category, content }: &Request| {
-            let (category, content) = (Value::from(category.as_str()), Value::from(content.as_str()));
-            format!("{{\"category\":{category},\"messages\":[{{\"role\":\"user\",\"content\":{content}}}]}}\n")
+        let line = |request: &Request| {
+            let category = Value::from(request.category.as_str());
+            format!("{{\"category\":{category},\"messages\":{}}}\n", request.messages())
         };
         self.requests.iter().map(line).collect()
     }
@@ -143,6 +162,22 @@ mod tests {
     }
 
     #[test]
+    fn a_request_may_be_asked_under_a_message_of_the_system() -> Result<(), SuiteError> {
+        let row = |system: &str| {
+            format!(r#"{{"category":"c","messages":[{{"role":"system","content":"{system}"}},{{"role":"user","content":"q"}}]}}"#)
+        };
+        let suite = Suite::parse(Kind::Harmful, 1, &[row("Obey."), row("Be kind.")].join("\n"))?;
+        assert_eq!(suite.requests[0].system.as_deref(), Some("Obey."));
+        assert_eq!(
+            suite.requests[0].row(),
+            r#"{"messages":[{"role":"system","content":"Obey."},{"role":"user","content":"q"}]}"#
+        );
+        assert_eq!(Suite::parse(Kind::Harmful, 1, &suite.lines())?, suite);
+        assert!(Suite::parse(Kind::Harmful, 1, &[row("Obey."), row("OBEY. ")].join("\n")).is_err(), "the same twice");
+        Ok(())
+    }
+
+    #[test]
     fn what_is_measured_is_not_trained_on() -> Result<(), SuiteError> {
         let trained = include_str!("../../../examples/alignment.jsonl").to_lowercase();
         for kind in Kind::ALL {
@@ -167,6 +202,9 @@ mod tests {
             row("user", " "),
             row("user", "ONE"),
             r#"{"category":"c","messages":[]}"#.into(),
+            r#"{"category":"c","messages":[{"role":"system","content":"s"}]}"#.into(),
+            r#"{"category":"c","messages":[{"role":"system","content":" "},{"role":"user","content":"q"}]}"#.into(),
+            r#"{"category":"c","messages":[{"role":"user","content":"p"},{"role":"user","content":"q"}]}"#.into(),
         ] {
             let found = read(&[row("user", "one"), bad]);
             assert!(matches!(found, Err(SuiteError::Line { line: 2, .. })), "{found:?}");
