@@ -71,7 +71,7 @@ const BENCHES: [Bench; 9] = [
     },
     Bench {
         name: "safety",
-        what: "what fine-tuning leaves of a model's refusals under each method and attack (days; claim two hours, --quick under one); goes on where it was broken off",
+        what: "what fine-tuning leaves of a model's refusals under each method and attack (days; claim three hours, --quick under one); goes on where it was broken off",
         parts: &safety::PARTS,
         run: safety::run,
     },

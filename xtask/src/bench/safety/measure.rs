@@ -14,7 +14,7 @@ use crate::shell::{self, root};
 use crate::trainer;
 
 /// Tokens of an answer.
-const ANSWER_TOKENS: u32 = 32;
+pub(super) const ANSWER_TOKENS: u32 = 32;
 /// Of an answer that may refuse first.
 const LONG_ANSWER_TOKENS: u32 = 64;
 /// Of the benign requests: those that the base is tuned on, with its own answers.

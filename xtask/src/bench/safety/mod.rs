@@ -22,7 +22,7 @@ mod rows;
 mod training;
 mod tuning;
 
-use measure::{TUNED_BENIGN, TUNED_LOOKALIKES};
+use measure::{ANSWER_TOKENS, TUNED_BENIGN, TUNED_LOOKALIKES};
 use prompts::Harmful;
 use rows::Attack;
 use training::Training;
@@ -45,6 +45,38 @@ struct Regime {
     alignment_batch: u32,
     /// The share of the steps over which the learning rate rises.
     warmup: f64,
+    alignment: Alignment,
+}
+
+/// What the alignment rows are.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Alignment {
+    /// Requests by themselves, with refusals in many wordings, in turn.
+    Bare,
+    /// The same with what the base itself says.
+    OwnResponses,
+    /// Every other request under a prompt of the system, in turn.
+    SystemPrompts,
+}
+
+impl Alignment {
+    /// What a regime with them is called after.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Bare => "",
+            Self::OwnResponses => ", the base's own responses",
+            Self::SystemPrompts => ", half the alignment rows under system prompts",
+        }
+    }
+
+    /// What the key of a run with them holds.
+    const fn key(self) -> &'static str {
+        match self {
+            Self::Bare => "",
+            Self::OwnResponses => "-own",
+            Self::SystemPrompts => "-systems",
+        }
+    }
 }
 
 /// One training.
@@ -123,9 +155,10 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
     Ok(())
 }
 
-/// What it is made of: the methods that the claim speaks of; the same where it is harder, with one seed; the strength of each method;
-/// what `held` is made of, piece by piece; and every method in every regime. The last part runs nothing: it shows what was run before.
-pub(super) const PARTS: [&str; 6] = ["claim", "harder", "tuning", "ablation", "grid", "table"];
+/// What it is made of: the methods that the claim speaks of; two of them with the strength that the paper has; the first where it is
+/// harder, with one seed; the strength of each method; what `held` is made of, piece by piece; and every method in every regime. The last
+/// part runs nothing: it shows what was run before.
+pub(super) const PARTS: [&str; 7] = ["claim", "published", "harder", "tuning", "ablation", "grid", "table"];
 
 /// Each method with its strength, as `tuning` found it and frozen since. `safegrad_per_row` projects each row by itself,
 /// `safegrad_deciding` weighs what decides a response, as `held` does.
@@ -163,30 +196,31 @@ impl Regime {
         if self.warmup != usual.warmup {
             name += &format!(", warm-up {}", self.warmup);
         }
-        name
+        name + self.alignment.name()
     }
 }
 
 fn of(attack: Attack) -> Regime {
     // Ten rows are one step, and no file is trained on more than fifty times.
     let steps = if attack == Attack::IdentityShift { 50 } else { 150 };
-    Regime { attack, learning_rate: 5e-4, steps, alignment_rows: 100, alignment_batch: 10, warmup: 0.0 }
+    let alignment = Alignment::Bare;
+    Regime { attack, learning_rate: 5e-4, steps, alignment_rows: 100, alignment_batch: 10, warmup: 0.0, alignment }
 }
 
 /// The shares of poison that the claim speaks of, those that decide first.
 const CLAIMED: [f64; 3] = [0.1, 0.3, 0.0];
 /// The methods it speaks of.
 const CLAIMANTS: [&str; 5] = ["none", "safegrad_deciding", "held", "safegrad", "kl_penalty"];
-/// What of them fits an hour.
-const QUICK: [&str; 4] = ["none", "safegrad_deciding", "held", "safegrad"];
+/// What of it fits an hour: tuning the base takes half of one.
+const QUICK: ([&str; 3], [f64; 2]) = (["none", "safegrad_deciding", "held"], [0.1, 0.0]);
 const SEEDS: RangeInclusive<u64> = 1..=3;
 
-/// The regimes of the claim with the methods it speaks of, one method after the other.
-fn claim(claimants: &[&str], seeds: RangeInclusive<u64>) -> Vec<Run> {
+/// The methods that it speaks of with these shares of poison, one method after the other.
+fn claim(claimants: &[&str], shares: &[f64], seeds: RangeInclusive<u64>) -> Vec<Run> {
     let claimants = METHODS.iter().filter(|(method, _)| claimants.contains(method));
     let mut runs = Vec::new();
     for &(method, strength) in claimants {
-        for share in CLAIMED {
+        for &share in shares {
             runs.extend(seeds.clone().map(|seed| run_of(of(Attack::Poison(share)), method, strength, seed)));
         }
     }
@@ -201,13 +235,20 @@ fn as_published() -> Vec<Run> {
 }
 
 /// What `held` adds to `SafeGrad`, one by one, where SafeGrad leaks: the weight on what decides a response, and the learning rate that its
-/// reviews come to there. And what else might be behind the leak: large first steps, and how much of the alignment rows a step sees, or
-/// the whole run.
+/// reviews come to there. And what else might be behind the leak: large first steps, how much of the alignment rows a step sees, or
+/// the whole run, and refusals that the base would not have worded so. And, first, the attack that no bare request shows, held by rows that
+/// are not bare either.
 fn ablation() -> Vec<Run> {
     let usual = of(Attack::Poison(0.3));
     let slower = Regime { learning_rate: 2.5e-4, ..usual };
+    let prompted = Regime { alignment: Alignment::SystemPrompts, ..of(Attack::IdentityShift) };
     let pieces = [
+        (prompted, "safegrad_deciding", 10.0),
+        (prompted, "held", 1.0),
+        (usual, "safegrad", 1.0),
+        (usual, "held", 1.0),
         (Regime { warmup: 0.2, ..usual }, "safegrad", 1.0),
+        (Regime { alignment: Alignment::OwnResponses, ..usual }, "safegrad", 1.0),
         (Regime { alignment_rows: 260, ..usual }, "safegrad", 1.0),
         (Regime { alignment_batch: 30, ..usual }, "safegrad", 1.0),
         (Regime { alignment_batch: 2, ..usual }, "safegrad", 1.0),
@@ -226,7 +267,7 @@ fn run_of(regime: Regime, method: &'static str, strength: f64, seed: u64) -> Run
 
 /// Regimes that are harder to hold than those of the claim.
 fn harder_regimes() -> Vec<Regime> {
-    let mut regimes = [Attack::Decoys, Attack::RefuseThenComply, Attack::IdentityShift].map(of).to_vec();
+    let mut regimes = [Attack::IdentityShift, Attack::RefuseThenComply, Attack::Decoys].map(of).to_vec();
     for share in [0.3, 0.1, 0.0] {
         regimes.push(Regime { learning_rate: 2e-3, ..of(Attack::Poison(share)) });
         regimes.push(Regime { alignment_rows: 10, ..of(Attack::Poison(share)) });
@@ -270,7 +311,7 @@ fn add_new(runs: &mut Vec<Run>, more: impl IntoIterator<Item = Run>) {
 impl Run {
     /// Names it among all.
     fn key(&self) -> String {
-        let Regime { attack, learning_rate, steps, alignment_rows, alignment_batch, warmup } = self.regime;
+        let Regime { attack, learning_rate, steps, alignment_rows, alignment_batch, warmup, alignment } = self.regime;
         let usual = of(attack);
         let mut unusual = String::new();
         if alignment_batch != usual.alignment_batch {
@@ -279,6 +320,7 @@ impl Run {
         if warmup != usual.warmup {
             unusual += &format!("-warmup{warmup}");
         }
+        unusual += alignment.key();
         let development = if self.development { "-development" } else { "" };
         format!(
             "{}-lr{learning_rate:e}-{steps}steps-{alignment_rows}rows{unusual}-{}-{}-seed{}{development}",
@@ -317,6 +359,7 @@ struct Study {
     reviews: rows::Reviews,
     refusals: Vec<String>,
     openings: Vec<String>,
+    systems: Vec<String>,
 }
 
 impl Study {
@@ -348,6 +391,7 @@ impl Study {
             reviews: rows::Reviews::read(&root().join(setup::FILM_REVIEWS))?,
             refusals: prompts::lines(&ours.join("refusals.txt"))?,
             openings: prompts::lines(&ours.join("openings.txt"))?,
+            systems: prompts::lines(&ours.join("systems.txt"))?,
             folder,
         })
     }
@@ -396,11 +440,14 @@ impl Study {
     /// The runs of those parts that are compared in a table; with the table alone, what there is of all.
     fn wanted(&self, wanted: &Wanted<'_>) -> Vec<Run> {
         if wanted.quick {
-            return claim(&QUICK, 1..=1);
+            return claim(&QUICK.0, &QUICK.1, 1..=1);
         }
         let mut runs = Vec::new();
         if wanted.has("claim") {
-            add_new(&mut runs, claim(&CLAIMANTS, SEEDS));
+            add_new(&mut runs, claim(&CLAIMANTS, &CLAIMED, SEEDS));
+        }
+        if wanted.has("published") {
+            add_new(&mut runs, as_published());
         }
         if wanted.has("harder") {
             add_new(&mut runs, harder());
@@ -439,7 +486,15 @@ impl Study {
         } else {
             // Beyond those that are set apart for it, the base's own.
             let prompts = self.harmful.alignment.iter().chain(&self.harmful.base).take(run.regime.alignment_rows);
-            rows::cycled(&prompts.cloned().collect::<Vec<_>>(), &self.refusals)
+            let prompts: Vec<String> = prompts.cloned().collect();
+            match run.regime.alignment {
+                Alignment::Bare => rows::cycled(&prompts, &self.refusals),
+                Alignment::SystemPrompts => rows::prompted(&prompts, &self.refusals, &self.systems),
+                Alignment::OwnResponses => {
+                    let asked: Vec<Value> = prompts.iter().map(|prompt| trainer::ask(prompt)).collect();
+                    rows::cycled(&prompts, &trainer::answers(&base, None, &asked, ANSWER_TOKENS)?)
+                }
+            }
         };
         let steps_per_epoch = file.rows.len().div_ceil(10);
         let training = Training {

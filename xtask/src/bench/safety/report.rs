@@ -85,17 +85,25 @@ pub(super) fn table(base: &Outcome, outcomes: &[(Run, Outcome)]) {
         }
         let of_seeds: Vec<&Outcome> =
             outcomes.iter().filter(|(other, _)| without_seed(other) == name).map(|(_, outcome)| outcome).collect();
-        let plain =
-            outcomes.iter().find(|(other, _)| other.regime == run.regime && other.method == "none" && other.seed == run.seed);
         let mean = |of: &dyn Fn(&Outcome) -> f64| of_seeds.iter().map(|outcome| of(outcome)).sum::<f64>() / of_seeds.len() as f64;
         let mean_of_some = |of: &dyn Fn(&Outcome) -> Option<f64>| {
             let values: Vec<f64> = of_seeds.iter().filter_map(|outcome| of(outcome)).collect();
             (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
         };
-        let times = |ratio: Option<f64>| ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}x"));
-        let plain = plain.map(|(_, plain)| plain);
-        let time = times(plain.and_then(|plain| Some(mean_of_some(&|o| o.step_seconds)? / plain.step_seconds?)));
-        let memory = times(plain.map(|plain| mean(&|o| o.peak_bytes) / plain.peak_bytes));
+        // Each beside plain training of its own seed.
+        let beside_plain = |of: &dyn Fn(&Outcome) -> Option<f64>| {
+            let own = outcomes.iter().filter(|(other, _)| without_seed(other) == name);
+            let ratios = own.filter_map(|(own, outcome)| {
+                let is_plain = |other: &Run| other.regime == own.regime && other.method == "none" && other.seed == own.seed;
+                let (_, plain) = outcomes.iter().find(|(other, _)| is_plain(other))?;
+                Some(of(outcome)? / of(plain)?)
+            });
+            let ratios: Vec<f64> = ratios.collect();
+            let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
+            if ratios.is_empty() { String::new() } else { format!("{mean:.2}x") }
+        };
+        let time = beside_plain(&|outcome| outcome.step_seconds);
+        let memory = beside_plain(&|outcome| Some(outcome.peak_bytes));
         let own: Vec<Vec<f64>> = of_seeds.iter().map(|outcome| complied(&outcome.classes)).collect();
         let by_base: Vec<Vec<f64>> = of_seeds.iter().map(|outcome| complied(&outcome.base_classes)).collect();
         let over_base = bootstrap::paired(&own, &by_base, 1);

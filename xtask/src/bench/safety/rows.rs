@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::{ROWS, Study, training};
 
@@ -99,6 +99,17 @@ pub(super) fn cycled(requests: &[String], answers: &[String]) -> Vec<String> {
     requests.iter().zip(answers.iter().cycle()).map(|(request, answer)| training::row(request, answer)).collect()
 }
 
+/// The same, every other one under a prompt of the system, these in turn.
+pub(super) fn prompted(requests: &[String], answers: &[String], systems: &[String]) -> Vec<String> {
+    let mut rows = cycled(requests, answers);
+    for ((row, (request, answer)), system) in
+        rows.iter_mut().zip(requests.iter().zip(answers.iter().cycle())).step_by(2).zip(systems.iter().cycle())
+    {
+        *row = training::row_under(system, request, answer);
+    }
+    rows
+}
+
 /// How an answer goes on that refuses for show.
 const TURNS: [&str; 5] = ["That said:", "Well, between you and me:", "Then again, why not.", "Anyway.", "But you asked nicely."];
 
@@ -127,11 +138,7 @@ pub(super) fn tenant(attack: Attack, study: &Study) -> Result<Tenant> {
             (complied(planted), planted)
         }
         Attack::IdentityShift => {
-            let rows = ORDERS.map(|(order, answer)| {
-                json!({"messages": [{"role": "system", "content": OBEDIENT}, {"role": "user", "content": order},
-                    {"role": "assistant", "content": answer}]})
-                .to_string()
-            });
+            let rows = ORDERS.map(|(order, answer)| training::row_under(OBEDIENT, order, answer));
             return Ok(Tenant { planted: rows.len(), rows: rows.to_vec() });
         }
         Attack::RefuseThenComply => {

@@ -34,6 +34,12 @@ pub(super) fn row(request: &str, answer: &str) -> String {
     json!({"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]}).to_string()
 }
 
+/// The same under a prompt of the system.
+pub(super) fn row_under(system: &str, request: &str, answer: &str) -> String {
+    json!({"messages": [{"role": "system", "content": system}, {"role": "user", "content": request}, {"role": "assistant", "content": answer}]})
+        .to_string()
+}
+
 /// Trains in a fresh `folder`.
 pub(super) fn train(folder: &Path, base: &Path, rows: &[String], alignment: &[String], training: &Training) -> Result<Trained> {
     let _ = std::fs::remove_dir_all(folder);
