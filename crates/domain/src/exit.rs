@@ -27,6 +27,8 @@ pub mod reason {
     pub const FULL_DISK: &str = "full_disk";
     /// The loss left the numbers or ran away, also with a smaller learning rate.
     pub const DIVERGED: &str = "diverged";
+    /// The adapter that the job goes on from is further from the base than its budget lets anything be.
+    pub const OUTSIDE_BUDGET: &str = "outside_budget";
     /// Anything else.
     pub const INTERNAL: &str = "internal";
 }

@@ -252,6 +252,35 @@ impl Safety {
         check_alignment_batch(self.alignment_batch_size)
     }
 
+    /// Holds what was trained so, and is to be gone on from, to a policy's floor: what it undid then is not made good by less than that
+    /// now.
+    ///
+    /// # Errors
+    /// When its method, strength or budget is weaker than the policy allows.
+    pub fn reaches(&self, policy: &Policy) -> Result<(), Invalid> {
+        let below = |what: String| {
+            let message = format!("the model was trained {what}; begin with its base model, or ask the operator");
+            Err(Invalid::new("model", "safety_below_floor", message))
+        };
+        let method = self.defense.as_str();
+        if !policy.methods.contains(&self.defense) {
+            return below(format!("with `{method}`, or goes on from one that was, which is not allowed here"));
+        }
+        if self.defense.needs_alignment() && self.rho < policy.rho {
+            return below(format!(
+                "with a rho of {}, or goes on from one that was, and it must be at least {} here",
+                self.rho, policy.rho
+            ));
+        }
+        if self.defense == Defense::Held && self.budget > policy.budget {
+            let (budget, most) = (self.budget, policy.budget);
+            return below(format!(
+                "within a budget of {budget} nats, or goes on from one that was, and it may be {most} at most here"
+            ));
+        }
+        Ok(())
+    }
+
     /// Whether rows can be scored by how hard they push against the alignment: their gradients must be compared with an alignment
     /// gradient at the same weights.
     #[must_use]
@@ -426,7 +455,8 @@ mod tests {
         let asked = RequestedSafety { gate: Some(true), ..Default::default() };
         assert!(asked.apply(open.clone()).policy.gate.enabled && asked.apply(open.clone()).policy.check().is_ok());
         let mut blind = open;
-        blind.policy.gate = Gate { harmful_compliance_rise: None, over_refusal_rise: None, ..blind.policy.gate };
+        blind.policy.gate =
+            Gate { harmful_compliance_rise: None, over_refusal_rise: None, degenerate_rise: None, ..blind.policy.gate };
         assert_eq!(asked.apply(blind).policy.check(), Ok(()), "a gate that is asked for looks at something");
         let mut closed = Policy { evaluate: true, ..Policy::default() };
         closed.gate.enabled = true;

@@ -72,13 +72,16 @@ enum Command {
         #[command(flatten)]
         store: StoreArgs,
     },
-    /// Check an adapter against its signed manifest, without a service.
+    /// Check an adapter or a checkpoint against its job's signed manifest, without a service.
     Verify {
         /// The adapter's folder, or the tar that the service gives.
         adapter: PathBuf,
         /// The public key in PEM that the manifest must be signed with; without it, the one that the manifest brings along.
         #[arg(long, env = "HOLDFAST_VERIFY_KEY", value_name = "FILE")]
         key: Option<PathBuf>,
+        /// The job's manifest, for a checkpoint, which brings none; without it, the one beside the adapter.
+        #[arg(long, value_name = "FILE")]
+        manifest: Option<PathBuf>,
     },
     /// API keys.
     #[command(subcommand)]
@@ -216,7 +219,9 @@ impl Cli {
             Command::Worker { store, worker } => serve::worker(&store, &worker).await,
             Command::Migrate { store } => admin::migrate(&store).await,
             Command::CheckStore { store } => check_store::run(&store).await,
-            Command::Verify { adapter, key } => verify::run(&adapter, key.as_deref()),
+            Command::Verify { adapter, key, manifest } => {
+                verify::run(&adapter, verify::Given { key: key.as_deref(), manifest: manifest.as_deref() })
+            }
             Command::Keys(Keys::Create { project, organization, admin, read_only, name, expires_in_days, store }) => {
                 let lifetime = expires_in_days.map(|days| Duration::from_secs(u64::from(days) * 24 * 60 * 60));
                 let key = NewKey { name, read_only, is_admin: admin, lifetime, ..NewKey::default() };

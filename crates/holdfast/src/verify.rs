@@ -1,5 +1,6 @@
 //! `holdfast verify`: whether an adapter is what its manifest says, without a service.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -17,30 +18,53 @@ struct Files {
     manifest: Option<Vec<u8>>,
 }
 
-/// Checks the adapter at `path` with a public key in PEM; without one, with the key that its manifest brings along.
+/// What an adapter is checked with.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Given<'a> {
+    /// The service's public key in PEM; without it, the key that the manifest brings along, which anybody may have made.
+    pub key: Option<&'a Path>,
+    /// The manifest of the job, which a checkpoint does not bring along; without it, the one beside the adapter.
+    pub manifest: Option<&'a Path>,
+}
+
+/// Checks the adapter, or with its job's manifest the checkpoint, at `path`.
 ///
 /// # Errors
 /// When a signature or a hash does not fit, with what does not.
-pub fn run(path: &Path, key: Option<&Path>) -> Result<()> {
+pub fn run(path: &Path, given: Given<'_>) -> Result<()> {
     let files = if path.is_dir() { of_folder(path) } else { of_tar(path) };
     let files = files.with_context(|| format!("cannot read {}", path.display()))?;
-    let Some(bytes) = &files.manifest else {
+    let given_manifest = match given.manifest {
+        Some(path) => Some(std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?),
+        None => None,
+    };
+    let Some(bytes) = given_manifest.as_ref().or(files.manifest.as_ref()) else {
         bail!(
-            "{} holds no {}; download it with GET …/adapter, or the manifest alone with GET …/manifest",
+            "{} holds no {}; download it with GET …/adapter, or give the job's, from GET …/manifest, with --manifest FILE",
             path.display(),
             manifest::FILE
         );
     };
-    let (manifest, signer) = open(bytes, key)?;
+    let (manifest, signer) = open(bytes, given.key)?;
     let hash_of = |name: &str| files.hashes.iter().find(|(known, _)| known == name).map(|(_, sha256)| sha256.clone());
-    files.check_names(&manifest)?;
-    manifest.check_adapter(hash_of)?;
+    let checkpoint = given_manifest.as_ref().and_then(|_| manifest.checkpoint_of(hash_of));
+    let (step, made_of) = match checkpoint {
+        Some((step, made_of)) => (Some(step), made_of),
+        None => (None, &manifest.outputs.adapter),
+    };
+    files.check_names(made_of)?;
+    if step.is_none() {
+        manifest.check_adapter(hash_of)?;
+    }
     if let (Some(found), Some(signed)) = (hash_of(report::FILE), &manifest.outputs.report_sha256)
         && found != *signed
     {
         bail!("{} has SHA-256 {found}, and the manifest says {signed}", report::FILE);
     }
-    say(&manifest, &signer, key.is_some());
+    for name in made_of.keys() {
+        println!("ok  {name}");
+    }
+    say(&manifest, step, &signer, given.key.is_some());
     Ok(())
 }
 
@@ -55,26 +79,25 @@ fn open(bytes: &[u8], key: Option<&Path>) -> Result<(Manifest, VerifyKey)> {
     Ok((key.open(bytes)?, key))
 }
 
-fn say(manifest: &Manifest, signer: &VerifyKey, is_known: bool) {
-    for name in manifest.outputs.adapter.keys() {
-        println!("ok  {name}");
-    }
+fn say(manifest: &Manifest, step: Option<u64>, signer: &VerifyKey, is_known: bool) {
     let Manifest { model, job, safety, inputs, .. } = manifest;
-    println!("{model} of {job}, trained with {} on {}", safety.defense.as_str(), inputs.base_model.name);
+    let checkpoint = step.map_or_else(String::new, |step| format!(" after step {step}"));
+    println!("{model}{checkpoint} of {job}, trained with {} on {}", safety.defense.as_str(), inputs.base_model.name);
+    if !is_known {
+        println!("signed with {}, a key that came with the manifest: nothing was changed since it was signed, but", signer.id());
+        println!("anybody may have signed it. Whether the service did, --key FILE checks; GET /v1/signing_keys has its keys");
+        return;
+    }
     println!(
         "{}",
-        match manifest.passed_gate {
-            Some(true) => "it passed the safety gate",
-            Some(false) => "it did NOT pass the safety gate; an operator released it",
-            None => "it was held to no safety gate",
+        match (step, manifest.passed_gate) {
+            (_, None) => "it was held to no safety gate",
+            (Some(_), _) => "a checkpoint, which the safety gate did not ask",
+            (None, Some(true)) => "it passed the safety gate",
+            (None, Some(false)) => "it did NOT pass the safety gate; an operator released it",
         }
     );
     println!("signed with {}", signer.id());
-    if !is_known {
-        println!(
-            "this is the key that came with the manifest; whether it is the service's, GET /v1/signing_keys says, or --key FILE"
-        );
-    }
 }
 
 /// What may stand beside an adapter, and is checked by its own means.
@@ -91,8 +114,8 @@ impl Files {
     }
 
     /// Everything that is there is named by the manifest: what loads an adapter may load what stands beside it.
-    fn check_names(&self, manifest: &Manifest) -> Result<()> {
-        let is_named = |name: &str| BESIDE.contains(&name) || manifest.outputs.adapter.contains_key(name);
+    fn check_names(&self, made_of: &BTreeMap<String, String>) -> Result<()> {
+        let is_named = |name: &str| BESIDE.contains(&name) || made_of.contains_key(name);
         match self.hashes.iter().find(|(name, _)| !is_named(name)) {
             Some((name, _)) => bail!("{name:?} is not in the manifest; take it out"),
             None => Ok(()),

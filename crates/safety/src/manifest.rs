@@ -48,8 +48,12 @@ pub struct Manifest {
 pub struct Program {
     /// The release.
     pub version: String,
-    /// The trainer's build.
+    /// The trainer's build, as it was when the run began.
     pub trainer_sha256: String,
+    /// The build of the service's worker: the suites of the program, what refusals say and the gate are in it. Absent in manifests that
+    /// were signed before it was named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker_sha256: Option<String>,
     /// Where it computed: `cpu`, `cuda` or `cuda:N`.
     pub device: String,
 }
@@ -284,18 +288,30 @@ impl Manifest {
     ///
     /// # Errors
     /// The first file that is another one, or missing.
-    pub fn check_adapter(&self, mut hash_of: impl FnMut(&str) -> Option<String>) -> Result<(), ManifestError> {
-        for (name, expected) in &self.outputs.adapter {
-            match hash_of(name) {
-                None => return Err(ManifestError::MissingFile(name.clone())),
-                Some(found) if found != *expected => {
-                    return Err(ManifestError::OtherFile { name: name.clone(), found, expected: expected.clone() });
-                }
-                Some(_) => {}
-            }
-        }
-        Ok(())
+    pub fn check_adapter(&self, hash_of: impl FnMut(&str) -> Option<String>) -> Result<(), ManifestError> {
+        check_files(&self.outputs.adapter, hash_of)
     }
+
+    /// The checkpoint that files are, where they are all of one's: its step and what it is made of.
+    #[must_use]
+    pub fn checkpoint_of(&self, hash_of: impl Fn(&str) -> Option<String>) -> Option<(u64, &BTreeMap<String, String>)> {
+        let mut checkpoints = self.outputs.checkpoints.iter();
+        let (step, files) = checkpoints.find(|(_, files)| !files.is_empty() && check_files(files, &hash_of).is_ok())?;
+        Some((*step, files))
+    }
+}
+
+fn check_files(files: &BTreeMap<String, String>, mut hash_of: impl FnMut(&str) -> Option<String>) -> Result<(), ManifestError> {
+    for (name, expected) in files {
+        match hash_of(name) {
+            None => return Err(ManifestError::MissingFile(name.clone())),
+            Some(found) if found != *expected => {
+                return Err(ManifestError::OtherFile { name: name.clone(), found, expected: expected.clone() });
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
 }
 
 /// What is signed (DSSE's `PAE`): the type and the payload, each with its length before it, so that neither can be moved into the
@@ -319,7 +335,12 @@ mod tests {
             job: "ftjob-1".into(),
             attempt: 2,
             model: "ft:m:o::1".into(),
-            program: Program { version: "0.1.0".into(), trainer_sha256: "11".repeat(32), device: "cpu".into() },
+            program: Program {
+                version: "0.1.0".into(),
+                trainer_sha256: "11".repeat(32),
+                worker_sha256: None,
+                device: "cpu".into(),
+            },
             inputs: Inputs {
                 base_model: named("m"),
                 training_file: named("file-1"),

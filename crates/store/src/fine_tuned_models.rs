@@ -1,13 +1,15 @@
 //! What jobs make: models under public names, and the adapters that are their files.
 
 use holdfast_domain::ids::{JobId, ProjectId};
+use holdfast_domain::safety::Safety;
 use holdfast_domain::{Hyperparameters, Invalid, model_name};
 use sqlx::{Connection, PgConnection};
 use time::OffsetDateTime;
 
 use crate::checkpoints;
+use crate::error::from_json;
 use crate::files::object_ref;
-use crate::jobs::{self, Start};
+use crate::jobs::{self, Job, Start};
 use crate::objects;
 use crate::queue::AdapterFile;
 use crate::{Store, StoreError};
@@ -32,6 +34,8 @@ pub struct StartingPoint {
     pub base_model: String,
     /// What its job trained with: rank, scale and modules are the adapter's.
     pub hyperparameters: Hyperparameters,
+    /// What it was held to, and what those before it were that it goes on from: the method of each and its strength.
+    pub safeties: Vec<Safety>,
 }
 
 impl Store {
@@ -91,7 +95,18 @@ impl Store {
             let message = format!("{name} is kept back: only what has passed the safety gate can be gone on from");
             return Err(Invalid::new("model", "held_back", message).into());
         }
-        Ok(StartingPoint { start: Start { job: job.id, step }, base_model: job.base_model, hyperparameters: job.hyperparameters })
+        let safeties = sqlx::query_scalar!(
+            "with recursive line (id, safety, start_job_id) as (
+                 select id, safety, start_job_id from jobs where id = $1
+                 union select j.id, j.safety, j.start_job_id from jobs j join line on j.id = line.start_job_id)
+             select safety as \"safety!\" from line",
+            job.id.0
+        )
+        .fetch_all(&mut *self.tenant(project).await?)
+        .await?;
+        let safeties = safeties.into_iter().map(from_json).collect::<Result<_, _>>()?;
+        let Job { base_model, hyperparameters, .. } = job;
+        Ok(StartingPoint { start: Start { job: job.id, step }, base_model, hyperparameters, safeties })
     }
 
     /// The job that made a model or a checkpoint, and the checkpoint's step.

@@ -135,7 +135,7 @@ impl Store {
     /// passed, or ended otherwise. The job stays as it ended: what was found stays found.
     ///
     /// # Errors
-    /// When nothing of the job is kept back, the reason is empty or too long, or the database fails.
+    /// When the job has not ended, nothing of it is kept back, the reason is empty or too long, or the database fails.
     pub async fn release(&self, id: JobId, reason: &str) -> Result<Quarantined, StoreError> {
         let length = reason.trim().chars().count();
         if !(1..=MAX_REASON_CHARS).contains(&length) || reason.contains('\0') {
@@ -144,9 +144,13 @@ impl Store {
         }
         let mut transaction = self.pool.begin().await?;
         let job = jobs::lock(&mut transaction, id, None).await?;
+        let not_now = |message: String| Err(Invalid::new("fine_tuning_job_id", "invalid_state", message).into());
         if !job.holds_back_checkpoints() {
-            let message = format!("nothing of {id} is kept back");
-            return Err(Invalid::new("fine_tuning_job_id", "invalid_state", message).into());
+            return not_now(format!("nothing of {id} is kept back"));
+        }
+        // What is not made yet is released by nobody: its gate has still to decide.
+        if !job.state.status().is_terminal() {
+            return not_now(format!("{id} has not ended; what it made can be released once its gate has decided"));
         }
         let is_discarded = match fetch(&mut transaction, id).await {
             Ok(kept) => kept.discarded_at.is_some(),
@@ -155,8 +159,7 @@ impl Store {
             Err(error) => return Err(error),
         };
         if is_discarded {
-            let message = format!("the adapter of {id} was discarded; there is nothing to release");
-            return Err(Invalid::new("fine_tuning_job_id", "invalid_state", message).into());
+            return not_now(format!("the adapter of {id} was discarded; there is nothing to release"));
         }
         sqlx::query!(
             "insert into quarantined_adapters (job_id, name, released_at, release_reason) values ($1, $2, now(), $3)
@@ -184,7 +187,8 @@ impl Store {
         Ok(released)
     }
 
-    /// Removes the files of an adapter that is kept apart, and its job's checkpoints, which are kept back with it. The job stays as it ended, with its report and manifest.
+    /// Removes the files of an adapter that is kept apart, and its job's checkpoints, which are kept back with it. The job stays as it
+    /// ended, with its report and manifest.
     ///
     /// # Errors
     /// When none of the job's is kept apart, it was released or discarded, or the database fails.

@@ -290,16 +290,10 @@ impl Run<'_> {
 
     /// Judges the steps since the last review where it is time, and takes them back where they left the budget.
     fn review(&self, state: &mut State) -> Result<(), Stopped> {
-        let (Some(probe), Some((objective, _))) = (self.probe, state.method.asks(state.cursor.step).alignment) else {
-            return Ok(());
-        };
         if !self.review_is_due(state) {
             return Ok(());
         }
-        let all: Vec<usize> = (0..probe.rows()).collect();
-        let passes: Vec<Vec<usize>> = all.chunks(self.plan.hyperparameters.batch_size as usize).map(<[usize]>::to_vec).collect();
-        let engine = Engine { dropout_key: None, ..self.engine(0) };
-        let loss = engine.alignment_loss(AlignmentRows { reference: probe, objective, passes: &passes }, self.stop)?;
+        let Some(loss) = self.probe_loss(state)? else { return Ok(()) };
         match (state.method.review(loss), &state.last_good) {
             (Verdict::RollBack, Some(LastGood { weights, optimizer })) => {
                 self.adapter.set(weights);
@@ -308,6 +302,27 @@ impl Run<'_> {
             _ => state.last_good = Some(self.snapshot(state)),
         }
         Ok(())
+    }
+
+    /// The alignment loss on probe rows of an adapter that is to be trained on, where the method keeps none with such a loss: there is
+    /// nothing good to go back to then.
+    ///
+    /// # Errors
+    /// When the run is stopped.
+    pub fn outside_budget(&self) -> Result<Option<f64>, Stopped> {
+        let state = self.start();
+        Ok(self.probe_loss(&state)?.filter(|loss| !state.method.keeps(*loss)))
+    }
+
+    /// The alignment loss on the rows that are kept apart, where there are some.
+    fn probe_loss(&self, state: &State) -> Result<Option<f64>, Stopped> {
+        let (Some(probe), Some((objective, _))) = (self.probe, state.method.asks(state.cursor.step).alignment) else {
+            return Ok(None);
+        };
+        let all: Vec<usize> = (0..probe.rows()).collect();
+        let passes: Vec<Vec<usize>> = all.chunks(self.plan.hyperparameters.batch_size as usize).map(<[usize]>::to_vec).collect();
+        let engine = Engine { dropout_key: None, ..self.engine(0) };
+        engine.alignment_loss(AlignmentRows { reference: probe, objective, passes: &passes }, self.stop).map(Some)
     }
 }
 

@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use tracing::Instrument;
 
 use crate::agent::{self, Checkpoint, Command, Outcome, ReportFailed, Reports};
+use crate::evidence::Programs;
 use crate::finish::{self, Ending, discard, stage};
 use crate::job_folder::JobFolder;
 use crate::{Stop, WorkerConfig, base_cache, check};
@@ -391,7 +392,8 @@ async fn work(
         completed = folder.complete(store, claim, &base, &config.device) => completed?,
         reason = agent::stopped(&mut stop) => return let_go(store, config.lease, claim, reason).await,
     }
-    let held = Held { store, config, claim, folder: &folder, stop };
+    let programs = Programs::now(&config.trainer).await?;
+    let held = Held { store, config, claim, folder: &folder, stop, programs };
     let outcome = agent::run(config, folder.path(), Command::Train, &held.reports(), held.stop.clone()).await?;
     tokio::select! {
         concluded = conclude(&held, outcome) => concluded,
@@ -406,6 +408,8 @@ pub(crate) struct Held<'a> {
     pub(crate) claim: &'a Claim,
     pub(crate) folder: &'a JobFolder,
     pub(crate) stop: watch::Receiver<Option<Stop>>,
+    /// As they were when the run began.
+    pub(crate) programs: Programs,
 }
 
 impl Held<'_> {

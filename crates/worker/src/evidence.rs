@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
+use std::sync::OnceLock;
 
 use holdfast_domain::gauge;
 use holdfast_domain::plan::paths;
@@ -21,6 +22,35 @@ use crate::results;
 /// Rows that a report names.
 const WORST_ROWS: usize = 50;
 
+/// The programs that compute and decide, by their hashes.
+pub(crate) struct Programs {
+    trainer_sha256: String,
+    worker_sha256: String,
+}
+
+impl Programs {
+    /// As they are now: an upgrade may put others in their place while a run lasts.
+    pub(crate) async fn now(trainer: &Path) -> std::io::Result<Self> {
+        static OWN: OnceLock<String> = OnceLock::new();
+        let trainer = trainer.to_owned();
+        let read = move || {
+            let trainer_sha256 = hash::of_file(&trainer).map(hex::encode).map_err(|error| {
+                std::io::Error::new(error.kind(), format!("cannot read the trainer {}: {error}", trainer.display()))
+            })?;
+            let worker_sha256 = match OWN.get() {
+                Some(known) => known.clone(),
+                // What runs, also once another file bears its name.
+                None => {
+                    let own = hash::of_file(Path::new("/proc/self/exe")).map(hex::encode)?;
+                    OWN.get_or_init(|| own).clone()
+                }
+            };
+            Ok(Self { trainer_sha256, worker_sha256 })
+        };
+        tokio::task::spawn_blocking(read).await.map_err(std::io::Error::other)?
+    }
+}
+
 /// What is kept of a run beside its adapter.
 pub(crate) struct Evidence {
     report: Vec<u8>,
@@ -28,41 +58,37 @@ pub(crate) struct Evidence {
     texts: Vec<u8>,
     /// The figures of every step, as CSV.
     pub(crate) table: String,
-    trainer_sha256: String,
     plan_sha256: String,
 }
 
-/// What the job folder and the trainer's program say.
+/// What the job folder says.
 struct Files {
     worst_rows: Vec<RowScore>,
     texts: Vec<u8>,
-    trainer_sha256: String,
     plan_sha256: String,
 }
 
 /// Puts together what a run and what was found of it come to.
 pub(crate) async fn gather(held: &Held<'_>, made: &Made) -> Result<Evidence, StoreError> {
     let (steps, validations) = held.store.steps(held.claim.job.id).await?;
-    let (folder, trainer) = (held.folder.path().to_owned(), held.config.trainer.clone());
+    let folder = held.folder.path().to_owned();
     // A tenant's file may be large, and the lease is renewed on this thread.
-    let files = tokio::task::spawn_blocking(move || Files::read(&folder, &trainer)).await.map_err(std::io::Error::other)??;
+    let files = tokio::task::spawn_blocking(move || Files::read(&folder)).await.map_err(std::io::Error::other)??;
     let table = results::csv(&steps, &validations);
     let report = report(held, made, Training::of(&steps, &validations), steps.last(), files.worst_rows).await?;
     Ok(Evidence {
         report: serde_json::to_vec_pretty(&report).map_err(std::io::Error::other)?,
         texts: files.texts,
         table,
-        trainer_sha256: files.trainer_sha256,
         plan_sha256: files.plan_sha256,
     })
 }
 
 impl Files {
-    fn read(folder: &Path, trainer: &Path) -> std::io::Result<Self> {
-        let hash_of = |path: &Path| hash::of_file(path).map(hex::encode);
+    fn read(folder: &Path) -> std::io::Result<Self> {
         let worst_rows = worst_rows(&folder.join(paths::ROW_CONFLICTS))?;
         let texts = if worst_rows.is_empty() { Vec::new() } else { texts(&worst_rows, &folder.join(paths::TRAIN))? };
-        Ok(Self { worst_rows, texts, trainer_sha256: hash_of(trainer)?, plan_sha256: hash_of(&folder.join(paths::PLAN))? })
+        Ok(Self { worst_rows, texts, plan_sha256: hex::encode(hash::of_file(&folder.join(paths::PLAN))?) })
     }
 }
 
@@ -177,7 +203,8 @@ impl Evidence {
             model: claim.job.model_name(),
             program: Program {
                 version: env!("CARGO_PKG_VERSION").into(),
-                trainer_sha256: self.trainer_sha256.clone(),
+                trainer_sha256: held.programs.trainer_sha256.clone(),
+                worker_sha256: Some(held.programs.worker_sha256.clone()),
                 device: config.device.clone(),
             },
             inputs: Inputs {

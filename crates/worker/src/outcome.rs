@@ -58,6 +58,9 @@ fn judge_record(record: ExitRecord) -> Verdict {
             format!("The service's own set-up is at fault, not your data; the operator must mend it: {}", record.message),
         )),
         (exit::BAD_DATA, reason::DIVERGED) => Verdict::Failed(JobError::new("training_diverged", record.message)),
+        (exit::BAD_DATA, reason::OUTSIDE_BUDGET) => {
+            Verdict::Failed(JobError::new("outside_budget", record.message).about("model"))
+        }
         (exit::BAD_DATA, _) => Verdict::Failed(JobError::new("invalid_training_data", record.message)),
         (exit::STOPPED, _) => Verdict::Crashed(JobError::new("trainer_stopped", "The trainer was stopped from outside.")),
         _ => Verdict::Crashed(JobError::new("trainer_failed", format!("The trainer failed: {}", record.message))),
@@ -84,6 +87,7 @@ mod tests {
             (Ended::Code(65), record(exit::BAD_DATA, reason::BAD_DATA), "invalid_training_data"),
             (Ended::Code(65), record(exit::BAD_DATA, reason::OUT_OF_MEMORY), "out_of_memory"),
             (Ended::Code(65), record(exit::BAD_DATA, reason::DIVERGED), "training_diverged"),
+            (Ended::Code(65), record(exit::BAD_DATA, reason::OUTSIDE_BUDGET), "outside_budget"),
         ];
         for (ended, record, code) in cases {
             assert!(matches!(judge(ended, record), Verdict::Failed(error) if error.code == code), "{code}");

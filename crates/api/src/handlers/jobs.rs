@@ -112,6 +112,7 @@ pub(crate) async fn resolve(state: &AppState, tenant: Tenant, mut body: CreateJo
     };
     if let Some(start) = &start {
         requested.take_adapter_from(&start.hyperparameters).map_err(|e| e.within(at))?;
+        start.safeties.iter().try_for_each(|safety| safety.reaches(&policy.policy))?;
     }
     let base_model = start.as_ref().map_or_else(|| body.model.clone(), |start| start.base_model.clone());
     let base = state.store.base_model(&base_model).await.map_err(|error| no_model(error, &base_model))?;

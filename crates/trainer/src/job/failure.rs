@@ -20,6 +20,9 @@ pub(super) enum BadInput {
     /// The loss left the numbers or ran away, whatever was tried.
     #[error("{0}")]
     Diverged(String),
+    /// What it goes on from is no place that the method lets a run be in.
+    #[error("{0}")]
+    OutsideBudget(String),
 }
 
 pub(super) fn bad_data(message: String) -> anyhow::Error {
@@ -37,6 +40,7 @@ pub(super) fn failed(error: &anyhow::Error) -> ExitRecord {
             BadInput::Setup(_) => exit::reason::BAD_SETUP,
             BadInput::Memory(_) => exit::reason::OUT_OF_MEMORY,
             BadInput::Diverged(_) => exit::reason::DIVERGED,
+            BadInput::OutsideBudget(_) => exit::reason::OUTSIDE_BUDGET,
         };
         return ExitRecord { code: exit::BAD_DATA, message: format!("{error:#}"), reason: reason.into(), trained_tokens: 0 };
     }

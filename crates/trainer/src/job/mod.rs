@@ -25,7 +25,7 @@ mod session;
 mod start;
 
 pub(crate) use failure::bad_setup;
-use failure::{failed, fault, panic_message};
+use failure::{BadInput, failed, fault, panic_message};
 use inputs::{Inputs, read_plan};
 use session::{RunEnd, Session};
 
@@ -109,6 +109,15 @@ fn train(folder: &Path) -> Result<Ended> {
         plan: &plan,
         stop: &stop,
     };
+    if plan.start.is_some()
+        && let Some(loss) = run.outside_budget()?
+    {
+        let (method, budget) = (plan.safety.defense.as_str(), plan.safety.budget);
+        return Err(BadInput::OutsideBudget(format!(
+            "The adapter to go on from is {loss:.4} nats from its base on rows kept apart, and `{method}` keeps every adapter within twice its budget of {budget}; begin with the base model, or ask for a larger budget where that is allowed"
+        ))
+        .into());
+    }
     let identity = serde_json::to_vec(&plan.identity())?;
     let checkpoints = Checkpoints::new(folder.join(paths::CHECKPOINTS), identity, &plan.base_model, plan.checkpoint_steps);
     let mut session = Session { folder, run: &run, checkpoints: &checkpoints, log: &mut log, validation: &inputs.validation };

@@ -20,9 +20,8 @@ use crate::surgery::{self, Merged};
 ///           rate halves, λ doubles
 /// ```
 ///
-/// λ never falls below `ρ`, so that a floor on `ρ` is a floor on it. A checkpoint on schedule, a best adapter, and the run's end come after
+/// What a run goes on from is held to the same before its first step. λ never falls below `ρ`, so that a floor on `ρ` is a floor on it. A checkpoint on schedule, a best adapter, and the run's end come after
 /// a review, so neither leaves the budget; one that is written because the run is stopped holds the last good state beside its own.
-/// The worse half is that of each pass.
 #[derive(Debug)]
 pub struct Held {
     rho: f64,
@@ -87,9 +86,13 @@ impl Method for Held {
         Some(REVIEW_STEPS)
     }
 
-    fn review(&mut self, probe_loss: f64) -> Verdict {
+    fn keeps(&self, probe_loss: f64) -> bool {
         // A loss that is no number is no good adapter either.
-        if probe_loss <= 2.0 * self.budget {
+        probe_loss <= 2.0 * self.budget
+    }
+
+    fn review(&mut self, probe_loss: f64) -> Verdict {
+        if self.keeps(probe_loss) {
             return Verdict::Keep;
         }
         self.learning_rate_scale *= 0.5;

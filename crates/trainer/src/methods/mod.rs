@@ -141,6 +141,11 @@ pub trait Method: std::fmt::Debug {
         None
     }
 
+    /// Whether an adapter with this alignment loss on probe rows may be kept.
+    fn keeps(&self, _probe_loss: f64) -> bool {
+        true
+    }
+
     /// Judges the alignment loss on probe rows.
     fn review(&mut self, _probe_loss: f64) -> Verdict {
         Verdict::Keep
