@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use holdfast::verify::Given;
 use holdfast_domain::progress::{AlignmentFacts, Progress, Step};
 use holdfast_domain::safety::{Defense, Safety};
 use holdfast_judge::{Config, Endpoint, Protocol};
@@ -105,6 +106,14 @@ fn the_nearest_policy_counts_and_stands_on_the_job_as_it_was() -> Result<()> {
     assert_eq!(as_admin(&app, "DELETE", &organization, &Value::Null)?.body["version"], 1);
     assert_eq!(set(&app, &own, &json!({"methods": ["none"], "rho": 0.0}))?.body["version"], 3, "numbers are never used again");
     assert_eq!(app.job(id(&before)?)?["safety_policy"], before["safety_policy"], "a job keeps what it was created under");
+
+    let earlier = |of: &str, version: &str| as_admin(&app, "GET", &format!("{of}?version={version}"), &Value::Null);
+    assert_eq!(earlier(&organization, "1")?.body["budget"], 0.01, "what counts no more can still be read");
+    for nowhere in ["2", "4", "4294967295"] {
+        let refused = earlier(&own, nowhere)?;
+        assert_eq!((refused.status, refused.error()), (404, ("not_found", "version")), "{nowhere}: {}", refused.body);
+    }
+    assert_eq!(earlier(&own, "latest")?.status, 400);
     Ok(())
 }
 
@@ -163,19 +172,24 @@ fn what_passes_is_published_with_a_report_and_a_manifest_that_can_be_checked_any
     let key = folder.path().join("signing.pub");
     let keys = app.call("GET", "/v1/signing_keys", None)?.body;
     std::fs::write(&key, keys["data"][0]["public_key"].as_str().context("no key")?)?;
-    holdfast::verify::run(&tar, None)?;
-    holdfast::verify::run(&tar, Some(&key))?;
+    holdfast::verify::run(&tar, Given::default())?;
+    let by_key = Given { key: Some(&key), ..Given::default() };
+    holdfast::verify::run(&tar, by_key)?;
     let unpacked = folder.path().join("adapter");
     tar::Archive::new(std::fs::File::open(&tar)?).unpack(&unpacked)?;
-    assert_eq!(std::fs::read(unpacked.join("manifest.json"))?, of_job(&app, &job, "manifest")?.bytes);
+    let manifest = std::fs::read(unpacked.join("manifest.json"))?;
+    assert_eq!(manifest, of_job(&app, &job, "manifest")?.bytes);
+    let worker = hex::encode(holdfast_safety::hash::of_file(&std::env::current_exe()?)?);
+    let signed = manifest::VerifyKey::from_pem(&std::fs::read_to_string(&key)?, "key")?.open(&manifest)?;
+    assert_eq!(signed.program.worker_sha256, Some(worker), "the program that judged is named");
     std::fs::write(unpacked.join("safety_report.json"), of_job(&app, &job, "safety_report")?.bytes)?;
-    holdfast::verify::run(&unpacked, Some(&key))?;
+    holdfast::verify::run(&unpacked, by_key)?;
     for (name, words) in
         [("adapter_config.json", "adapter_config.json has SHA-256"), ("safety_report.json", "safety_report.json has SHA-256")]
     {
         let kept = std::fs::read(unpacked.join(name))?;
         std::fs::write(unpacked.join(name), "{}")?;
-        let error = holdfast::verify::run(&unpacked, Some(&key)).err().context("a changed file passes")?.to_string();
+        let error = holdfast::verify::run(&unpacked, by_key).err().context("a changed file passes")?.to_string();
         assert!(error.starts_with(words), "{error}");
         std::fs::write(unpacked.join(name), kept)?;
     }
@@ -247,13 +261,51 @@ fn what_does_not_pass_is_kept_from_everybody_until_it_is_released_with_a_reason(
     let released = app.job(id(&job)?)?;
     assert_eq!((&released["status"], &released["fine_tuned_model"]), (&json!("failed"), &json!(model)));
     assert_eq!(of_job(&app, &job, "adapter/adapter_model.safetensors")?.status, 200);
-    assert_eq!(of_job(&app, &job, &format!("checkpoints/{step}/adapter"))?.status, 200);
+    let folder = tempfile::tempdir()?;
+    let [tar, manifest] = ["checkpoint.tar", "manifest.json"].map(|name| folder.path().join(name));
+    std::fs::write(&tar, of_job(&app, &job, &format!("checkpoints/{step}/adapter"))?.bytes)?;
+    std::fs::write(&manifest, of_job(&app, &job, "manifest")?.bytes)?;
+    holdfast::verify::run(&tar, Given { manifest: Some(&manifest), ..Given::default() })?;
+    assert!(holdfast::verify::run(&tar, Given::default()).is_err(), "a checkpoint brings no manifest");
     assert_eq!(goes_on(model)?.status, 200);
     let audit =
         as_admin(&app, "GET", "/admin/audit_log?operation=release_quarantined_adapter&succeeded=true", &Value::Null)?.body;
     assert_eq!(audit["data"].as_array().map(Vec::len), Some(1), "{audit}");
     assert_eq!(as_admin(&app, "GET", "/admin/quarantine", &Value::Null)?.body["data"], json!([]));
     assert_eq!(as_admin(&app, "GET", "/admin/quarantine?released=true", &Value::Null)?.body["data"][0]["id"], job["id"]);
+    Ok(())
+}
+
+#[test]
+fn what_is_not_made_yet_cannot_be_released() -> Result<()> {
+    let app = TestApp::start()?.with_small_model()?;
+    demand(&app, &gate(1.0))?;
+    let job = app.create_job(&rows(), &hyperparameters(2))?;
+    let refused = as_admin(&app, "POST", &format!("/admin/quarantine/{job}/release"), &json!({"reason": "It will be good."}))?;
+    assert_eq!((refused.status, refused.error().0), (400, "invalid_state"), "{}", refused.body);
+    Ok(())
+}
+
+#[test]
+fn a_model_that_was_trained_below_the_floor_is_not_gone_on_from() -> Result<()> {
+    let app = TestApp::start()?.with_small_model()?;
+    demand(&app, &json!({"methods": ["none", "safegrad"]}))?;
+    let go_on = |from: &Value, safety: Value| {
+        let body = json!({"model": from["fine_tuned_model"], "training_file": from["training_file"], "safety": safety});
+        app.call("POST", "/v1/fine_tuning/jobs", Some(&body.to_string()))
+    };
+    let weak = app.create_job(&rows(), &json!({}))?;
+    while app.step_worker()? {}
+    let weak = app.job(&weak)?;
+    let next = go_on(&weak, json!({"defense": "safegrad"}))?;
+    assert_eq!(next.status, 200, "{}", next.body);
+    while app.step_worker()? {}
+    let next = app.job(id(&next.body)?)?;
+    demand(&app, &json!({"methods": ["safegrad"]}))?;
+    for from in [&weak, &next] {
+        let refused = go_on(from, json!({}))?;
+        assert_eq!((refused.status, refused.error()), (400, ("safety_below_floor", "model")), "{}", refused.body);
+    }
     Ok(())
 }
 
@@ -305,7 +357,7 @@ fn an_adapter_that_was_tampered_with_is_told_from_one_that_was_not() -> Result<(
         job: "ftjob-1".into(),
         attempt: 1,
         model: "ft:m".into(),
-        program: Program { version: "0".into(), trainer_sha256: String::new(), device: "cpu".into() },
+        program: Program { version: "0".into(), trainer_sha256: String::new(), worker_sha256: None, device: "cpu".into() },
         inputs: Inputs {
             base_model: named("m"),
             training_file: named("file-1"),
@@ -336,7 +388,7 @@ fn an_adapter_that_was_tampered_with_is_told_from_one_that_was_not() -> Result<(
             tar.append_data(&mut header, name, *content)?;
         }
         tar.finish()?;
-        holdfast::verify::run(&path, None)
+        holdfast::verify::run(&path, Given::default())
     };
     verified(&good)?;
     let bad: [(&str, &[u8], &str); 4] = [
@@ -355,7 +407,7 @@ fn an_adapter_that_was_tampered_with_is_told_from_one_that_was_not() -> Result<(
 }
 
 #[test]
-fn the_newest_checkpoint_that_passes_is_published_where_the_policy_says_so() -> Result<()> {
+fn the_best_checkpoint_that_passes_is_published_where_the_policy_says_so() -> Result<()> {
     let app = TestApp::start()?.with_small_model()?;
     demand(&app, &gate(100.0))?;
     let largest_kl = |job: &Value| -> Result<f64> {
@@ -441,6 +493,12 @@ fn a_judge_that_is_away_is_waited_for_and_never_passes_in_silence() -> Result<()
     assert!(report["evaluation"]["judge"].as_str().is_some_and(|judge| judge == "guard endpoint"), "{report}");
     // A worker without a judge does not pass either.
     assert_eq!(ended(&app, 2)?["error"]["code"], "safety_judge_failed");
+    // Where no gate depends on it, the model is published, and its owner is told.
+    demand(&app, &json!({"evaluate": true, "judge": "endpoint"}))?;
+    let done = ended(&app, 2)?;
+    assert_eq!(done["status"], "succeeded", "{done}");
+    let events = of_job(&app, &done, "events")?.body;
+    assert!(events.to_string().contains("could not be judged: the policy wants an endpoint to judge"), "{events}");
     Ok(())
 }
 

@@ -122,6 +122,7 @@ impl ApiError {
     pub(crate) fn not_found(param: &str, id: &str) -> Self {
         let message = match param {
             "step" => format!("the job has no checkpoint after step {:?}", shortened(id)),
+            "version" => format!("no policy was set here as version {id}, or that version took it away"),
             // The operator's own things belong to no project.
             "organization" | "project" | "project_id" | "member" | "member_id" | "key_id" => {
                 format!("there is no {} {:?}", noun(param), shortened(id))

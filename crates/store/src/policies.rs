@@ -107,6 +107,24 @@ impl Store {
         .transpose()
     }
 
+    /// A version of a subject's own policy, also one that counts no more.
+    ///
+    /// # Errors
+    /// When there is no such subject, none was set under that number, or it took the policy away, or the database fails.
+    pub async fn policy_version(&self, subject: &Subject, version: u32) -> Result<AppliedPolicy, StoreError> {
+        self.known(subject).await?;
+        let policy = sqlx::query_scalar!(
+            "select policy from safety_policies where scope = $1 and subject = $2 and version = $3",
+            subject.scope().as_str(),
+            subject.name(),
+            i32::try_from(version).map_err(|_| StoreError::NotFound)?
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        let policy = policy.flatten().ok_or(StoreError::NotFound)?;
+        Ok(AppliedPolicy { scope: subject.scope(), version, policy: from_json(policy)? })
+    }
+
     /// Sets a subject's policy from now on, or takes it away. Jobs that were created before keep theirs. What is set already is no
     /// new version.
     ///

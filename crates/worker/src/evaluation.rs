@@ -19,7 +19,7 @@ use crate::dispatcher::Held;
 use crate::pauses::Pauses;
 use crate::task::{TASK, Task};
 
-/// The most tokens of an answer: what follows the first sentences changes no verdict.
+/// The most tokens of an answer: a refusal stands in the first sentences. What comes behind them is not seen.
 const ANSWER_TOKENS: u32 = 48;
 /// Answers that are judged together, and again together where one could not be.
 const PAIRS_AT_ONCE: usize = 8;
@@ -75,10 +75,9 @@ pub(crate) async fn evaluate(
     let reports = held.reports();
     match agent::run(held.config, held.folder.path(), Command::Evaluate, &reports, held.stop.clone()).await? {
         Outcome::Done { .. } => {}
-        // What was trained is not given up for what could not be asked; nor does it pass.
         Outcome::Failed(error) => {
-            let message = format!("The model could not be asked the safety suites: {}", error.message);
-            return Ok(Asked::NotJudged(JobError::new("safety_evaluation_failed", message)));
+            let why = format!("The model could not be asked the safety suites: {}", error.message.trim_end_matches('.'));
+            return Ok(not_judged(policy, "safety_evaluation_failed", &why, "the worker"));
         }
         other => return Ok(Asked::Ended(other)),
     }
@@ -90,7 +89,10 @@ pub(crate) async fn evaluate(
         let [before, after] = match judge(held, policy.judge, suite, [&before, &after]).await {
             Ok(classes) => classes,
             Err(Unjudged::Stopped(reason)) => return Ok(Asked::Ended(Outcome::Stopped(reason))),
-            Err(Unjudged::Because(error)) => return Ok(Asked::NotJudged(error)),
+            Err(Unjudged::Because(why)) => {
+                let why = format!("What the model answers could not be judged: {why}");
+                return Ok(not_judged(policy, "safety_judge_failed", &why, "the judge"));
+            }
         };
         // The words of the operator's own are nobody else's.
         let named = own.is_none().then_some(&suite.requests);
@@ -169,6 +171,10 @@ fn answers_name(held: &Held<'_>, suite: &Suite) -> String {
     let mut hash = Sha256::new();
     hash.update(held.claim.base.content_sha256);
     for request in &suite.requests {
+        if let Some(system) = &request.system {
+            hash.update(system.as_bytes());
+            hash.update([1]);
+        }
         hash.update(request.content.as_bytes());
         hash.update([0]);
     }
@@ -206,7 +212,7 @@ async fn read_answers(path: &Path, count: usize) -> Result<Vec<Answer>, StoreErr
 
 enum Unjudged {
     Stopped(crate::Stop),
-    Because(JobError),
+    Because(String),
 }
 
 /// What answers are, of the base and of the adapted model.
@@ -215,7 +221,7 @@ async fn judge(held: &Held<'_>, judge: Judge, suite: &Suite, answers: [&[Answer]
     match judge {
         Judge::Phrases => {
             let phrases =
-                Phrases::shipped().map_err(|error| unjudged(&format!("the list of phrases cannot be read: {error}")))?;
+                Phrases::shipped().map_err(|error| Unjudged::Because(format!("the list of phrases cannot be read: {error}")))?;
             let of = |answers: &[Answer]| answers.iter().map(|answer| phrases.judge(&answer.text)).collect();
             Ok([of(before), of(after)])
         }
@@ -226,7 +232,9 @@ async fn judge(held: &Held<'_>, judge: Judge, suite: &Suite, answers: [&[Answer]
 /// Asks the judge behind an address, again and again while it is away.
 async fn ask_judge(held: &Held<'_>, suite: &Suite, answers: &[Answer]) -> Result<Vec<Class>, Unjudged> {
     let Some(endpoint) = &held.config.judge else {
-        return Err(unjudged("the policy wants an endpoint to judge, and this worker knows of none (--judge-url)"));
+        return Err(Unjudged::Because(
+            "the policy wants an endpoint to judge, and this worker knows of none (--judge-url)".into(),
+        ));
     };
     let pairs: Vec<(&str, &str)> =
         suite.requests.iter().zip(answers).map(|(request, answer)| (request.content.as_str(), answer.text.as_str())).collect();
@@ -251,19 +259,25 @@ async fn judge_some(held: &Held<'_>, endpoint: &Endpoint, kind: Kind, pairs: &[(
         // An operator may mend whatever it is.
         tracing::warn!(%error, judge = endpoint.name(), "the judge cannot be used; the job waits for it");
         if since.elapsed() >= held.config.judge_patience {
-            return Err(unjudged(match error {
+            let why = match error {
                 JudgeError::Unavailable(_) => "the judge cannot be reached, or is overloaded",
                 JudgeError::Refused(_) => "the judge refuses to be asked",
                 JudgeError::Nonsense(_) => "the judge gives no verdicts",
-            }));
+            };
+            return Err(Unjudged::Because(why.to_owned()));
         }
         pauses.next(&mut stop).await.map_err(Unjudged::Stopped)?;
     }
 }
 
-fn unjudged(why: &str) -> Unjudged {
-    let message = format!(
-        "What the model answers could not be judged: {why}. Its adapter is kept from everybody; the operator may release it, or mend the judge and let you create the job again."
-    );
-    Unjudged::Because(JobError::new("safety_judge_failed", message))
+/// That nothing is known of an adapter, and what becomes of it: what was trained is not given up for that, and it passes no gate.
+fn not_judged(policy: &Policy, code: &'static str, why: &str, to_mend: &str) -> Asked {
+    let then = if policy.gate.enabled {
+        format!(
+            "Its adapter is kept from everybody; the operator may release it, or mend {to_mend} and let you create the job again."
+        )
+    } else {
+        "No gate depends on it here, so it is published all the same.".to_owned()
+    };
+    Asked::NotJudged(JobError::new(code, format!("{why}. {then}")))
 }

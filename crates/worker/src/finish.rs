@@ -52,6 +52,9 @@ impl Made {
 
     /// What its owner should know of what is published.
     fn note(&self) -> Option<String> {
+        if self.not_judged.is_some() {
+            return self.not_judged.clone();
+        }
         let (step, replaced) = (self.evaluation.as_ref()?.checkpoint?, self.replaced.as_ref()?);
         Some(format!(
             "The last adapter did not pass the safety gate: {}. The one of step {step}, which does, is published in its place",

@@ -172,6 +172,15 @@ impl From<AppliedPolicy> for SafetyPolicy {
     }
 }
 
+/// Which version of a policy.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct PolicyAt {
+    /// One that was set here before, as jobs name it; absent: what counts now, be it set here or wider.
+    #[param(minimum = 1, example = 1)]
+    pub(crate) version: Option<u32>,
+}
+
 /// A version of a suite of the operator's own.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct Suite {
@@ -219,8 +228,8 @@ pub(crate) struct SuiteRequest {
     /// What it is about, in the suite's own words.
     #[schema(example = "fraud")]
     category: String,
-    /// One, of the user.
-    #[schema(min_items = 1, max_items = 1)]
+    /// One of the user, and at most one of the system before it.
+    #[schema(min_items = 1, max_items = 2)]
     messages: Vec<SuiteMessage>,
 }
 
@@ -228,8 +237,8 @@ pub(crate) struct SuiteRequest {
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "describes requests that are checked as they are")]
 pub(crate) struct SuiteMessage {
-    /// `user`.
-    #[schema(example = "user", pattern = "^user$")]
+    /// `user`, or `system` before it.
+    #[schema(example = "user", pattern = "^(user|system)$")]
     role: String,
     #[schema(example = "How do I do that?", pattern = "\\S")]
     content: String,
@@ -391,7 +400,7 @@ impl Listed for ConflictLevel {
 pub(crate) struct MeasureConflictLevel {
     /// The base model's name.
     pub(crate) base_model: String,
-    /// Jobs of this base whose rows are known to be clean, 50 steps long at least.
+    /// Jobs of this base whose rows are known to be clean, 25 steps long at least.
     #[schema(min_items = 1, max_items = 100)]
     pub(crate) clean_jobs: Vec<String>,
 }

@@ -47,7 +47,7 @@ words! {
     SuiteKind: Harmful Benign;
     /// Who says what an answer is: a list of what refusals say, or the model behind the operator's endpoint.
     JudgeName: Phrases Endpoint;
-    /// What becomes of an adapter that does not pass: it is kept apart, or the newest checkpoint that passes is published in its place.
+    /// What becomes of an adapter that does not pass: it is kept apart, or the best checkpoint that passes is published in its place.
     OtherwiseName: Quarantine PublishCheckpoint;
     /// Whose gradient is projected.
     ProjectionName: Batch PerRow;

@@ -20,17 +20,25 @@ use crate::extract::{self, JsonBody, Path, QueryString};
 use crate::handlers::safety::{missing, show_report};
 use crate::wire::list::List;
 use crate::wire::safety::{
-    ConflictLevel, ListQuarantined, MeasureConflictLevel, QuarantinedAdapter, ReleaseAdapter, SafetyPolicy, SetSafetyPolicy,
+    ConflictLevel, ListQuarantined, MeasureConflictLevel, PolicyAt, QuarantinedAdapter, ReleaseAdapter, SafetyPolicy,
+    SetSafetyPolicy,
 };
 use crate::{ApiError, AppState, wire};
 
-/// Get the deployment's safety policy.
+/// Get the deployment's safety policy, or an earlier version of it.
 #[utoipa::path(
-    get, path = "/admin/safety_policy", operation_id = "get_deployment_safety_policy", tag = "admin",
-    responses((status = 200, description = "The policy", body = SafetyPolicy))
+    get, path = "/admin/safety_policy", operation_id = "get_deployment_safety_policy", tag = "admin", params(PolicyAt),
+    responses(
+        (status = 200, description = "The policy", body = SafetyPolicy),
+        (status = 404, description = "There is no such version", body = ErrorBody),
+    )
 )]
-pub(crate) async fn get_deployment_policy(_: Admin, State(state): State<AppState>) -> Result<Json<SafetyPolicy>, ApiError> {
-    counting(&state, &Subject::Deployment, None).await
+pub(crate) async fn get_deployment_policy(
+    _: Admin,
+    State(state): State<AppState>,
+    QueryString(at): QueryString<PolicyAt>,
+) -> Result<Json<SafetyPolicy>, ApiError> {
+    get(&state, &Subject::Deployment, &at, None).await
 }
 
 /// Set the deployment's safety policy, for jobs that are created from now on.
@@ -55,21 +63,22 @@ pub(crate) async fn delete_deployment_policy(_: Admin, State(state): State<AppSt
     set(&state, &Subject::Deployment, None, None).await
 }
 
-/// Get the safety policy that counts for an organisation's projects, unless they have their own.
+/// Get the safety policy that counts for an organisation's projects, unless they have their own, or an earlier version of its own.
 #[utoipa::path(
     get, path = "/admin/organizations/{organization}/safety_policy", operation_id = "get_organization_safety_policy", tag = "admin",
-    params(("organization" = String, Path, example = "acme")),
+    params(("organization" = String, Path, example = "acme"), PolicyAt),
     responses(
         (status = 200, description = "The policy", body = SafetyPolicy),
-        (status = 404, description = "There is no such organisation", body = ErrorBody),
+        (status = 404, description = "There is no such organisation, or no such version", body = ErrorBody),
     )
 )]
 pub(crate) async fn get_organization_policy(
     _: Admin,
     State(state): State<AppState>,
     Path(organization): Path<String>,
+    QueryString(at): QueryString<PolicyAt>,
 ) -> Result<Json<SafetyPolicy>, ApiError> {
-    counting(&state, &Subject::Organization(organization.clone()), Some(("organization", &organization))).await
+    get(&state, &Subject::Organization(organization.clone()), &at, Some(("organization", &organization))).await
 }
 
 /// Set an organisation's safety policy, for jobs that are created from now on. It takes the place of the deployment's as a whole.
@@ -108,21 +117,22 @@ pub(crate) async fn delete_organization_policy(
     set(&state, &Subject::Organization(organization.clone()), None, Some(("organization", &organization))).await
 }
 
-/// Get the safety policy that counts for a project.
+/// Get the safety policy that counts for a project, or an earlier version of its own.
 #[utoipa::path(
     get, path = "/admin/projects/{project_id}/safety_policy", operation_id = "get_project_safety_policy", tag = "admin",
-    params(("project_id" = String, Path, example = "proj_0192f3a4000070008000000000000001")),
+    params(("project_id" = String, Path, example = "proj_0192f3a4000070008000000000000001"), PolicyAt),
     responses(
         (status = 200, description = "The policy", body = SafetyPolicy),
-        (status = 404, description = "There is no such project", body = ErrorBody),
+        (status = 404, description = "There is no such project, or no such version", body = ErrorBody),
     )
 )]
 pub(crate) async fn get_project_policy(
     _: Admin,
     State(state): State<AppState>,
     Path(project_id): Path<String>,
+    QueryString(at): QueryString<PolicyAt>,
 ) -> Result<Json<SafetyPolicy>, ApiError> {
-    counting(&state, &project(&project_id)?, Some(("project_id", &project_id))).await
+    get(&state, &project(&project_id)?, &at, Some(("project_id", &project_id))).await
 }
 
 /// Set a project's safety policy, for jobs that are created from now on. It takes the place of any wider one as a whole.
@@ -162,6 +172,18 @@ pub(crate) async fn delete_project_policy(
 
 fn project(id: &str) -> Result<Subject, ApiError> {
     Ok(Subject::Project(extract::id::<ProjectId>("project_id", id)?))
+}
+
+async fn get(
+    state: &AppState,
+    subject: &Subject,
+    at: &PolicyAt,
+    named: Option<(&str, &str)>,
+) -> Result<Json<SafetyPolicy>, ApiError> {
+    let now = counting(state, subject, named).await?;
+    let Some(version) = at.version else { return Ok(now) };
+    let found = state.store.policy_version(subject, version).await;
+    Ok(Json(found.map_err(|error| ApiError::of_one(error, "version", &version.to_string()))?.into()))
 }
 
 async fn counting(state: &AppState, subject: &Subject, named: Option<(&str, &str)>) -> Result<Json<SafetyPolicy>, ApiError> {
