@@ -265,7 +265,11 @@ fn what_does_not_pass_is_kept_from_everybody_until_it_is_released_with_a_reason(
     let [tar, manifest] = ["checkpoint.tar", "manifest.json"].map(|name| folder.path().join(name));
     std::fs::write(&tar, of_job(&app, &job, &format!("checkpoints/{step}/adapter"))?.bytes)?;
     std::fs::write(&manifest, of_job(&app, &job, "manifest")?.bytes)?;
-    holdfast::verify::run(&tar, Given { manifest: Some(&manifest), ..Given::default() })?;
+    let by_manifest = Given { manifest: Some(&manifest), ..Given::default() };
+    holdfast::verify::run(&tar, by_manifest)?;
+    let adapter = folder.path().join("adapter.tar");
+    std::fs::write(&adapter, of_job(&app, &job, "adapter")?.bytes)?;
+    holdfast::verify::run(&adapter, by_manifest)?;
     assert!(holdfast::verify::run(&tar, Given::default()).is_err(), "a checkpoint brings no manifest");
     assert_eq!(goes_on(model)?.status, 200);
     let audit =
@@ -305,6 +309,27 @@ fn a_model_that_was_trained_below_the_floor_is_not_gone_on_from() -> Result<()> 
     for from in [&weak, &next] {
         let refused = go_on(from, json!({}))?;
         assert_eq!((refused.status, refused.error()), (400, ("safety_below_floor", "model")), "{}", refused.body);
+    }
+    Ok(())
+}
+
+#[test]
+fn under_held_only_what_is_within_its_budget_is_gone_on_from() -> Result<()> {
+    let app = TestApp::start()?.with_small_model()?;
+    demand(&app, &json!({"methods": ["none", "held"], "budget": 0.0001}))?;
+    let mut plainly = hyperparameters(4);
+    plainly["method"]["supervised"]["hyperparameters"]["row_conflicts"] = json!(false);
+    let under_held = json!({"safety": {"defense": "held"}});
+    for (first, outcome) in [(&plainly, json!("outside_budget")), (&under_held, Value::Null)] {
+        let job = app.create_job(&rows(), first)?;
+        while app.step_worker()? {}
+        let job = app.job(&job)?;
+        let body =
+            json!({"model": job["fine_tuned_model"], "training_file": job["training_file"], "safety": {"defense": "held"}});
+        let next = app.call("POST", "/v1/fine_tuning/jobs", Some(&body.to_string()))?.body;
+        while app.step_worker()? {}
+        let next = app.job(id(&next)?)?;
+        assert_eq!(next["error"]["code"], outcome, "{next}");
     }
     Ok(())
 }

@@ -3,8 +3,11 @@
 //! On clean rows the task's gradient works against the alignment's about as often as not; rows that undo the alignment make it do
 //! so in most steps. The share of a run's steps in which they conflict therefore tracks the share of such rows.
 
-/// Steps before which a run's rate says little: over fewer, [`threshold`] is all but what nothing can pass.
+/// Steps before which a run's rate says little: chance alone may take a clean run's almost as high as a poisoned one's.
 pub const LEAST_STEPS: u64 = 25;
+
+/// Steps of a run on clean rows before which its rate says too little to hold longer runs against.
+pub const LEAST_CLEAN_STEPS: u64 = 50;
 
 /// The level of a base that was not measured. A reference run on a small model had 0.53 on clean rows and 0.85 with a tenth of
 /// harmful ones.

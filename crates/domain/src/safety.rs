@@ -256,14 +256,17 @@ impl Safety {
     /// now.
     ///
     /// # Errors
-    /// When its method, strength or budget is weaker than the policy allows.
+    /// When its method, strength or budget is weaker than every method that the policy allows.
     pub fn reaches(&self, policy: &Policy) -> Result<(), Invalid> {
         let below = |what: String| {
             let message = format!("the model was trained {what}; begin with its base model, or ask the operator");
             Err(Invalid::new("model", "safety_below_floor", message))
         };
         let method = self.defense.as_str();
-        if !policy.methods.contains(&self.defense) {
+        if policy.methods.contains(&Defense::None) {
+            return Ok(());
+        }
+        if !policy.methods.iter().any(|floor| self.defense.holds_at_least(*floor)) {
             return below(format!("with `{method}`, or goes on from one that was, which is not allowed here"));
         }
         if self.defense.needs_alignment() && self.rho < policy.rho {
@@ -438,6 +441,18 @@ mod tests {
             let code = request.resolve(&Policy::default()).map_err(|e| e.code);
             assert_eq!(code, Err("safety_below_floor"), "{request:?}");
         }
+    }
+
+    #[test]
+    fn what_was_trained_by_a_stronger_method_can_be_gone_on_from_and_by_a_weaker_not() {
+        let policy = Policy { methods: vec![Defense::Safegrad], rho: 2.0, ..Policy::default() };
+        let reaches = |defense, rho| Safety::new(defense, rho).reaches(&policy).map_err(|error| error.code);
+        assert_eq!((reaches(Defense::Safegrad, 2.0), reaches(Defense::Held, 2.0)), (Ok(()), Ok(())));
+        for (defense, rho) in [(Defense::None, 2.0), (Defense::KlPenalty, 2.0), (Defense::Safegrad, 1.0), (Defense::Held, 1.0)] {
+            assert_eq!(reaches(defense, rho), Err("safety_below_floor"), "{defense:?} {rho}");
+        }
+        let open = Policy { methods: vec![Defense::None, Defense::Safegrad], ..policy.clone() };
+        assert_eq!(Safety::new(Defense::Safegrad, 0.5).reaches(&open), Ok(()), "what may be none may be little");
     }
 
     #[test]

@@ -173,7 +173,8 @@ enum Models {
 
 #[derive(Debug, Subcommand)]
 enum Suites {
-    /// Bring in a suite as the next version of its name: JSON Lines of {"category": …, "messages": [one of the user]}.
+    /// Bring in a suite as the next version of its name: JSON Lines of {"category": …, "messages": [one of the user, and
+    /// at most one of the system before it]}.
     Import {
         /// The file.
         file: PathBuf,

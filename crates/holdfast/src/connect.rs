@@ -146,12 +146,17 @@ fn make_folder(folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))
 }
 
-/// Makes a folder that nobody but the service may look into: tenants' rows will be in it. One that holds something already was closed when
-/// it was taken into use, or is not ours to close: a name that was mistaken must not shut a whole machine out of its `/tmp`.
+/// Makes a folder that nobody but the service may look into: tenants' rows will be in it. One that holds something already may not be ours
+/// to close: a name that was mistaken must not shut a whole machine out of its `/tmp`. Where it is open, the log says so.
 fn make_private(folder: &Path) -> Result<()> {
     make_folder(folder)?;
     let mut inside = folder.read_dir().with_context(|| format!("cannot read {}", folder.display()))?;
     if inside.next().is_some() {
+        let mode = folder.metadata().map_or(0, |found| found.permissions().mode() & 0o777);
+        if mode & 0o077 != 0 {
+            let folder = folder.display();
+            tracing::warn!(%folder, mode = format!("{mode:o}"), "others may look into the object store; close it with chmod 700");
+        }
         return Ok(());
     }
     let closed = std::fs::Permissions::from_mode(0o700);

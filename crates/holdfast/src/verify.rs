@@ -47,14 +47,16 @@ pub fn run(path: &Path, given: Given<'_>) -> Result<()> {
     };
     let (manifest, signer) = open(bytes, given.key)?;
     let hash_of = |name: &str| files.hashes.iter().find(|(known, _)| known == name).map(|(_, sha256)| sha256.clone());
-    let checkpoint = given_manifest.as_ref().and_then(|_| manifest.checkpoint_of(hash_of));
+    // The adapter that is published may be a checkpoint's too.
+    let adapter = manifest.check_adapter(hash_of);
+    let checkpoint = given_manifest.as_ref().filter(|_| adapter.is_err()).and_then(|_| manifest.checkpoint_of(hash_of));
     let (step, made_of) = match checkpoint {
         Some((step, made_of)) => (Some(step), made_of),
         None => (None, &manifest.outputs.adapter),
     };
     files.check_names(made_of)?;
     if step.is_none() {
-        manifest.check_adapter(hash_of)?;
+        adapter?;
     }
     if let (Some(found), Some(signed)) = (hash_of(report::FILE), &manifest.outputs.report_sha256)
         && found != *signed
@@ -92,7 +94,7 @@ fn say(manifest: &Manifest, step: Option<u64>, signer: &VerifyKey, is_known: boo
         "{}",
         match (step, manifest.passed_gate) {
             (_, None) => "it was held to no safety gate",
-            (Some(_), _) => "a checkpoint, which the safety gate did not ask",
+            (Some(_), _) => "a checkpoint; what the safety gate found is of the adapter that was published",
             (None, Some(true)) => "it passed the safety gate",
             (None, Some(false)) => "it did NOT pass the safety gate; an operator released it",
         }

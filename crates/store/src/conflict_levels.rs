@@ -105,9 +105,12 @@ impl Store {
             return Err(fault(format!("{id} trained with `{}`, which counts no conflicts", job.safety.defense.as_str())));
         }
         let (steps, _) = self.steps(id).await?;
-        let last = steps.last().filter(|step| step.step >= gauge::LEAST_STEPS).and_then(|step| step.alignment.as_ref());
+        let last = steps.last().filter(|step| step.step >= gauge::LEAST_CLEAN_STEPS).and_then(|step| step.alignment.as_ref());
         last.map(|facts| facts.conflict_rate).ok_or_else(|| {
-            fault(format!("{id} did not take {} steps with an alignment gradient, or its figures are gone", gauge::LEAST_STEPS))
+            fault(format!(
+                "{id} did not take {} steps with an alignment gradient, or its figures are gone",
+                gauge::LEAST_CLEAN_STEPS
+            ))
         })
     }
 }

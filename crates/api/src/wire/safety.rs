@@ -400,7 +400,7 @@ impl Listed for ConflictLevel {
 pub(crate) struct MeasureConflictLevel {
     /// The base model's name.
     pub(crate) base_model: String,
-    /// Jobs of this base whose rows are known to be clean, 25 steps long at least.
+    /// Jobs of this base whose rows are known to be clean, 50 steps long at least.
     #[schema(min_items = 1, max_items = 100)]
     pub(crate) clean_jobs: Vec<String>,
 }

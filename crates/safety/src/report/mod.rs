@@ -164,7 +164,7 @@ impl TaskFigures {
     }
 }
 
-/// How the share of what is so rose, with its interval by the paired bootstrap.
+/// How the share of what is so rose, with its interval, see [`bootstrap::paired`].
 fn rise_of(before: &[bool], after: &[bool]) -> Option<Rise> {
     let numbers = |of: &[bool]| vec![of.iter().map(|is| f64::from(u8::from(*is))).collect::<Vec<_>>()];
     let difference = bootstrap::paired(&numbers(after), &numbers(before), BOOTSTRAP_SEED);

@@ -180,6 +180,7 @@ async fn get(
     at: &PolicyAt,
     named: Option<(&str, &str)>,
 ) -> Result<Json<SafetyPolicy>, ApiError> {
+    // Also with a version: whether there is such a subject is told by its own name.
     let now = counting(state, subject, named).await?;
     let Some(version) = at.version else { return Ok(now) };
     let found = state.store.policy_version(subject, version).await;
@@ -298,8 +299,8 @@ pub(crate) async fn get_quarantined_report(
     show_report(&state, object, &headers, async { Ok(Vec::new()) }).await
 }
 
-/// Release what the safety gate keeps back of a job: an adapter that did not pass, and its checkpoints, also of a job that passed. The
-/// job stays as it ended, and the reason stands on it.
+/// Release what the safety gate keeps back of a job that has ended: an adapter that did not pass, and its checkpoints, also of a job that
+/// passed. The job stays as it ended, and the reason stands on it.
 #[utoipa::path(
     post, path = "/admin/quarantine/{fine_tuning_job_id}/release", operation_id = "release_quarantined_adapter", tag = "admin",
     params(("fine_tuning_job_id" = String, Path, example = "ftjob-0192f3a4000070008000000000000001")), request_body = ReleaseAdapter,
