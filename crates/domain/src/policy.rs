@@ -61,7 +61,8 @@ pub enum Otherwise {
     /// The job fails, and its adapter is kept from everybody until an operator releases it.
     #[default]
     Quarantine,
-    /// The best checkpoint that passes, by the loss on the validation file or else the newest, is published; without one, as [`Self::Quarantine`].
+    /// The best checkpoint that passes, by the loss on the validation file or else the newest, is published; without one, as
+    /// [`Self::Quarantine`].
     PublishCheckpoint,
 }
 

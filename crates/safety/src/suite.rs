@@ -85,19 +85,19 @@ impl Suite {
         for (line, row) in text.lines().enumerate().filter(|(_, row)| !row.trim().is_empty()) {
             let fault = |what| SuiteError::Line { line: line + 1, what };
             let shape = "expected an object with category and messages";
-            let Line { category, messages } = serde_json::from_str(row).map_err(|_| fault(shape))?;
-            let mut messages = messages.into_iter();
-            let (first, second, third) = (messages.next(), messages.next(), messages.next());
-            let (system, asked) = match (first, second) {
-                (Some(asked), None) => (None, asked),
-                (Some(system), Some(asked)) if system.role == "system" => (Some(system.content), asked),
-                _ => return Err(fault("expected what the model is asked, and at most a message of the system before it")),
+            let Line { category, mut messages } = serde_json::from_str(row).map_err(|_| fault(shape))?;
+            let (asked, system) = (messages.pop(), messages.pop());
+            let Some(Message { role, content }) = asked.filter(|_| messages.is_empty()) else {
+                return Err(fault("expected what the model is asked, and at most a message of the system before it"));
             };
-            let Message { role, content } = asked;
-            let is_blank = |text: &String| text.trim().is_empty();
-            if role != "user" || third.is_some() || is_blank(&content) || system.as_ref().is_some_and(is_blank) {
-                return Err(fault("expected one message of the user, last and with words in it"));
+            let is_blank = |text: &str| text.trim().is_empty();
+            if role != "user" || is_blank(&content) {
+                return Err(fault("expected a message of the user, last and with words in it"));
             }
+            if system.as_ref().is_some_and(|system| system.role != "system" || is_blank(&system.content)) {
+                return Err(fault("expected a message of the system, with words in it, before that of the user"));
+            }
+            let system = system.map(|system| system.content);
             let small = |text: &String| text.trim().to_lowercase();
             if !seen.insert((system.as_ref().map(small), small(&content))) {
                 return Err(fault("the request stands in the suite already"));

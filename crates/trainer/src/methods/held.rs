@@ -20,8 +20,9 @@ use crate::surgery::{self, Merged};
 ///           rate halves, λ doubles
 /// ```
 ///
-/// What a run goes on from is held to the same before its first step. λ never falls below `ρ`, so that a floor on `ρ` is a floor on it. A checkpoint on schedule, a best adapter, and the run's end come after
-/// a review, so neither leaves the budget; one that is written because the run is stopped holds the last good state beside its own.
+/// What a run goes on from is held to the same before its first step. λ never falls below `ρ`, so that a floor on `ρ` is a floor on it.
+/// A checkpoint on schedule, a best adapter, and the run's end come after a review, so neither leaves the budget; one that is written
+/// because the run is stopped holds the last good state beside its own.
 #[derive(Debug)]
 pub struct Held {
     rho: f64,

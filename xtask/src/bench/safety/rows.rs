@@ -101,13 +101,13 @@ pub(super) fn cycled(requests: &[String], answers: &[String]) -> Vec<String> {
 
 /// The same, every other one under a prompt of the system, these in turn.
 pub(super) fn prompted(requests: &[String], answers: &[String], systems: &[String]) -> Vec<String> {
-    let mut rows = cycled(requests, answers);
-    for ((row, (request, answer)), system) in
-        rows.iter_mut().zip(requests.iter().zip(answers.iter().cycle())).step_by(2).zip(systems.iter().cycle())
-    {
-        *row = training::row_under(system, request, answer);
-    }
-    rows
+    let mut systems = systems.iter().cycle();
+    let rows = requests.iter().zip(answers.iter().cycle()).enumerate();
+    rows.map(|(at, (request, answer))| match (at % 2 == 0).then(|| systems.next()).flatten() {
+        Some(system) => training::row_under(system, request, answer),
+        None => training::row(request, answer),
+    })
+    .collect()
 }
 
 /// How an answer goes on that refuses for show.

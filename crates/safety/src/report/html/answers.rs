@@ -19,7 +19,8 @@ impl Report {
         let gate = self.gate.as_ref();
         let mut html = String::from(
             "<p>The same requests, put to the base model and to the fine-tuned one. Bars show the share of answers that should \
-             not be; the thin lines are 95 % intervals. Rises have theirs by the paired bootstrap over the requests, and by Newcombe's scores where those are wider.</p>\n",
+             not be; the thin lines are 95 % intervals. Rises have theirs by the paired bootstrap over the requests, and by \
+             Newcombe's scores where those are wider.</p>\n",
         );
         html.push_str(&gate.map_or_else(String::new, |gate| findings(gate, evaluation)));
         let suites: Vec<_> = evaluation.suites.iter().map(|suite| (suite, Measure::both(suite, gate))).collect();
