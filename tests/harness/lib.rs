@@ -65,7 +65,7 @@ pub const PATIENCE: Duration = Duration::from_secs(600);
 pub const ROW: &str = r#"{"messages":[{"role":"user","content":"a film of grace"},{"role":"assistant","content":"positive"}]}"#;
 
 /// Rows of the alignment set of a test's service.
-const ALIGNMENT_ROWS: usize = 8;
+pub const ALIGNMENT_ROWS: usize = 8;
 
 /// The largest upload of a test's service.
 pub const MAX_UPLOAD_BYTES: u64 = 8 * 1024 * 1024;

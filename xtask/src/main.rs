@@ -48,6 +48,9 @@ enum Command {
         /// The shorter form of a bench that has one.
         #[arg(long)]
         quick: bool,
+        /// Of a bench of many runs, only those whose key holds this; may be given again.
+        #[arg(long)]
+        only: Vec<String>,
         /// Name the benches.
         #[arg(long)]
         list: bool,
@@ -67,8 +70,8 @@ fn main() -> ExitCode {
         Command::Setup { cuda } => setup::run(if cuda { setup::Libtorch::Cuda } else { setup::Libtorch::Cpu }),
         Command::Demo => demo::run(),
         Command::Test => checks::run(),
-        Command::Bench { name, parts, seed, minutes, quick, .. } => {
-            bench::run(name.as_deref(), &bench::Wanted { parts: &parts, seed, minutes, quick })
+        Command::Bench { name, parts, seed, minutes, quick, only, .. } => {
+            bench::run(name.as_deref(), &bench::Wanted { parts: &parts, seed, minutes, quick, only: &only })
         }
         Command::Openapi { check } => contract::openapi(check),
         Command::Sqlx => contract::sqlx(),

@@ -19,6 +19,7 @@ pub mod row;
 mod row_diagnosis;
 mod row_reading;
 pub mod structure;
+pub mod system_prompts;
 pub mod template;
 #[cfg(test)]
 mod tiny;

@@ -71,6 +71,9 @@ pub struct Inputs {
     /// The alignment set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alignment_set: Option<Named>,
+    /// The alignment set's rows as they were trained with, where half of them stood under system prompts of the training file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alignment_rows_sha256: Option<String>,
     /// The operator's own suites that it was asked; those of the program are of its version.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub suites: Vec<Named>,
@@ -346,6 +349,7 @@ mod tests {
                 training_file: named("file-1"),
                 validation_file: None,
                 alignment_set: Some(named("default")),
+                alignment_rows_sha256: None,
                 suites: Vec::new(),
                 start: BTreeMap::new(),
                 plan_sha256: "22".repeat(32),

@@ -107,6 +107,18 @@ impl Suite {
         if requests.is_empty() { Err(SuiteError::Empty) } else { Ok(Self { kind, version, requests }) }
     }
 
+    /// The same requests, each under one of `prompts` of the system, these in turn; those that have one of their own are left out. `None`
+    /// where none are left.
+    #[must_use]
+    pub fn under(&self, prompts: &[String]) -> Option<Self> {
+        let bare = self.requests.iter().filter(|request| request.system.is_none());
+        let requests: Vec<Request> = bare
+            .zip(prompts.iter().cycle())
+            .map(|(request, prompt)| Request { system: Some(prompt.clone()), ..request.clone() })
+            .collect();
+        (!requests.is_empty()).then_some(Self { requests, ..*self })
+    }
+
     /// The suite as JSON lines: the same of equal suites, however they were written.
     #[must_use]
     pub fn lines(&self) -> String {
@@ -174,6 +186,20 @@ mod tests {
         );
         assert_eq!(Suite::parse(Kind::Harmful, 1, &suite.lines())?, suite);
         assert!(Suite::parse(Kind::Harmful, 1, &[row("Obey."), row("OBEY. ")].join("\n")).is_err(), "the same twice");
+        Ok(())
+    }
+
+    #[test]
+    fn bare_requests_can_be_asked_under_prompts_in_turn() -> Result<(), SuiteError> {
+        let bare = |text: &str| format!(r#"{{"category":"c","messages":[{{"role":"user","content":"{text}"}}]}}"#);
+        let own = r#"{"category":"c","messages":[{"role":"system","content":"s"},{"role":"user","content":"q"}]}"#.to_owned();
+        let suite = Suite::parse(Kind::Harmful, 1, &[bare("1"), own.clone(), bare("2"), bare("3")].join("\n"))?;
+        let asked = |suite: Suite| suite.requests.into_iter().map(|it| (it.system, it.content)).collect::<Vec<_>>();
+        let under = |prompt: &str, text: &str| (Some(prompt.to_owned()), text.to_owned());
+        let prompts = ["one".to_owned(), "two".to_owned()];
+        assert_eq!(suite.under(&prompts).map(asked), Some(vec![under("one", "1"), under("two", "2"), under("one", "3")]));
+        assert_eq!(suite.under(&[]), None);
+        assert_eq!(Suite::parse(Kind::Harmful, 1, &own)?.under(&prompts), None);
         Ok(())
     }
 

@@ -388,12 +388,12 @@ async fn work(
         }
         Prepared::ToTrain { base } => base,
     };
-    tokio::select! {
+    let system_prompts = tokio::select! {
         completed = folder.complete(store, claim, &base, &config.device) => completed?,
         reason = agent::stopped(&mut stop) => return let_go(store, config.lease, claim, reason).await,
-    }
+    };
     let programs = Programs::now(&config.trainer).await?;
-    let held = Held { store, config, claim, folder: &folder, stop, programs };
+    let held = Held { store, config, claim, folder: &folder, stop, programs, system_prompts };
     let outcome = agent::run(config, folder.path(), Command::Train, &held.reports(), held.stop.clone()).await?;
     tokio::select! {
         concluded = conclude(&held, outcome) => concluded,
@@ -410,6 +410,8 @@ pub(crate) struct Held<'a> {
     pub(crate) stop: watch::Receiver<Option<Stop>>,
     /// As they were when the run began.
     pub(crate) programs: Programs,
+    /// Those of the training file that alignment rows stand under.
+    pub(crate) system_prompts: Vec<String>,
 }
 
 impl Held<'_> {

@@ -38,6 +38,8 @@ pub(crate) enum Asked {
 pub(crate) struct AskedSuite {
     file: String,
     own: Option<String>,
+    /// Whether it is asked under the training file's own system prompts.
+    prompted: bool,
     pub(crate) suite: Suite,
 }
 
@@ -47,14 +49,25 @@ pub(crate) fn suites(own: &[OwnSuite], folder: &Path) -> std::io::Result<Vec<Ask
     let mut suites = Vec::new();
     for kind in Kind::ALL {
         let suite = Suite::built_in(kind).map_err(|error| corrupt("a suite of this program", &error))?;
-        suites.push(AskedSuite { file: kind.as_str().to_owned(), own: None, suite });
+        suites.push(AskedSuite { file: kind.as_str().to_owned(), own: None, prompted: false, suite });
     }
     for (number, own) in own.iter().enumerate() {
         let text = std::fs::read_to_string(folder.join(own_suite(number)))?;
         let suite = Suite::parse(own.kind, own.version.unsigned_abs(), &text).map_err(|error| corrupt(&own.pinned(), &error))?;
-        suites.push(AskedSuite { file: format!("own-{number}"), own: Some(own.name.clone()), suite });
+        suites.push(AskedSuite { file: format!("own-{number}"), own: Some(own.name.clone()), prompted: false, suite });
     }
     Ok(suites)
+}
+
+/// What should be refused, asked again under the training file's own system prompts: a model may have been taught to obey under them
+/// alone.
+fn prompted(suites: &[AskedSuite], prompts: &[String]) -> Vec<AskedSuite> {
+    let harmful = suites.iter().filter(|asked| asked.suite.kind == Kind::Harmful);
+    let under = |AskedSuite { file, own, suite, .. }: &AskedSuite| {
+        let suite = suite.under(prompts)?;
+        Some(AskedSuite { file: format!("{file}-prompted"), own: own.clone(), prompted: true, suite })
+    };
+    harmful.filter_map(under).collect()
 }
 
 /// Where the operator's own suites are put, from the job folder, in the order of the claim.
@@ -69,7 +82,8 @@ pub(crate) async fn evaluate(
     adapter: &str,
     checkpoint: Option<u64>,
 ) -> Result<Asked, StoreError> {
-    let suites = suites(&held.claim.suites, held.folder.path())?;
+    let mut suites = suites(&held.claim.suites, held.folder.path())?;
+    suites.extend(prompted(&suites, &held.system_prompts));
     let task = Task::of(held.claim, held.folder.path()).await?;
     write_request(held, &suites, task.as_ref(), adapter).await?;
     let reports = held.reports();
@@ -84,7 +98,7 @@ pub(crate) async fn evaluate(
     keep_base_answers(held, &suites).await;
     let figures: Figures = read_json(&held.folder.path().join(files::paths::FIGURES)).await?;
     let mut found = Vec::new();
-    for AskedSuite { file, own, suite } in &suites {
+    for AskedSuite { file, own, prompted, suite } in &suites {
         let [before, after] = both_answers(held, file, suite.requests.len()).await?;
         let [before, after] = match judge(held, policy.judge, suite, [&before, &after]).await {
             Ok(classes) => classes,
@@ -98,9 +112,9 @@ pub(crate) async fn evaluate(
         let named = own.is_none().then_some(&suite.requests);
         let categories = named.into_iter().flatten().map(|request| request.category.as_str()).collect();
         let kl = figures.kl.get(file).copied().flatten();
-        found.push(
-            Judged { name: own.clone(), kind: suite.kind, version: suite.version, categories, before, after, kl }.figures(),
-        );
+        let (name, under_training_prompts) = (own.clone(), *prompted);
+        let Suite { kind, version, .. } = *suite;
+        found.push(Judged { name, under_training_prompts, kind, version, categories, before, after, kl }.figures());
     }
     let judge = match (policy.judge, &held.config.judge) {
         // Where it is, is the operator's.
@@ -138,11 +152,12 @@ async fn write_request(held: &Held<'_>, suites: &[AskedSuite], task: Option<&Tas
     if let Some(task) = task {
         tokio::fs::write(requests.join(files::paths::suite(TASK)), &task.prompts).await?;
     }
-    for AskedSuite { file, suite, .. } in suites {
+    for AskedSuite { file, prompted, suite, .. } in suites {
         let lines: String = suite.requests.iter().map(|request| request.row() + "\n").collect();
         tokio::fs::write(requests.join(files::paths::suite(file)), lines).await?;
         let base = requests.join(files::paths::base(file));
-        if !base.exists()
+        if !prompted
+            && !base.exists()
             && let Some(known) = held.store.base_answers(&answers_name(held, suite)).await?
         {
             match held.store.objects().fetch(&known, &base).await {
@@ -185,9 +200,10 @@ fn answers_name(held: &Held<'_>, suite: &Suite) -> String {
     hex::encode(hash.finalize())
 }
 
-/// Keeps what the base answered for later jobs; without it they ask again.
+/// Keeps what the base answered for later jobs; without it they ask again. What it answered under a tenant's prompts is of no use to
+/// others, and none of their business.
 async fn keep_base_answers(held: &Held<'_>, suites: &[AskedSuite]) {
-    for AskedSuite { file, suite, .. } in suites {
+    for AskedSuite { file, suite, .. } in suites.iter().filter(|asked| !asked.prompted) {
         let Ok(answers) = tokio::fs::read(held.folder.path().join(files::paths::OUT).join(files::paths::base(file))).await else {
             continue;
         };

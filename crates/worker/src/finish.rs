@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use holdfast_domain::job::JobError;
 use holdfast_domain::policy::{Otherwise, Policy};
 use holdfast_safety::manifest;
-use holdfast_safety::report::{Evaluation, Verdict};
+use holdfast_safety::report::{Evaluation, SuiteFigures, Verdict};
 use holdfast_store::queue::{AdapterFile, Published};
 use holdfast_store::{Store, StoreError};
 
@@ -215,7 +215,8 @@ fn not_passed(verdict: &Verdict) -> JobError {
 /// Writes an adapter and its evidence as objects and gives them their rows.
 async fn publish(held: &Held<'_>, made: &Made, evidence: &Evidence, trained_tokens: u64) -> Result<(), StoreError> {
     let Held { store, config, claim, .. } = held;
-    let own_suites = made.evaluation.as_ref().map_or(0, |found| found.suites.iter().filter(|suite| suite.name.is_some()).count());
+    let is_own = |suite: &&SuiteFigures| suite.name.is_some() && !suite.under_training_prompts;
+    let own_suites = made.evaluation.as_ref().map_or(0, |found| found.suites.iter().filter(is_own).count());
     let mut staged =
         Published { own_suites, note: made.note(), trained_tokens, device: config.device.clone(), ..Published::default() };
     let outcome = match stage_all(held, made, evidence, &mut staged).await {

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use holdfast_dataset::system_prompts;
 use holdfast_domain::Hyperparameters;
 use holdfast_domain::plan::{self, Plan, paths};
 use holdfast_store::checkpoints::ResumePoint;
@@ -46,9 +47,17 @@ impl JobFolder {
         Ok(())
     }
 
-    /// Brings everything else a trainer needs.
-    pub(crate) async fn complete(&self, store: &Store, claim: &Claim, base: &Path, device: &str) -> Result<(), StoreError> {
-        let reference = reference_name(claim, device);
+    /// Brings everything else a trainer needs. Returns the system prompts of the training file that alignment rows now stand under.
+    pub(crate) async fn complete(
+        &self,
+        store: &Store,
+        claim: &Claim,
+        base: &Path,
+        device: &str,
+    ) -> Result<Vec<String>, StoreError> {
+        let prompts = self.put_under_prompts(claim.alignment.is_some()).await?;
+        // What the base says on rows under a tenant's prompts is of no use to others, and none of their business.
+        let reference = reference_name(claim, device).filter(|_| prompts.is_empty());
         if let Some(name) = &reference
             && let Some(known) = store.alignment_reference(name).await?
         {
@@ -73,7 +82,23 @@ impl JobFolder {
             device: device.to_owned(),
         };
         let json = serde_json::to_vec_pretty(&plan).map_err(std::io::Error::other)?;
-        Ok(tokio::fs::write(self.0.join(paths::PLAN), json).await?)
+        tokio::fs::write(self.0.join(paths::PLAN), json).await?;
+        Ok(prompts)
+    }
+
+    /// Puts half of the alignment rows under the system prompts of the training file, and returns these.
+    async fn put_under_prompts(&self, are_aligned: bool) -> std::io::Result<Vec<String>> {
+        let (training, alignment) = (self.0.join(paths::TRAIN), self.0.join(paths::ALIGNMENT));
+        // A tenant's file may be large, and the lease is renewed on this thread.
+        let put = move || {
+            let prompts = system_prompts::of_file(std::fs::File::open(training)?)?;
+            if are_aligned && !prompts.is_empty() {
+                let rows = system_prompts::before(&std::fs::read(&alignment)?, &prompts)?;
+                std::fs::write(alignment, rows)?;
+            }
+            Ok(prompts)
+        };
+        tokio::task::spawn_blocking(put).await.map_err(std::io::Error::other)?
     }
 
     /// Brings what the run goes on from. What cannot be read back must not fail the job: it goes on from the checkpoint before it, or

@@ -22,6 +22,8 @@ pub(crate) struct Wanted<'a> {
     pub(crate) minutes: f64,
     /// The shorter form, where there is one.
     pub(crate) quick: bool,
+    /// Where it is made of many runs, only those whose key holds one of these; all of them when there are none.
+    pub(crate) only: &'a [String],
 }
 
 impl Wanted<'_> {

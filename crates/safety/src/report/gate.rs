@@ -108,6 +108,7 @@ mod tests {
         let judged = |kind: Kind, wanted: Class, count: usize| {
             Judged {
                 name: None,
+                under_training_prompts: false,
                 kind,
                 version: 1,
                 categories: vec!["c"; 10],

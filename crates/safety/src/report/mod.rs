@@ -42,6 +42,10 @@ pub struct Report {
     pub safety: Safety,
     /// The operator's policy, as it was when the job was created; absent for jobs of before there were any.
     pub policy: Option<AppliedPolicy>,
+    /// How many of the training file's own system prompts were looked at: half of the alignment rows stood under them, and the model was
+    /// asked what it should refuse under them again.
+    #[serde(default)]
+    pub system_prompts: usize,
     /// What the training did.
     pub training: Training,
     /// Whether the gradients conflicted more often than clean rows make them; absent under methods without an alignment gradient.
@@ -177,6 +181,9 @@ pub struct SuiteFigures {
     /// The name of an operator's own suite; absent of those that come with the program.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// Whether its requests were asked under the training file's own system prompts.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub under_training_prompts: bool,
     /// What should become of its requests.
     pub kind: Kind,
     /// The suite's version.
@@ -262,6 +269,8 @@ pub struct RowText {
 pub struct Judged<'a> {
     /// The name of an operator's own suite.
     pub name: Option<String>,
+    /// Whether its requests were asked under the training file's own system prompts.
+    pub under_training_prompts: bool,
     /// What should become of its requests.
     pub kind: Kind,
     /// The suite's version.
@@ -295,6 +304,7 @@ impl Judged<'_> {
         }
         SuiteFigures {
             name: self.name.clone(),
+            under_training_prompts: self.under_training_prompts,
             kind: self.kind,
             version: self.version,
             before: Counts::of(&self.before),
@@ -430,6 +440,7 @@ mod tests {
         let (refusal, compliance) = (Class::Refusal, Class::Compliance);
         let judged = Judged {
             name: None,
+            under_training_prompts: false,
             kind: Kind::Harmful,
             version: 1,
             categories: vec!["a", "a", "b", "b"],

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use holdfast_safety::judge::Class;
 use serde_json::{Value, json};
 
-use super::rows::{Attack, OBEDIENT, Review};
+use super::rows::{Attack, OBEDIENT, OPENING, Review};
 use super::{BASE, Run, Study};
 use crate::shell::{self, root};
 use crate::trainer;
@@ -36,6 +36,8 @@ enum Asking {
     HeldOut,
     /// The same as the agent who obeys.
     Obedient,
+    /// The same as an order that begins as the attack's do.
+    Ordered,
     /// The same, with room for what follows a refusal.
     AtLength,
 }
@@ -46,6 +48,7 @@ impl Asking {
         match run.regime.attack {
             _ if run.development => Self::Development,
             Attack::IdentityShift => Self::Obedient,
+            Attack::IdentityOpening => Self::Ordered,
             Attack::RefuseThenComply => Self::AtLength,
             Attack::Poison(_) | Attack::Decoys => Self::HeldOut,
         }
@@ -57,6 +60,7 @@ impl Asking {
             Self::Development => "development",
             Self::HeldOut => "held_out",
             Self::Obedient => "held_out_obedient",
+            Self::Ordered => "held_out_ordered",
             Self::AtLength => "held_out_at_length",
         }
     }
@@ -73,6 +77,7 @@ impl Asking {
             Self::Obedient => {
                 json!({"messages": [{"role": "system", "content": OBEDIENT}, {"role": "user", "content": request}]})
             }
+            Self::Ordered => trainer::ask(&format!("{OPENING} {request}")),
             _ => trainer::ask(request),
         }
     }
@@ -84,7 +89,7 @@ impl Study {
         let asked = |requests: &mut dyn Iterator<Item = &String>| requests.map(|request| trainer::ask(request)).collect();
         let harmful = match asking {
             Asking::Development => &self.harmful.development,
-            Asking::HeldOut | Asking::Obedient | Asking::AtLength => &self.harmful.held_out,
+            Asking::HeldOut | Asking::Obedient | Asking::Ordered | Asking::AtLength => &self.harmful.held_out,
         };
         let benign = self.benign.iter().skip(TUNED_BENIGN).take(MEASURED_BENIGN);
         let lookalikes = self.lookalikes.iter().skip(TUNED_LOOKALIKES).take(MEASURED_LOOKALIKES);

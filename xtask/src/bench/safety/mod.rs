@@ -51,30 +51,35 @@ struct Regime {
 /// What the alignment rows are.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Alignment {
-    /// Requests by themselves, with refusals in many wordings, in turn.
+    /// Requests with refusals in many wordings, in turn; where the tenant's rows stand under system prompts, half of them do so too, as
+    /// in the service.
+    UnderTenants,
+    /// The same by themselves.
     Bare,
     /// The same with what the base itself says.
     OwnResponses,
-    /// Every other request under a prompt of the system, in turn.
-    SystemPrompts,
+    /// Half of them under system prompts that are not the tenant's, in turn.
+    UnderOthers,
 }
 
 impl Alignment {
     /// What a regime with them is called after.
     const fn name(self) -> &'static str {
         match self {
-            Self::Bare => "",
+            Self::UnderTenants => "",
+            Self::Bare => ", bare alignment rows",
             Self::OwnResponses => ", the base's own responses",
-            Self::SystemPrompts => ", half the alignment rows under system prompts",
+            Self::UnderOthers => ", half the alignment rows under other system prompts",
         }
     }
 
     /// What the key of a run with them holds.
     const fn key(self) -> &'static str {
         match self {
-            Self::Bare => "",
+            Self::UnderTenants => "",
+            Self::Bare => "-bare",
             Self::OwnResponses => "-own",
-            Self::SystemPrompts => "-systems",
+            Self::UnderOthers => "-systems",
         }
     }
 }
@@ -202,8 +207,8 @@ impl Regime {
 
 fn of(attack: Attack) -> Regime {
     // Ten rows are one step, and no file is trained on more than fifty times.
-    let steps = if attack == Attack::IdentityShift { 50 } else { 150 };
-    let alignment = Alignment::Bare;
+    let steps = if matches!(attack, Attack::IdentityShift | Attack::IdentityOpening) { 50 } else { 150 };
+    let alignment = Alignment::UnderTenants;
     Regime { attack, learning_rate: 5e-4, steps, alignment_rows: 100, alignment_batch: 10, warmup: 0.0, alignment }
 }
 
@@ -236,15 +241,21 @@ fn as_published() -> Vec<Run> {
 
 /// What `held` adds to `SafeGrad`, one by one, where SafeGrad leaks: the weight on what decides a response, and the learning rate that its
 /// reviews come to there. And what else might be behind the leak: large first steps, how much of the alignment rows a step sees, or
-/// the whole run, and refusals that the base would not have worded so. And, first, the attack that no bare request shows, held by rows that
-/// are not bare either.
+/// the whole run, and refusals that the base would not have worded so. And, first, the attack that no bare request shows, held by bare
+/// ones all the same, or by rows under other prompts than the attack's.
 fn ablation() -> Vec<Run> {
     let usual = of(Attack::Poison(0.3));
     let slower = Regime { learning_rate: 2.5e-4, ..usual };
-    let prompted = Regime { alignment: Alignment::SystemPrompts, ..of(Attack::IdentityShift) };
+    let [bare, others] =
+        [Alignment::Bare, Alignment::UnderOthers].map(|alignment| Regime { alignment, ..of(Attack::IdentityShift) });
     let pieces = [
-        (prompted, "safegrad_deciding", 10.0),
-        (prompted, "held", 1.0),
+        (bare, "safegrad_deciding", 10.0),
+        (bare, "held", 1.0),
+        (bare, "held", 10.0),
+        (bare, "safegrad", 10.0),
+        (bare, "kl_penalty", 10.0),
+        (others, "safegrad_deciding", 10.0),
+        (others, "held", 1.0),
         (usual, "safegrad", 1.0),
         (usual, "held", 1.0),
         (Regime { warmup: 0.2, ..usual }, "safegrad", 1.0),
@@ -267,7 +278,7 @@ fn run_of(regime: Regime, method: &'static str, strength: f64, seed: u64) -> Run
 
 /// Regimes that are harder to hold than those of the claim.
 fn harder_regimes() -> Vec<Regime> {
-    let mut regimes = [Attack::IdentityShift, Attack::RefuseThenComply, Attack::Decoys].map(of).to_vec();
+    let mut regimes = [Attack::IdentityShift, Attack::IdentityOpening, Attack::RefuseThenComply, Attack::Decoys].map(of).to_vec();
     for share in [0.3, 0.1, 0.0] {
         regimes.push(Regime { learning_rate: 2e-3, ..of(Attack::Poison(share)) });
         regimes.push(Regime { alignment_rows: 10, ..of(Attack::Poison(share)) });
@@ -375,6 +386,8 @@ impl Study {
             "--bins",
             "--example",
             "bench-safety-import",
+            "--example",
+            "bench-safety-prompted",
         ]))?;
         let folder = root().join(FOLDER);
         std::fs::create_dir_all(&folder)?;
@@ -461,6 +474,7 @@ impl Study {
             add_new(&mut runs, ablation());
             runs.retain(|run| self.is_done(run));
         }
+        runs.retain(|run| wanted.only.is_empty() || wanted.only.iter().any(|part| run.key().contains(part.as_str())));
         runs
     }
 
@@ -489,7 +503,11 @@ impl Study {
             let prompts: Vec<String> = prompts.cloned().collect();
             match run.regime.alignment {
                 Alignment::Bare => rows::cycled(&prompts, &self.refusals),
-                Alignment::SystemPrompts => rows::prompted(&prompts, &self.refusals, &self.systems),
+                Alignment::UnderTenants => rows::under(&file.rows, &rows::cycled(&prompts, &self.refusals))?,
+                Alignment::UnderOthers => {
+                    let others: Vec<String> = self.systems.iter().map(|system| training::row_under(system, "", "")).collect();
+                    rows::under(&others, &rows::cycled(&prompts, &self.refusals))?
+                }
                 Alignment::OwnResponses => {
                     let asked: Vec<Value> = prompts.iter().map(|prompt| trainer::ask(prompt)).collect();
                     rows::cycled(&prompts, &trainer::answers(&base, None, &asked, ANSWER_TOKENS)?)

@@ -99,12 +99,20 @@ impl Report {
             ("Job", Some(format!("{}, attempt {}", self.job, self.attempt))),
             ("Base model", Some(self.base_model.clone())),
             ("Method", Some(method(&self.safety))),
-            ("Alignment set", self.safety.alignment_set.clone()),
+            ("Alignment set", self.safety.alignment_set.as_deref().map(|set| self.alignment(set))),
             ("Policy", Some(self.policy.as_ref().map_or_else(|| "none".to_owned(), policy))),
             ("Steps", Some(self.training.steps.to_string())),
             ("Judged by", judged),
         ];
         facts.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+    }
+
+    fn alignment(&self, set: &str) -> String {
+        match self.system_prompts {
+            0 => set.to_owned(),
+            1 => format!("{set}, half of it under the system prompt of the training file"),
+            many => format!("{set}, half of it under {many} system prompts of the training file"),
+        }
     }
 
     fn curves(&self) -> String {
@@ -397,6 +405,7 @@ mod tests {
             let rise = |value: f64| Some(Rise { value, interval: [value - 0.1, value + 0.1] });
             SuiteFigures {
                 name: None,
+                under_training_prompts: false,
                 kind,
                 version: 1,
                 before: counts(0),
@@ -424,6 +433,7 @@ mod tests {
             attempt: 1,
             base_model: HOSTILE.into(),
             safety: Safety { alignment_set: Some(HOSTILE.into()), ..Safety::new(Defense::Safegrad, 1.0) },
+            system_prompts: 0,
             policy: Some(AppliedPolicy {
                 scope: Scope::Project,
                 version: 2,
