@@ -141,7 +141,7 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
         tuning::tune(&study, &base)?;
     }
     if wanted.has("ablation") && !wanted.quick {
-        for run in ablation() {
+        for run in ablation().into_iter().filter(|run| is_asked_for(run, wanted)) {
             println!("{}", report::line(&run.key(), &study.outcome(&run)?, &base));
         }
     }
@@ -310,6 +310,11 @@ fn grid() -> Vec<Run> {
     runs
 }
 
+fn is_asked_for(run: &Run, wanted: &Wanted<'_>) -> bool {
+    let key = run.key();
+    wanted.only.is_empty() || wanted.only.iter().any(|part| key.contains(part.as_str()))
+}
+
 /// Adds runs that are not among them yet.
 fn add_new(runs: &mut Vec<Run>, more: impl IntoIterator<Item = Run>) {
     for run in more {
@@ -474,7 +479,7 @@ impl Study {
             add_new(&mut runs, ablation());
             runs.retain(|run| self.is_done(run));
         }
-        runs.retain(|run| wanted.only.is_empty() || wanted.only.iter().any(|part| run.key().contains(part.as_str())));
+        runs.retain(|run| is_asked_for(run, wanted));
         runs
     }
 
@@ -505,7 +510,7 @@ impl Study {
                 Alignment::Bare => rows::cycled(&prompts, &self.refusals),
                 Alignment::UnderTenants => rows::under(&file.rows, &rows::cycled(&prompts, &self.refusals))?,
                 Alignment::UnderOthers => {
-                    let others: Vec<String> = self.systems.iter().map(|system| training::row_under(system, "", "")).collect();
+                    let others: Vec<String> = self.systems.iter().map(|system| training::row_under(system, "q", "a")).collect();
                     rows::under(&others, &rows::cycled(&prompts, &self.refusals))?
                 }
                 Alignment::OwnResponses => {

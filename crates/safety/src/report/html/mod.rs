@@ -488,6 +488,19 @@ mod tests {
     }
 
     #[test]
+    fn what_stood_under_the_file_s_system_prompts_is_said() {
+        let mut report = Report { system_prompts: 2, ..report(3, 0, closed()) };
+        let under = "under 2 system prompts of the training file";
+        assert!(page(&report).contains(under) && !page(&report).contains("asked under the training file"));
+        if let Some(evaluation) = &mut report.evaluation {
+            let again = SuiteFigures { under_training_prompts: true, ..evaluation.suites[0].clone() };
+            evaluation.suites.push(again);
+        }
+        assert!(page(&report).contains("asked under the training file's own system prompts"));
+        assert!(!page(&Report { system_prompts: 0, ..report }).contains("half of it under"));
+    }
+
+    #[test]
     fn a_report_without_evaluation_says_so() {
         let mut report =
             Report { evaluation: None, gate: None, not_judged: Some("nobody judged".into()), ..report(3, 0, closed()) };
