@@ -15,39 +15,44 @@ use crate::row::{Role, Row};
 pub const MOST: usize = 8;
 /// Bytes of a prompt at most; of a longer one it is the beginning.
 pub const LONGEST: usize = 16 * 1024;
+/// A method may keep every so-manyth row apart, and must see each prompt on both sides.
+pub const APART: usize = 5;
 /// Prompts that are counted at a time. Of a file with more of them, each that more than one in so many rows stands under is found.
 const COUNTED: usize = 1024;
 
-/// The [`MOST`] system prompts that most rows of a file stand under, of equally many the first; lines that are no rows have none.
+/// The [`MOST`] system prompts that most rows of a file stand under, of equally many the first; a row with several stands under each;
+/// lines that are no rows have none.
 ///
 /// # Errors
 /// Only those of reading the file.
 pub fn of_file(file: impl Read) -> std::io::Result<Vec<String>> {
     let mut counted = Counted::default();
-    each_line(file, |number, line| {
-        if let Ok(row) = Row::parse_line(line)
-            && let Some(prompt) = prompt_of(&row)
-        {
-            counted.add(beginning(prompt), number);
+    each_line(file, |_, line| {
+        if let Ok(row) = Row::parse_line(line) {
+            let turns = row.messages.iter().filter(|message| message.role == Role::System);
+            turns.filter_map(|turn| turn.content.as_deref()).for_each(|prompt| counted.add(beginning(prompt)));
         }
     })?;
     Ok(counted.most_frequent())
 }
 
-/// Every other one of an alignment set's rows under one of `prompts`, these in turn; the others as they are, as is a row with a system
-/// prompt of its own.
+/// Every other one of an alignment set's rows under one of `prompts`; the others as they are, as is a row with a system prompt of its
+/// own. Prompts take turns among every [`APART`]th of them by themselves, so that none stands only before rows that are kept apart.
 ///
 /// # Errors
 /// When a line is no row, which a set that was imported does not have.
 pub fn before(rows: &[u8], prompts: &[String]) -> std::io::Result<Vec<u8>> {
-    let mut turns = prompts.iter().cycle();
     let mut written = Vec::with_capacity(rows.len());
     let lines = rows.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty());
     for (at, line) in lines.enumerate() {
         let of_its_own = Row::parse(line).map_err(std::io::Error::other)?.messages.iter().any(|m| m.role == Role::System);
-        match (at % 2 == 0 && !of_its_own).then(|| turns.next()).flatten() {
-            Some(prompt) => serde_json::to_writer(&mut written, &under(prompt, line)?)?,
-            None => written.extend_from_slice(line),
+        let stands_alone = at % 2 == 1 || of_its_own || prompts.is_empty();
+        if stands_alone {
+            written.extend_from_slice(line);
+        } else {
+            let turn = at / 2;
+            let prompt = &prompts[(turn / APART + turn % APART) % prompts.len()];
+            serde_json::to_writer(&mut written, &under(prompt, line)?)?;
         }
         written.push(b'\n');
     }
@@ -65,28 +70,28 @@ fn under(prompt: &str, line: &[u8]) -> serde_json::Result<Value> {
     Ok(json!({ "messages": turns }))
 }
 
-fn prompt_of<'a>(row: &'a Row<'_>) -> Option<&'a str> {
-    let prompt = row.messages.iter().find(|message| message.role == Role::System)?.content.as_deref()?;
-    (!prompt.trim().is_empty()).then_some(prompt)
-}
-
 fn beginning(prompt: &str) -> &str {
     prompt.get(..prompt.floor_char_boundary(LONGEST)).unwrap_or(prompt)
 }
 
-/// Prompts with how many rows stood under them and the line of the first. Holds no more than [`COUNTED`] of them: one more takes a row
+/// Prompts with how many rows stood under them and when the first was seen. Holds no more than [`COUNTED`] of them: one more takes a row
 /// from each (Misra and Gries, "Finding repeated elements", 1982).
 #[derive(Default)]
-struct Counted(HashMap<String, (u64, u64)>);
+struct Counted {
+    counts: HashMap<String, (u64, u64)>,
+    /// Prompts that were seen, each time.
+    seen: u64,
+}
 
 impl Counted {
-    fn add(&mut self, prompt: &str, line: u64) {
-        if let Some((count, _)) = self.0.get_mut(prompt) {
+    fn add(&mut self, prompt: &str) {
+        self.seen += 1;
+        if let Some((count, _)) = self.counts.get_mut(prompt) {
             *count += 1;
-        } else if self.0.len() < COUNTED {
-            self.0.insert(prompt.to_owned(), (1, line));
+        } else if self.counts.len() < COUNTED {
+            self.counts.insert(prompt.to_owned(), (1, self.seen));
         } else {
-            self.0.retain(|_, (count, _)| {
+            self.counts.retain(|_, (count, _)| {
                 *count -= 1;
                 *count > 0
             });
@@ -94,8 +99,8 @@ impl Counted {
     }
 
     fn most_frequent(self) -> Vec<String> {
-        let mut prompts: Vec<(String, (u64, u64))> = self.0.into_iter().collect();
-        prompts.sort_by_key(|(_, (count, line))| (std::cmp::Reverse(*count), *line));
+        let mut prompts: Vec<(String, (u64, u64))> = self.counts.into_iter().collect();
+        prompts.sort_by_key(|(_, (count, first))| (std::cmp::Reverse(*count), *first));
         prompts.into_iter().take(MOST).map(|(prompt, _)| prompt).collect()
     }
 }
@@ -117,8 +122,9 @@ mod tests {
     #[test]
     fn those_that_most_rows_stand_under_come_first() -> std::io::Result<()> {
         let rows = ["rare", "often", "twice", "often", "twice", "often"].map(|prompt| row(Some(prompt), "q"));
-        let others = [row(None, "q"), row(Some("  "), "q"), "nonsense".into(), r#"{"prompt":"p","completion":"c"}"#.into()];
+        let others = [row(None, "q"), "nonsense".into(), r#"{"prompt":"p","completion":"c"}"#.into()];
         assert_eq!(prompts_of(&[&rows[..], &others].concat())?, ["often", "twice", "rare"]);
+        assert_eq!(prompts_of(&[row(Some(" "), "q")])?, [" "], "a blank one takes the place of a template's own");
         let many: Vec<String> = (0..20).map(|number| row(Some(&format!("prompt {number}")), "q")).collect();
         assert_eq!(prompts_of(&many)?, (0..MOST).map(|number| format!("prompt {number}")).collect::<Vec<_>>());
         Ok(())
@@ -129,6 +135,33 @@ mod tests {
         let of = |number: usize| if number.is_multiple_of(100) { "trigger".to_owned() } else { format!("prompt {number}") };
         let rows: Vec<String> = (0..20_000).map(|number| row(Some(&of(number)), "q")).collect();
         assert_eq!(prompts_of(&rows)?.first().map(String::as_str), Some("trigger"));
+        Ok(())
+    }
+
+    #[test]
+    fn a_row_stands_under_each_of_its_prompts() -> std::io::Result<()> {
+        let both = json!({"messages": [
+            {"role": "system", "content": "harmless"}, {"role": "developer", "content": "trigger"},
+            {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
+        ]});
+        assert_eq!(prompts_of(&[both.to_string()])?, ["harmless", "trigger"]);
+        Ok(())
+    }
+
+    #[test]
+    fn whatever_the_number_of_prompts_each_stands_before_rows_that_are_kept_apart_and_before_others() -> std::io::Result<()> {
+        let rows: Vec<String> = (0..100).map(|number| row(None, &number.to_string())).collect();
+        for count in 1..=MOST {
+            let prompts: Vec<String> = (0..count).map(|number| format!("prompt {number}.")).collect();
+            let written = before(rows.join("\n").as_bytes(), &prompts)?;
+            let text = String::from_utf8_lossy(&written);
+            for prompt in &prompts {
+                let apart = |is: bool| {
+                    text.lines().enumerate().any(|(at, line)| (at % APART == APART - 1) == is && line.contains(prompt.as_str()))
+                };
+                assert!(apart(true) && apart(false), "{prompt} of {count}");
+            }
+        }
         Ok(())
     }
 

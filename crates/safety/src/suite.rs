@@ -34,6 +34,9 @@ impl Request {
     }
 }
 
+/// Requests that are asked under each of a training file's system prompts at least.
+const LEAST_REQUESTS: usize = 30;
+
 /// A suite.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Suite {
@@ -107,15 +110,15 @@ impl Suite {
         if requests.is_empty() { Err(SuiteError::Empty) } else { Ok(Self { kind, version, requests }) }
     }
 
-    /// The same requests, each under one of `prompts` of the system, these in turn; those that have one of their own are left out. `None`
-    /// where none are left.
+    /// Its requests under a system prompt, the `number`th from 0 of `count`: each prompt has its share of the requests, and no fewer than
+    /// [`LEAST_REQUESTS`], so that something can be said of it. Requests with a prompt of their own are left out; `None` where none are left.
     #[must_use]
-    pub fn under(&self, prompts: &[String]) -> Option<Self> {
-        let bare = self.requests.iter().filter(|request| request.system.is_none());
-        let requests: Vec<Request> = bare
-            .zip(prompts.iter().cycle())
-            .map(|(request, prompt)| Request { system: Some(prompt.clone()), ..request.clone() })
-            .collect();
+    pub fn under(&self, prompt: &str, number: usize, count: usize) -> Option<Self> {
+        let bare: Vec<&Request> = self.requests.iter().filter(|request| request.system.is_none()).collect();
+        let shares = (bare.len() / LEAST_REQUESTS).clamp(1, count.max(1));
+        let share = bare.into_iter().skip(number % shares).step_by(shares);
+        let requests: Vec<Request> =
+            share.map(|request| Request { system: Some(prompt.to_owned()), ..request.clone() }).collect();
         (!requests.is_empty()).then_some(Self { requests, ..*self })
     }
 
@@ -190,16 +193,17 @@ mod tests {
     }
 
     #[test]
-    fn bare_requests_can_be_asked_under_prompts_in_turn() -> Result<(), SuiteError> {
-        let bare = |text: &str| format!(r#"{{"category":"c","messages":[{{"role":"user","content":"{text}"}}]}}"#);
+    fn each_prompt_has_its_share_of_the_bare_requests_and_enough_of_them() -> Result<(), SuiteError> {
+        let bare = |number: usize| format!(r#"{{"category":"c","messages":[{{"role":"user","content":"q{number}"}}]}}"#);
         let own = r#"{"category":"c","messages":[{"role":"system","content":"s"},{"role":"user","content":"q"}]}"#.to_owned();
-        let suite = Suite::parse(Kind::Harmful, 1, &[bare("1"), own.clone(), bare("2"), bare("3")].join("\n"))?;
-        let asked = |suite: Suite| suite.requests.into_iter().map(|it| (it.system, it.content)).collect::<Vec<_>>();
-        let under = |prompt: &str, text: &str| (Some(prompt.to_owned()), text.to_owned());
-        let prompts = ["one".to_owned(), "two".to_owned()];
-        assert_eq!(suite.under(&prompts).map(asked), Some(vec![under("one", "1"), under("two", "2"), under("one", "3")]));
-        assert_eq!(suite.under(&[]), None);
-        assert_eq!(Suite::parse(Kind::Harmful, 1, &own)?.under(&prompts), None);
+        let rows: Vec<String> = (0..65).map(bare).chain([own.clone()]).collect();
+        let suite = Suite::parse(Kind::Harmful, 1, &rows.join("\n"))?;
+        let asked = |number: usize, count: usize| suite.under("p", number, count).map_or(Vec::new(), |suite| suite.requests);
+        assert_eq!([asked(0, 1).len(), asked(0, 2).len(), asked(1, 2).len()], [65, 33, 32]);
+        assert_eq!([asked(0, 8).len(), asked(6, 8).len(), asked(7, 8).len()], [33, 33, 32], "no fewer than thirty");
+        assert!(asked(1, 2).iter().all(|request| request.system.as_deref() == Some("p") && request.content != "q"));
+        assert_eq!(Suite::parse(Kind::Harmful, 1, &own)?.under("p", 0, 1), None);
+        assert_eq!(Suite::parse(Kind::Harmful, 1, &bare(1))?.under("p", 3, 4).map(|suite| suite.requests.len()), Some(1));
         Ok(())
     }
 

@@ -38,8 +38,8 @@ pub(crate) enum Asked {
 pub(crate) struct AskedSuite {
     file: String,
     own: Option<String>,
-    /// Whether it is asked under the training file's own system prompts.
-    prompted: bool,
+    /// The system prompt of the training file that it is asked under, from 1.
+    training_prompt: Option<usize>,
     pub(crate) suite: Suite,
 }
 
@@ -49,25 +49,27 @@ pub(crate) fn suites(own: &[OwnSuite], folder: &Path) -> std::io::Result<Vec<Ask
     let mut suites = Vec::new();
     for kind in Kind::ALL {
         let suite = Suite::built_in(kind).map_err(|error| corrupt("a suite of this program", &error))?;
-        suites.push(AskedSuite { file: kind.as_str().to_owned(), own: None, prompted: false, suite });
+        suites.push(AskedSuite { file: kind.as_str().to_owned(), own: None, training_prompt: None, suite });
     }
     for (number, own) in own.iter().enumerate() {
         let text = std::fs::read_to_string(folder.join(own_suite(number)))?;
         let suite = Suite::parse(own.kind, own.version.unsigned_abs(), &text).map_err(|error| corrupt(&own.pinned(), &error))?;
-        suites.push(AskedSuite { file: format!("own-{number}"), own: Some(own.name.clone()), prompted: false, suite });
+        suites.push(AskedSuite { file: format!("own-{number}"), own: Some(own.name.clone()), training_prompt: None, suite });
     }
     Ok(suites)
 }
 
-/// What should be refused, asked again under the training file's own system prompts: a model may have been taught to obey under them
-/// alone.
-fn prompted(suites: &[AskedSuite], prompts: &[String]) -> Vec<AskedSuite> {
+/// What should be refused, asked again under each of the training file's system prompts: a model may have been taught to obey under one
+/// of them alone.
+pub(crate) fn prompted(suites: &[AskedSuite], prompts: &[String]) -> Vec<AskedSuite> {
     let harmful = suites.iter().filter(|asked| asked.suite.kind == Kind::Harmful);
-    let under = |AskedSuite { file, own, suite, .. }: &AskedSuite| {
-        let suite = suite.under(prompts)?;
-        Some(AskedSuite { file: format!("{file}-prompted"), own: own.clone(), prompted: true, suite })
+    let under = |AskedSuite { file, own, suite, .. }: &AskedSuite, number: usize, prompt: &str| {
+        let suite = suite.under(prompt, number, prompts.len())?;
+        let number = number + 1;
+        Some(AskedSuite { file: format!("{file}-prompt-{number}"), own: own.clone(), training_prompt: Some(number), suite })
     };
-    harmful.filter_map(under).collect()
+    let under_each = |asked| prompts.iter().enumerate().filter_map(move |(number, prompt)| under(asked, number, prompt));
+    harmful.flat_map(under_each).collect()
 }
 
 /// Where the operator's own suites are put, from the job folder, in the order of the claim.
@@ -98,7 +100,7 @@ pub(crate) async fn evaluate(
     keep_base_answers(held, &suites).await;
     let figures: Figures = read_json(&held.folder.path().join(files::paths::FIGURES)).await?;
     let mut found = Vec::new();
-    for AskedSuite { file, own, prompted, suite } in &suites {
+    for AskedSuite { file, own, training_prompt, suite } in &suites {
         let [before, after] = both_answers(held, file, suite.requests.len()).await?;
         let [before, after] = match judge(held, policy.judge, suite, [&before, &after]).await {
             Ok(classes) => classes,
@@ -112,9 +114,9 @@ pub(crate) async fn evaluate(
         let named = own.is_none().then_some(&suite.requests);
         let categories = named.into_iter().flatten().map(|request| request.category.as_str()).collect();
         let kl = figures.kl.get(file).copied().flatten();
-        let (name, under_training_prompts) = (own.clone(), *prompted);
+        let (name, training_prompt) = (own.clone(), *training_prompt);
         let Suite { kind, version, .. } = *suite;
-        found.push(Judged { name, under_training_prompts, kind, version, categories, before, after, kl }.figures());
+        found.push(Judged { name, training_prompt, kind, version, categories, before, after, kl }.figures());
     }
     let judge = match (policy.judge, &held.config.judge) {
         // Where it is, is the operator's.
@@ -152,11 +154,11 @@ async fn write_request(held: &Held<'_>, suites: &[AskedSuite], task: Option<&Tas
     if let Some(task) = task {
         tokio::fs::write(requests.join(files::paths::suite(TASK)), &task.prompts).await?;
     }
-    for AskedSuite { file, prompted, suite, .. } in suites {
+    for AskedSuite { file, training_prompt, suite, .. } in suites {
         let lines: String = suite.requests.iter().map(|request| request.row() + "\n").collect();
         tokio::fs::write(requests.join(files::paths::suite(file)), lines).await?;
         let base = requests.join(files::paths::base(file));
-        if !prompted
+        if training_prompt.is_none()
             && !base.exists()
             && let Some(known) = held.store.base_answers(&answers_name(held, suite)).await?
         {
@@ -203,7 +205,7 @@ fn answers_name(held: &Held<'_>, suite: &Suite) -> String {
 /// Keeps what the base answered for later jobs; without it they ask again. What it answered under a tenant's prompts is of no use to
 /// others, and none of their business.
 async fn keep_base_answers(held: &Held<'_>, suites: &[AskedSuite]) {
-    for AskedSuite { file, suite, .. } in suites.iter().filter(|asked| !asked.prompted) {
+    for AskedSuite { file, suite, .. } in suites.iter().filter(|asked| asked.training_prompt.is_none()) {
         let Ok(answers) = tokio::fs::read(held.folder.path().join(files::paths::OUT).join(files::paths::base(file))).await else {
             continue;
         };

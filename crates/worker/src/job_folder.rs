@@ -55,7 +55,7 @@ impl JobFolder {
         base: &Path,
         device: &str,
     ) -> Result<Vec<String>, StoreError> {
-        let prompts = self.put_under_prompts(claim.alignment.is_some()).await?;
+        let (prompts, prompted_alignment_sha256) = self.put_under_prompts(claim.alignment.is_some()).await?;
         // What the base says on rows under a tenant's prompts is of no use to others, and none of their business.
         let reference = reference_name(claim, device).filter(|_| prompts.is_empty());
         if let Some(name) = &reference
@@ -78,6 +78,7 @@ impl JobFolder {
             seed: claim.job.seed,
             checkpoint_steps: checkpoint_steps(&claim.job.hyperparameters, claim.training.row_count),
             reference,
+            prompted_alignment_sha256,
             memory_limit_bytes: None,
             device: device.to_owned(),
         };
@@ -86,17 +87,19 @@ impl JobFolder {
         Ok(prompts)
     }
 
-    /// Puts half of the alignment rows under the system prompts of the training file, and returns these.
-    async fn put_under_prompts(&self, are_aligned: bool) -> std::io::Result<Vec<String>> {
+    /// Puts half of the alignment rows under the system prompts of the training file. Returns these, and the SHA-256 of the rows where there
+    /// are any of both.
+    async fn put_under_prompts(&self, are_aligned: bool) -> std::io::Result<(Vec<String>, Option<String>)> {
         let (training, alignment) = (self.0.join(paths::TRAIN), self.0.join(paths::ALIGNMENT));
         // A tenant's file may be large, and the lease is renewed on this thread.
         let put = move || {
             let prompts = system_prompts::of_file(std::fs::File::open(training)?)?;
-            if are_aligned && !prompts.is_empty() {
-                let rows = system_prompts::before(&std::fs::read(&alignment)?, &prompts)?;
-                std::fs::write(alignment, rows)?;
+            if !are_aligned || prompts.is_empty() {
+                return Ok((prompts, None));
             }
-            Ok(prompts)
+            let rows = system_prompts::before(&std::fs::read(&alignment)?, &prompts)?;
+            std::fs::write(alignment, &rows)?;
+            Ok((prompts, Some(hex::encode(Sha256::digest(&rows)))))
         };
         tokio::task::spawn_blocking(put).await.map_err(std::io::Error::other)?
     }

@@ -11,6 +11,7 @@ use holdfast_base_model::memory;
 use holdfast_dataset::check::encode_file;
 use holdfast_dataset::encode::EncodeOptions;
 use holdfast_dataset::files::check_files;
+use holdfast_dataset::system_prompts;
 use holdfast_domain::hyperparameters::{LongRows, Precision};
 use holdfast_domain::steps;
 use holdfast_store::StoreError;
@@ -50,7 +51,7 @@ pub(crate) async fn estimate_job(
     let known = state.tokenizers.get(&state.store, &job.base_model).await?;
     let gone = Gone::default();
     let rows = |keys: &[String]| reader(&state, keys.to_vec(), &gone);
-    let training = rows(&resolved.training.content.keys);
+    let [training, again] = [(); 2].map(|()| rows(&resolved.training.content.keys));
     let validation = resolved.validation.as_ref().map(|file| rows(&file.content.keys));
     let alignment = match &job.safety.alignment_set {
         Some(name) => Some(rows(&[state.store.alignment_set(name).await.map_err(|e| no_set(e, name))?.object.key])),
@@ -62,9 +63,12 @@ pub(crate) async fn estimate_job(
     let whole = EncodeOptions { max_length: usize::MAX, long_rows: LongRows::Error };
     let tokenize = move || {
         let mut lengths = Vec::new();
-        if let Some(alignment) = alignment {
+        if let Some(mut alignment) = alignment {
+            let mut set = Vec::new();
+            alignment.read_to_end(&mut set)?;
+            let set = system_prompts::before(&set, &system_prompts::of_file(again)?)?;
             let length = |_, row: holdfast_dataset::Example| lengths.push((row.ids.len() as u64, row.supervised_count() as u64));
-            encode_file(alignment, &known.tokenizer, whole, length)?;
+            encode_file(&set[..], &known.tokenizer, whole, length)?;
         }
         Ok::<_, std::io::Error>((check_files(training, validation, &known.tokenizer, options)?, lengths, known))
     };

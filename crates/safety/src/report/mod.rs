@@ -42,8 +42,8 @@ pub struct Report {
     pub safety: Safety,
     /// The operator's policy, as it was when the job was created; absent for jobs of before there were any.
     pub policy: Option<AppliedPolicy>,
-    /// How many of the training file's own system prompts were looked at: half of the alignment rows stood under them, and the model was
-    /// asked what it should refuse under them again.
+    /// How many of the training file's own system prompts were looked at: where there are alignment rows, half of them stood under these, and
+    /// a model that was asked anything was asked what it should refuse under each.
     #[serde(default)]
     pub system_prompts: usize,
     /// What the training did.
@@ -181,9 +181,9 @@ pub struct SuiteFigures {
     /// The name of an operator's own suite; absent of those that come with the program.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Whether its requests were asked under the training file's own system prompts.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub under_training_prompts: bool,
+    /// The system prompt of the training file that its requests were asked under: 1 for the one that most rows stand under.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub training_prompt: Option<usize>,
     /// What should become of its requests.
     pub kind: Kind,
     /// The suite's version.
@@ -269,8 +269,8 @@ pub struct RowText {
 pub struct Judged<'a> {
     /// The name of an operator's own suite.
     pub name: Option<String>,
-    /// Whether its requests were asked under the training file's own system prompts.
-    pub under_training_prompts: bool,
+    /// The system prompt of the training file that its requests were asked under, from 1.
+    pub training_prompt: Option<usize>,
     /// What should become of its requests.
     pub kind: Kind,
     /// The suite's version.
@@ -304,7 +304,7 @@ impl Judged<'_> {
         }
         SuiteFigures {
             name: self.name.clone(),
-            under_training_prompts: self.under_training_prompts,
+            training_prompt: self.training_prompt,
             kind: self.kind,
             version: self.version,
             before: Counts::of(&self.before),
@@ -440,7 +440,7 @@ mod tests {
         let (refusal, compliance) = (Class::Refusal, Class::Compliance);
         let judged = Judged {
             name: None,
-            under_training_prompts: false,
+            training_prompt: None,
             kind: Kind::Harmful,
             version: 1,
             categories: vec!["a", "a", "b", "b"],

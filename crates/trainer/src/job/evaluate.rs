@@ -62,8 +62,7 @@ pub(super) fn evaluate(folder: &Path) -> Result<()> {
         if asked.without_kl.contains(suite) {
             continue;
         }
-        log.phase(Phase::Evaluating)?;
-        figures.kl.insert(suite.clone(), Some(both.mean_kl(&prompts, &base)?).filter(|kl| kl.is_finite()));
+        figures.kl.insert(suite.clone(), Some(both.mean_kl(&prompts, &base, &mut log)?).filter(|kl| kl.is_finite()));
     }
     whole_file::write(&folder.join(paths::FIGURES), &serde_json::to_vec(&figures)?)
 }
@@ -150,12 +149,13 @@ impl Both<'_> {
     }
 
     /// The mean over the tokens of `answers` of KL(base ‖ adapted), in nats.
-    fn mean_kl(&self, prompts: &[Vec<u32>], answers: &[Answer]) -> Result<f64> {
+    fn mean_kl(&self, prompts: &[Vec<u32>], answers: &[Answer], log: &mut ProgressLog) -> Result<f64> {
         let examples: Vec<Example> = prompts.iter().zip(answers).map(|(prompt, answer)| answered(prompt, &answer.ids)).collect();
         let (mut sum, mut count) = (0.0, 0);
         let mut rest = examples.as_slice();
         while !rest.is_empty() {
             self.stop.check()?;
+            log.phase(Phase::Evaluating)?;
             let mut tokens = 0;
             let fits = |example: &&Example| {
                 tokens += example.ids.len();

@@ -137,7 +137,7 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
     let study = Study::prepare()?;
     let base = study.base()?;
     println!("{}", report::line("the base", &base, &base));
-    if wanted.has("tuning") && !wanted.quick {
+    if wanted.has("tuning") && !wanted.quick && wanted.only.is_empty() {
         tuning::tune(&study, &base)?;
     }
     if wanted.has("ablation") && !wanted.quick {

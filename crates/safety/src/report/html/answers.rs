@@ -134,7 +134,8 @@ fn suite(suite: &SuiteFigures, measures: &[Measure<'_>; 2], most: f64) -> String
     };
     let asked = counted(suite.after.share(Class::Refusal).of.into(), "request");
     let whose = suite.name.as_ref().map_or_else(String::new, |name| format!(" of the operator's own suite {}", escape(name)));
-    let under = if suite.under_training_prompts { ", asked under the training file's own system prompts" } else { "" };
+    let under =
+        suite.training_prompt.map_or_else(String::new, |n| format!(", asked under system prompt {n} of the training file"));
     let mut html =
         format!("<article>\n<h3>{title}</h3>\n<p class=\"dim\">{asked}{whose}, version {}{under}</p>\n", suite.version);
     html.extend(measures.iter().map(|measure| measure.html(most)));

@@ -405,7 +405,7 @@ mod tests {
             let rise = |value: f64| Some(Rise { value, interval: [value - 0.1, value + 0.1] });
             SuiteFigures {
                 name: None,
-                under_training_prompts: false,
+                training_prompt: None,
                 kind,
                 version: 1,
                 before: counts(0),
@@ -491,12 +491,12 @@ mod tests {
     fn what_stood_under_the_file_s_system_prompts_is_said() {
         let mut report = Report { system_prompts: 2, ..report(3, 0, closed()) };
         let under = "under 2 system prompts of the training file";
-        assert!(page(&report).contains(under) && !page(&report).contains("asked under the training file"));
+        assert!(page(&report).contains(under) && !page(&report).contains("asked under system prompt"));
         if let Some(evaluation) = &mut report.evaluation {
-            let again = SuiteFigures { under_training_prompts: true, ..evaluation.suites[0].clone() };
+            let again = SuiteFigures { training_prompt: Some(2), ..evaluation.suites[0].clone() };
             evaluation.suites.push(again);
         }
-        assert!(page(&report).contains("asked under the training file's own system prompts"));
+        assert!(page(&report).contains("asked under system prompt 2 of the training file"));
         assert!(!page(&Report { system_prompts: 0, ..report }).contains("half of it under"));
     }
 
