@@ -20,7 +20,7 @@ use tracing::Instrument;
 use crate::agent::{self, Checkpoint, Command, Outcome, ReportFailed, Reports};
 use crate::evidence::Programs;
 use crate::finish::{self, Ending, discard, stage};
-use crate::job_folder::JobFolder;
+use crate::job_folder::{JobFolder, SystemPrompts};
 use crate::{Stop, WorkerConfig, base_cache, check};
 
 /// How long a staged object may stay without a row: longer than any upload takes.
@@ -410,8 +410,7 @@ pub(crate) struct Held<'a> {
     pub(crate) stop: watch::Receiver<Option<Stop>>,
     /// As they were when the run began.
     pub(crate) programs: Programs,
-    /// Those of the training file that alignment rows stand under.
-    pub(crate) system_prompts: Vec<String>,
+    pub(crate) system_prompts: SystemPrompts,
 }
 
 impl Held<'_> {

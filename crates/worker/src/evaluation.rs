@@ -85,7 +85,7 @@ pub(crate) async fn evaluate(
     checkpoint: Option<u64>,
 ) -> Result<Asked, StoreError> {
     let mut suites = suites(&held.claim.suites, held.folder.path())?;
-    suites.extend(prompted(&suites, &held.system_prompts));
+    suites.extend(prompted(&suites, &held.system_prompts.texts));
     let task = Task::of(held.claim, held.folder.path()).await?;
     write_request(held, &suites, task.as_ref(), adapter).await?;
     let reports = held.reports();

@@ -59,8 +59,6 @@ pub(crate) struct Evidence {
     /// The figures of every step, as CSV.
     pub(crate) table: String,
     plan_sha256: String,
-    /// Of the alignment rows, where they were put under the tenant's prompts.
-    alignment_rows_sha256: Option<String>,
 }
 
 /// What the job folder says.
@@ -68,7 +66,6 @@ struct Files {
     worst_rows: Vec<RowScore>,
     texts: Vec<u8>,
     plan_sha256: String,
-    alignment_rows_sha256: Option<String>,
 }
 
 /// Puts together what a run and what was found of it come to.
@@ -76,9 +73,7 @@ pub(crate) async fn gather(held: &Held<'_>, made: &Made) -> Result<Evidence, Sto
     let (steps, validations) = held.store.steps(held.claim.job.id).await?;
     let folder = held.folder.path().to_owned();
     // A tenant's file may be large, and the lease is renewed on this thread.
-    let put_under_prompts = held.claim.alignment.is_some() && !held.system_prompts.is_empty();
-    let files =
-        tokio::task::spawn_blocking(move || Files::read(&folder, put_under_prompts)).await.map_err(std::io::Error::other)??;
+    let files = tokio::task::spawn_blocking(move || Files::read(&folder)).await.map_err(std::io::Error::other)??;
     let table = results::csv(&steps, &validations);
     let report = report(held, made, Training::of(&steps, &validations), steps.last(), files.worst_rows).await?;
     Ok(Evidence {
@@ -86,17 +81,14 @@ pub(crate) async fn gather(held: &Held<'_>, made: &Made) -> Result<Evidence, Sto
         texts: files.texts,
         table,
         plan_sha256: files.plan_sha256,
-        alignment_rows_sha256: files.alignment_rows_sha256,
     })
 }
 
 impl Files {
-    fn read(folder: &Path, put_under_prompts: bool) -> std::io::Result<Self> {
+    fn read(folder: &Path) -> std::io::Result<Self> {
         let worst_rows = worst_rows(&folder.join(paths::ROW_CONFLICTS))?;
         let texts = if worst_rows.is_empty() { Vec::new() } else { texts(&worst_rows, &folder.join(paths::TRAIN))? };
-        let sha256 = |name: &str| hash::of_file(&folder.join(name)).map(hex::encode);
-        let alignment_rows_sha256 = put_under_prompts.then(|| sha256(paths::ALIGNMENT)).transpose()?;
-        Ok(Self { worst_rows, texts, plan_sha256: sha256(paths::PLAN)?, alignment_rows_sha256 })
+        Ok(Self { worst_rows, texts, plan_sha256: hex::encode(hash::of_file(&folder.join(paths::PLAN))?) })
     }
 }
 
@@ -120,7 +112,7 @@ async fn report(
         attempt: held.claim.attempt,
         base_model: job.base_model.clone(),
         safety: job.safety.clone(),
-        system_prompts: held.system_prompts.len(),
+        system_prompts: held.system_prompts.texts.len(),
         policy: job.policy.clone(),
         training,
         gauge,
@@ -224,7 +216,7 @@ impl Evidence {
                     .alignment
                     .as_ref()
                     .map(|set| named(format!("{}@{}", set.name, set.version), &set.object.sha256)),
-                alignment_rows_sha256: self.alignment_rows_sha256.clone(),
+                alignment_rows_sha256: held.system_prompts.alignment_sha256.clone(),
                 suites: claim.suites.iter().map(|suite| named(suite.pinned(), &suite.object.sha256)).collect(),
                 start: claim.start.as_deref().map(hashes).unwrap_or_default(),
                 plan_sha256: self.plan_sha256.clone(),

@@ -15,6 +15,13 @@ use crate::evaluation::own_suite;
 /// Steps between a run's checkpoints at most; where an epoch is shorter, there is one at each epoch's end.
 const MOST_CHECKPOINT_STEPS: u64 = 100;
 
+/// The system prompts of a job's training file.
+pub(crate) struct SystemPrompts {
+    pub(crate) texts: Vec<String>,
+    /// Of the alignment rows, half of which stand under them, in hex; absent where there are none of either.
+    pub(crate) alignment_sha256: Option<String>,
+}
+
 /// A job's folder; removed with all the tenant's rows when dropped.
 #[derive(Debug)]
 pub(crate) struct JobFolder(PathBuf);
@@ -47,17 +54,17 @@ impl JobFolder {
         Ok(())
     }
 
-    /// Brings everything else a trainer needs. Returns the system prompts of the training file that alignment rows now stand under.
+    /// Brings everything else a trainer needs.
     pub(crate) async fn complete(
         &self,
         store: &Store,
         claim: &Claim,
         base: &Path,
         device: &str,
-    ) -> Result<Vec<String>, StoreError> {
-        let (prompts, prompted_alignment_sha256) = self.put_under_prompts(claim.alignment.is_some()).await?;
+    ) -> Result<SystemPrompts, StoreError> {
+        let prompts = self.put_under_prompts(claim.alignment.is_some()).await?;
         // What the base says on rows under a tenant's prompts is of no use to others, and none of their business.
-        let reference = reference_name(claim, device).filter(|_| prompts.is_empty());
+        let reference = reference_name(claim, device).filter(|_| prompts.texts.is_empty());
         if let Some(name) = &reference
             && let Some(known) = store.alignment_reference(name).await?
         {
@@ -78,7 +85,7 @@ impl JobFolder {
             seed: claim.job.seed,
             checkpoint_steps: checkpoint_steps(&claim.job.hyperparameters, claim.training.row_count),
             reference,
-            prompted_alignment_sha256,
+            prompted_alignment_sha256: prompts.alignment_sha256.clone(),
             memory_limit_bytes: None,
             device: device.to_owned(),
         };
@@ -87,19 +94,18 @@ impl JobFolder {
         Ok(prompts)
     }
 
-    /// Puts half of the alignment rows under the system prompts of the training file. Returns these, and the SHA-256 of the rows where there
-    /// are any of both.
-    async fn put_under_prompts(&self, are_aligned: bool) -> std::io::Result<(Vec<String>, Option<String>)> {
+    /// Puts half of the alignment rows, if there are any, under the system prompts of the training file.
+    async fn put_under_prompts(&self, are_aligned: bool) -> std::io::Result<SystemPrompts> {
         let (training, alignment) = (self.0.join(paths::TRAIN), self.0.join(paths::ALIGNMENT));
         // A tenant's file may be large, and the lease is renewed on this thread.
         let put = move || {
-            let prompts = system_prompts::of_file(std::fs::File::open(training)?)?;
-            if !are_aligned || prompts.is_empty() {
-                return Ok((prompts, None));
+            let texts = system_prompts::of_file(std::fs::File::open(training)?)?;
+            if !are_aligned || texts.is_empty() {
+                return Ok(SystemPrompts { texts, alignment_sha256: None });
             }
-            let rows = system_prompts::before(&std::fs::read(&alignment)?, &prompts)?;
+            let rows = system_prompts::before(&std::fs::read(&alignment)?, &texts)?;
             std::fs::write(alignment, &rows)?;
-            Ok((prompts, Some(hex::encode(Sha256::digest(&rows)))))
+            Ok(SystemPrompts { texts, alignment_sha256: Some(hex::encode(Sha256::digest(&rows))) })
         };
         tokio::task::spawn_blocking(put).await.map_err(std::io::Error::other)?
     }

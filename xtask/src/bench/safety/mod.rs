@@ -506,12 +506,13 @@ impl Study {
             // Beyond those that are set apart for it, the base's own.
             let prompts = self.harmful.alignment.iter().chain(&self.harmful.base).take(run.regime.alignment_rows);
             let prompts: Vec<String> = prompts.cloned().collect();
+            let refused = || rows::cycled(&prompts, &self.refusals);
             match run.regime.alignment {
-                Alignment::Bare => rows::cycled(&prompts, &self.refusals),
-                Alignment::UnderTenants => rows::under(&file.rows, &rows::cycled(&prompts, &self.refusals))?,
+                Alignment::Bare => refused(),
+                Alignment::UnderTenants => rows::under(&file.rows, &refused())?,
                 Alignment::UnderOthers => {
                     let others: Vec<String> = self.systems.iter().map(|system| training::row_under(system, "q", "a")).collect();
-                    rows::under(&others, &rows::cycled(&prompts, &self.refusals))?
+                    rows::under(&others, &refused())?
                 }
                 Alignment::OwnResponses => {
                     let asked: Vec<Value> = prompts.iter().map(|prompt| trainer::ask(prompt)).collect();
