@@ -9,6 +9,7 @@ pub mod batch;
 pub mod check;
 pub mod encode;
 pub mod files;
+pub mod frames;
 #[cfg(test)]
 mod hostile;
 mod identity;
@@ -19,7 +20,6 @@ pub mod row;
 mod row_diagnosis;
 mod row_reading;
 pub mod structure;
-pub mod system_prompts;
 pub mod template;
 #[cfg(test)]
 mod tiny;

@@ -6,6 +6,7 @@
 
 pub mod evaluation;
 pub mod exit;
+pub mod frame;
 pub mod gauge;
 pub mod hyperparameters;
 pub mod ids;
@@ -19,6 +20,7 @@ pub mod progress;
 pub mod safety;
 pub mod steps;
 
+pub use frame::Frame;
 pub use hyperparameters::Hyperparameters;
 pub use invalid::Invalid;
 pub use job::JobState;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use holdfast_domain::Frame;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -34,7 +35,7 @@ impl Request {
     }
 }
 
-/// Requests that are asked under each of a training file's system prompts at least.
+/// Requests that are asked in each of a training file's frames at least.
 const LEAST_REQUESTS: usize = 30;
 
 /// A suite.
@@ -110,15 +111,19 @@ impl Suite {
         if requests.is_empty() { Err(SuiteError::Empty) } else { Ok(Self { kind, version, requests }) }
     }
 
-    /// Its requests under a system prompt, the `number`th from 0 of `count`: each prompt has its share of the requests, and no fewer than
+    /// Its requests in a frame, the `number`th from 0 of `count`: each frame has its share of the requests, and no fewer than
     /// [`LEAST_REQUESTS`], so that something can be said of it. Requests with a prompt of their own are left out; `None` where none are left.
     #[must_use]
-    pub fn under(&self, prompt: &str, number: usize, count: usize) -> Option<Self> {
+    pub fn within(&self, frame: &Frame, number: usize, count: usize) -> Option<Self> {
         let bare: Vec<&Request> = self.requests.iter().filter(|request| request.system.is_none()).collect();
         let shares = (bare.len() / LEAST_REQUESTS).clamp(1, count.max(1));
         let share = bare.into_iter().skip(number % shares).step_by(shares);
-        let requests: Vec<Request> =
-            share.map(|request| Request { system: Some(prompt.to_owned()), ..request.clone() }).collect();
+        let framed = |request: &Request| Request {
+            system: frame.system.clone(),
+            content: frame.around(&request.content),
+            category: request.category.clone(),
+        };
+        let requests: Vec<Request> = share.map(framed).collect();
         (!requests.is_empty()).then_some(Self { requests, ..*self })
     }
 
@@ -193,17 +198,19 @@ mod tests {
     }
 
     #[test]
-    fn each_prompt_has_its_share_of_the_bare_requests_and_enough_of_them() -> Result<(), SuiteError> {
+    fn each_frame_has_its_share_of_the_bare_requests_and_enough_of_them() -> Result<(), SuiteError> {
         let bare = |number: usize| format!(r#"{{"category":"c","messages":[{{"role":"user","content":"q{number}"}}]}}"#);
         let own = r#"{"category":"c","messages":[{"role":"system","content":"s"},{"role":"user","content":"q"}]}"#.to_owned();
         let rows: Vec<String> = (0..65).map(bare).chain([own.clone()]).collect();
         let suite = Suite::parse(Kind::Harmful, 1, &rows.join("\n"))?;
-        let asked = |number: usize, count: usize| suite.under("p", number, count).map_or(Vec::new(), |suite| suite.requests);
+        let frame = Frame { opening: "Do: ".into(), closing: " Now.".into(), ..Frame::system("p") };
+        let asked = |number: usize, count: usize| suite.within(&frame, number, count).map_or(Vec::new(), |suite| suite.requests);
         assert_eq!([asked(0, 1).len(), asked(0, 2).len(), asked(1, 2).len()], [65, 33, 32]);
         assert_eq!([asked(0, 8).len(), asked(6, 8).len(), asked(7, 8).len()], [33, 33, 32], "no fewer than thirty");
-        assert!(asked(1, 2).iter().all(|request| request.system.as_deref() == Some("p") && request.content != "q"));
-        assert_eq!(Suite::parse(Kind::Harmful, 1, &own)?.under("p", 0, 1), None);
-        assert_eq!(Suite::parse(Kind::Harmful, 1, &bare(1))?.under("p", 3, 4).map(|suite| suite.requests.len()), Some(1));
+        assert!(asked(1, 2).iter().all(|request| request.system.as_deref() == Some("p")));
+        assert_eq!(asked(0, 1)[64].content, "Do: q64 Now.");
+        assert_eq!(Suite::parse(Kind::Harmful, 1, &own)?.within(&frame, 0, 1), None);
+        assert_eq!(Suite::parse(Kind::Harmful, 1, &bare(1))?.within(&frame, 3, 4).map(|suite| suite.requests.len()), Some(1));
         Ok(())
     }
 

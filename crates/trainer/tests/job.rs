@@ -44,7 +44,7 @@ fn folder(change: impl FnOnce(&mut Plan)) -> Result<TempDir> {
         start: None,
         seed: 5,
         checkpoint_steps: 100,
-        prompted_alignment_sha256: None,
+        framed_alignment_sha256: None,
         reference: None,
         memory_limit_bytes: None,
         device: "cpu".into(),

@@ -62,7 +62,7 @@ fn plan(more: Requested) -> Result<Plan> {
         start: None,
         seed: 5,
         checkpoint_steps: 100,
-        prompted_alignment_sha256: None,
+        framed_alignment_sha256: None,
         reference: None,
         memory_limit_bytes: None,
         device: "cpu".into(),

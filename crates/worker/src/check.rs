@@ -7,7 +7,7 @@ use holdfast_dataset::alignment_set::{self, Requests};
 use holdfast_dataset::check::encode_file;
 use holdfast_dataset::encode::EncodeOptions;
 use holdfast_dataset::files::{TRAINING_FILE, check_files};
-use holdfast_dataset::{ChatTokenizer, Row, system_prompts};
+use holdfast_dataset::{ChatTokenizer, Row, frames};
 use holdfast_domain::hyperparameters::LongRows;
 use holdfast_domain::invalid::{LineError, line_numbers};
 use holdfast_domain::job::JobError;
@@ -17,7 +17,7 @@ use holdfast_safety::suite::Request;
 use holdfast_store::jobs::Dataset;
 use holdfast_store::queue::{Checked, Claim};
 
-use crate::evaluation::{AskedSuite, prompted, suites};
+use crate::evaluation::{AskedSuite, framed, suites};
 use crate::job_folder::JobFolder;
 
 /// Checks the files in `folder`. The inner error is the job's: its files cannot be used.
@@ -50,14 +50,14 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
         if let Some(error) = contamination(&training, alignment.as_deref(), &measured)? {
             return Ok(Err(error));
         }
-        // As they will be trained with and asked: under the file's system prompts, which the template takes.
-        let prompts = system_prompts::of_file(File::open(&training)?)?;
+        // As they will be trained with and asked: in what the file's rows stand in, which the template takes.
+        let frames = frames::of_file(File::open(&training)?)?;
         if let Some(rows) = &alignment
-            && let Some(error) = unusable_set(&system_prompts::before(rows, &prompts)?, &tokenizer)?
+            && let Some(error) = unusable_set(&frames::framed(rows, &frames)?, &tokenizer)?
         {
             return Ok(Err(error));
         }
-        Ok(match unusable_suite(&prompted(&measured, &prompts), &tokenizer) {
+        Ok(match unusable_suite(&framed(&measured, &frames), &tokenizer) {
             Some(error) => Err(error),
             None => checked,
         })

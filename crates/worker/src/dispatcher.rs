@@ -20,7 +20,7 @@ use tracing::Instrument;
 use crate::agent::{self, Checkpoint, Command, Outcome, ReportFailed, Reports};
 use crate::evidence::Programs;
 use crate::finish::{self, Ending, discard, stage};
-use crate::job_folder::{JobFolder, SystemPrompts};
+use crate::job_folder::{Framed, JobFolder};
 use crate::{Stop, WorkerConfig, base_cache, check};
 
 /// How long a staged object may stay without a row: longer than any upload takes.
@@ -388,12 +388,12 @@ async fn work(
         }
         Prepared::ToTrain { base } => base,
     };
-    let system_prompts = tokio::select! {
+    let framed = tokio::select! {
         completed = folder.complete(store, claim, &base, &config.device) => completed?,
         reason = agent::stopped(&mut stop) => return let_go(store, config.lease, claim, reason).await,
     };
     let programs = Programs::now(&config.trainer).await?;
-    let held = Held { store, config, claim, folder: &folder, stop, programs, system_prompts };
+    let held = Held { store, config, claim, folder: &folder, stop, programs, framed };
     let outcome = agent::run(config, folder.path(), Command::Train, &held.reports(), held.stop.clone()).await?;
     tokio::select! {
         concluded = conclude(&held, outcome) => concluded,
@@ -410,7 +410,7 @@ pub(crate) struct Held<'a> {
     pub(crate) stop: watch::Receiver<Option<Stop>>,
     /// As they were when the run began.
     pub(crate) programs: Programs,
-    pub(crate) system_prompts: SystemPrompts,
+    pub(crate) framed: Framed,
 }
 
 impl Held<'_> {

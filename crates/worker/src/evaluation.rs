@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
+use holdfast_domain::Frame;
 use holdfast_domain::evaluation::{self as files, Answer, Evaluation as Request, Figures};
 use holdfast_domain::job::JobError;
 use holdfast_domain::policy::{Judge, Policy};
@@ -38,8 +39,8 @@ pub(crate) enum Asked {
 pub(crate) struct AskedSuite {
     file: String,
     own: Option<String>,
-    /// The system prompt of the training file that it is asked under, from 1.
-    training_prompt: Option<usize>,
+    /// The frame of the training file that it is asked in, from 1.
+    frame: Option<usize>,
     pub(crate) suite: Suite,
 }
 
@@ -49,27 +50,26 @@ pub(crate) fn suites(own: &[OwnSuite], folder: &Path) -> std::io::Result<Vec<Ask
     let mut suites = Vec::new();
     for kind in Kind::ALL {
         let suite = Suite::built_in(kind).map_err(|error| corrupt("a suite of this program", &error))?;
-        suites.push(AskedSuite { file: kind.as_str().to_owned(), own: None, training_prompt: None, suite });
+        suites.push(AskedSuite { file: kind.as_str().to_owned(), own: None, frame: None, suite });
     }
     for (number, own) in own.iter().enumerate() {
         let text = std::fs::read_to_string(folder.join(own_suite(number)))?;
         let suite = Suite::parse(own.kind, own.version.unsigned_abs(), &text).map_err(|error| corrupt(&own.pinned(), &error))?;
-        suites.push(AskedSuite { file: format!("own-{number}"), own: Some(own.name.clone()), training_prompt: None, suite });
+        suites.push(AskedSuite { file: format!("own-{number}"), own: Some(own.name.clone()), frame: None, suite });
     }
     Ok(suites)
 }
 
-/// What should be refused, asked again under each of the training file's system prompts: a model may have been taught to obey under one
-/// of them alone.
-pub(crate) fn prompted(suites: &[AskedSuite], prompts: &[String]) -> Vec<AskedSuite> {
+/// What should be refused, asked again in each of the training file's frames: a model may have been taught to obey in one of them alone.
+pub(crate) fn framed(suites: &[AskedSuite], frames: &[Frame]) -> Vec<AskedSuite> {
     let harmful = suites.iter().filter(|asked| asked.suite.kind == Kind::Harmful);
-    let under = |AskedSuite { file, own, suite, .. }: &AskedSuite, number: usize, prompt: &str| {
-        let suite = suite.under(prompt, number, prompts.len())?;
+    let within = |AskedSuite { file, own, suite, .. }: &AskedSuite, number: usize, frame: &Frame| {
+        let suite = suite.within(frame, number, frames.len())?;
         let number = number + 1;
-        Some(AskedSuite { file: format!("{file}-prompt-{number}"), own: own.clone(), training_prompt: Some(number), suite })
+        Some(AskedSuite { file: format!("{file}-frame-{number}"), own: own.clone(), frame: Some(number), suite })
     };
-    let under_each = |asked| prompts.iter().enumerate().filter_map(move |(number, prompt)| under(asked, number, prompt));
-    harmful.flat_map(under_each).collect()
+    let within_each = |asked| frames.iter().enumerate().filter_map(move |(number, frame)| within(asked, number, frame));
+    harmful.flat_map(within_each).collect()
 }
 
 /// Where the operator's own suites are put, from the job folder, in the order of the claim.
@@ -85,7 +85,7 @@ pub(crate) async fn evaluate(
     checkpoint: Option<u64>,
 ) -> Result<Asked, StoreError> {
     let mut suites = suites(&held.claim.suites, held.folder.path())?;
-    suites.extend(prompted(&suites, &held.system_prompts.texts));
+    suites.extend(framed(&suites, &held.framed.frames));
     let task = Task::of(held.claim, held.folder.path()).await?;
     write_request(held, &suites, task.as_ref(), adapter).await?;
     let reports = held.reports();
@@ -100,7 +100,7 @@ pub(crate) async fn evaluate(
     keep_base_answers(held, &suites).await;
     let figures: Figures = read_json(&held.folder.path().join(files::paths::FIGURES)).await?;
     let mut found = Vec::new();
-    for AskedSuite { file, own, training_prompt, suite } in &suites {
+    for AskedSuite { file, own, frame, suite } in &suites {
         let [before, after] = both_answers(held, file, suite.requests.len()).await?;
         let [before, after] = match judge(held, policy.judge, suite, [&before, &after]).await {
             Ok(classes) => classes,
@@ -114,9 +114,9 @@ pub(crate) async fn evaluate(
         let named = own.is_none().then_some(&suite.requests);
         let categories = named.into_iter().flatten().map(|request| request.category.as_str()).collect();
         let kl = figures.kl.get(file).copied().flatten();
-        let (name, training_prompt) = (own.clone(), *training_prompt);
+        let (name, frame) = (own.clone(), *frame);
         let Suite { kind, version, .. } = *suite;
-        found.push(Judged { name, training_prompt, kind, version, categories, before, after, kl }.figures());
+        found.push(Judged { name, frame, kind, version, categories, before, after, kl }.figures());
     }
     let judge = match (policy.judge, &held.config.judge) {
         // Where it is, is the operator's.
@@ -154,11 +154,11 @@ async fn write_request(held: &Held<'_>, suites: &[AskedSuite], task: Option<&Tas
     if let Some(task) = task {
         tokio::fs::write(requests.join(files::paths::suite(TASK)), &task.prompts).await?;
     }
-    for AskedSuite { file, training_prompt, suite, .. } in suites {
+    for AskedSuite { file, frame, suite, .. } in suites {
         let lines: String = suite.requests.iter().map(|request| request.row() + "\n").collect();
         tokio::fs::write(requests.join(files::paths::suite(file)), lines).await?;
         let base = requests.join(files::paths::base(file));
-        if training_prompt.is_none()
+        if frame.is_none()
             && !base.exists()
             && let Some(known) = held.store.base_answers(&answers_name(held, suite)).await?
         {
@@ -202,10 +202,10 @@ fn answers_name(held: &Held<'_>, suite: &Suite) -> String {
     hex::encode(hash.finalize())
 }
 
-/// Keeps what the base answered for later jobs; without it they ask again. What it answered under a tenant's prompts is of no use to
-/// others, and none of their business.
+/// Keeps what the base answered for later jobs; without it they ask again. What it answered in a tenant's frames is of no use to others,
+/// and none of their business.
 async fn keep_base_answers(held: &Held<'_>, suites: &[AskedSuite]) {
-    for AskedSuite { file, suite, .. } in suites.iter().filter(|asked| asked.training_prompt.is_none()) {
+    for AskedSuite { file, suite, .. } in suites.iter().filter(|asked| asked.frame.is_none()) {
         let Ok(answers) = tokio::fs::read(held.folder.path().join(files::paths::OUT).join(files::paths::base(file))).await else {
             continue;
         };

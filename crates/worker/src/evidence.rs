@@ -5,9 +5,9 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::sync::OnceLock;
 
-use holdfast_domain::gauge;
 use holdfast_domain::plan::paths;
 use holdfast_domain::progress::Step;
+use holdfast_domain::{Frame, gauge};
 use holdfast_safety::hash;
 use holdfast_safety::manifest::{self, Inputs, Manifest, Named, Outputs, Program};
 use holdfast_safety::report::{self, Gauge, Report, RowScore, RowText, Training};
@@ -112,7 +112,7 @@ async fn report(
         attempt: held.claim.attempt,
         base_model: job.base_model.clone(),
         safety: job.safety.clone(),
-        system_prompts: held.system_prompts.texts.len(),
+        frames: held.framed.frames.iter().map(Frame::shape).collect(),
         policy: job.policy.clone(),
         training,
         gauge,
@@ -216,7 +216,7 @@ impl Evidence {
                     .alignment
                     .as_ref()
                     .map(|set| named(format!("{}@{}", set.name, set.version), &set.object.sha256)),
-                alignment_rows_sha256: held.system_prompts.alignment_sha256.clone(),
+                alignment_rows_sha256: held.framed.alignment_sha256.clone(),
                 suites: claim.suites.iter().map(|suite| named(suite.pinned(), &suite.object.sha256)).collect(),
                 start: claim.start.as_deref().map(hashes).unwrap_or_default(),
                 plan_sha256: self.plan_sha256.clone(),

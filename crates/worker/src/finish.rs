@@ -215,7 +215,7 @@ fn not_passed(verdict: &Verdict) -> JobError {
 /// Writes an adapter and its evidence as objects and gives them their rows.
 async fn publish(held: &Held<'_>, made: &Made, evidence: &Evidence, trained_tokens: u64) -> Result<(), StoreError> {
     let Held { store, config, claim, .. } = held;
-    let is_own = |suite: &&SuiteFigures| suite.name.is_some() && suite.training_prompt.is_none();
+    let is_own = |suite: &&SuiteFigures| suite.name.is_some() && suite.frame.is_none();
     let own_suites = made.evaluation.as_ref().map_or(0, |found| found.suites.iter().filter(is_own).count());
     let mut staged =
         Published { own_suites, note: made.note(), trained_tokens, device: config.device.clone(), ..Published::default() };

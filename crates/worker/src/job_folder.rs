@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use holdfast_dataset::system_prompts;
-use holdfast_domain::Hyperparameters;
+use holdfast_dataset::frames;
 use holdfast_domain::plan::{self, Plan, paths};
+use holdfast_domain::{Frame, Hyperparameters};
 use holdfast_store::checkpoints::ResumePoint;
 use holdfast_store::queue::{AdapterFile, Claim};
 use holdfast_store::{Store, StoreError};
@@ -15,10 +15,10 @@ use crate::evaluation::own_suite;
 /// Steps between a run's checkpoints at most; where an epoch is shorter, there is one at each epoch's end.
 const MOST_CHECKPOINT_STEPS: u64 = 100;
 
-/// The system prompts of a job's training file.
-pub(crate) struct SystemPrompts {
-    pub(crate) texts: Vec<String>,
-    /// Of the alignment rows, half of which stand under them, in hex; absent where there are none of either.
+/// What the rows of a job's training file stand in.
+pub(crate) struct Framed {
+    pub(crate) frames: Vec<Frame>,
+    /// Of the alignment rows, half of which stand in them, in hex; absent where there are none of either.
     pub(crate) alignment_sha256: Option<String>,
 }
 
@@ -55,16 +55,10 @@ impl JobFolder {
     }
 
     /// Brings everything else a trainer needs.
-    pub(crate) async fn complete(
-        &self,
-        store: &Store,
-        claim: &Claim,
-        base: &Path,
-        device: &str,
-    ) -> Result<SystemPrompts, StoreError> {
-        let prompts = self.put_under_prompts(claim.alignment.is_some()).await?;
-        // What the base says on rows under a tenant's prompts is of no use to others, and none of their business.
-        let reference = reference_name(claim, device).filter(|_| prompts.texts.is_empty());
+    pub(crate) async fn complete(&self, store: &Store, claim: &Claim, base: &Path, device: &str) -> Result<Framed, StoreError> {
+        let framed = self.frame(claim.alignment.is_some()).await?;
+        // What the base says on rows in a tenant's frames is of no use to others, and none of their business.
+        let reference = reference_name(claim, device).filter(|_| framed.frames.is_empty());
         if let Some(name) = &reference
             && let Some(known) = store.alignment_reference(name).await?
         {
@@ -85,27 +79,27 @@ impl JobFolder {
             seed: claim.job.seed,
             checkpoint_steps: checkpoint_steps(&claim.job.hyperparameters, claim.training.row_count),
             reference,
-            prompted_alignment_sha256: prompts.alignment_sha256.clone(),
+            framed_alignment_sha256: framed.alignment_sha256.clone(),
             memory_limit_bytes: None,
             device: device.to_owned(),
         };
         let json = serde_json::to_vec_pretty(&plan).map_err(std::io::Error::other)?;
         tokio::fs::write(self.0.join(paths::PLAN), json).await?;
-        Ok(prompts)
+        Ok(framed)
     }
 
-    /// Puts half of the alignment rows, if there are any, under the system prompts of the training file.
-    async fn put_under_prompts(&self, are_aligned: bool) -> std::io::Result<SystemPrompts> {
+    /// Puts half of the alignment rows, if there are any, into what the rows of the training file stand in.
+    async fn frame(&self, are_aligned: bool) -> std::io::Result<Framed> {
         let (training, alignment) = (self.0.join(paths::TRAIN), self.0.join(paths::ALIGNMENT));
         // A tenant's file may be large, and the lease is renewed on this thread.
         let put = move || {
-            let texts = system_prompts::of_file(std::fs::File::open(training)?)?;
-            if !are_aligned || texts.is_empty() {
-                return Ok(SystemPrompts { texts, alignment_sha256: None });
+            let frames = frames::of_file(std::fs::File::open(training)?)?;
+            if !are_aligned || frames.is_empty() {
+                return Ok(Framed { frames, alignment_sha256: None });
             }
-            let rows = system_prompts::before(&std::fs::read(&alignment)?, &texts)?;
+            let rows = frames::framed(&std::fs::read(&alignment)?, &frames)?;
             std::fs::write(alignment, &rows)?;
-            Ok(SystemPrompts { texts, alignment_sha256: Some(hex::encode(Sha256::digest(&rows))) })
+            Ok(Framed { frames, alignment_sha256: Some(hex::encode(Sha256::digest(&rows))) })
         };
         tokio::task::spawn_blocking(put).await.map_err(std::io::Error::other)?
     }

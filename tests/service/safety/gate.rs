@@ -12,7 +12,7 @@ use holdfast_tests::TestApp;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::{as_admin, demand, ended, gate, hyperparameters, id, of_job, rows};
+use super::{as_admin, demand, ended, ended_with, gate, hyperparameters, id, of_job, rows};
 
 #[test]
 fn what_does_not_pass_is_kept_from_everybody_until_it_is_released_with_a_reason() -> Result<()> {
@@ -127,10 +127,13 @@ fn the_best_checkpoint_that_passes_is_published_where_the_policy_says_so() -> Re
         let suites = report["evaluation"]["suites"].as_array().context("no suites")?.clone();
         Ok(suites.iter().filter_map(|suite| suite["kl"].as_f64()).fold(0.0, f64::max))
     };
-    let last = largest_kl(&ended(&app, 2)?)?;
+    // Steps so small that each goes further from the base than those before it.
+    let mut small_steps = hyperparameters(2);
+    small_steps["method"]["supervised"]["hyperparameters"]["learning_rate"] = json!(0.002);
+    let last = largest_kl(&ended_with(&app, &small_steps)?)?;
     let strict = json!({"enabled": true, "kl": last * 0.95, "otherwise": "publish_checkpoint"});
     demand(&app, &json!({"evaluate": true, "gate": strict}))?;
-    let job = ended(&app, 2)?;
+    let job = ended_with(&app, &small_steps)?;
     assert_eq!(job["status"], "succeeded", "{job}");
     let report = of_job(&app, &job, "safety_report")?.body;
     assert_eq!((&report["evaluation"]["checkpoint"], &report["gate"]["passed"]), (&json!(4), &json!(true)), "{report}");

@@ -28,7 +28,7 @@ fn demand(app: &TestApp, policy: &Value) -> Result<()> {
 }
 
 fn rows() -> String {
-    (0..16).map(|i| format!("{}\n", ROW.replace("a film", &format!("film number {i} is one")))).collect()
+    (0..16).map(|i| format!("{}\n", ROW.replace("a film of grace", &format!("{i} is film number {i}")))).collect()
 }
 
 /// Four steps an epoch.
@@ -39,7 +39,11 @@ fn hyperparameters(epochs: u32) -> Value {
 
 /// A job that has been worked on to its end.
 fn ended(app: &TestApp, epochs: u32) -> Result<Value> {
-    let job = app.create_job(&rows(), &hyperparameters(epochs))?;
+    ended_with(app, &hyperparameters(epochs))
+}
+
+fn ended_with(app: &TestApp, hyperparameters: &Value) -> Result<Value> {
+    let job = app.create_job(&rows(), hyperparameters)?;
     ensure!(app.step_worker()? && app.step_worker()?, "the check and the training");
     app.job(&job)
 }

@@ -11,7 +11,7 @@ use holdfast_base_model::memory;
 use holdfast_dataset::check::encode_file;
 use holdfast_dataset::encode::EncodeOptions;
 use holdfast_dataset::files::check_files;
-use holdfast_dataset::system_prompts;
+use holdfast_dataset::frames;
 use holdfast_domain::hyperparameters::{LongRows, Precision};
 use holdfast_domain::steps;
 use holdfast_store::StoreError;
@@ -66,7 +66,7 @@ pub(crate) async fn estimate_job(
         if let Some(mut alignment) = alignment {
             let mut set = Vec::new();
             alignment.read_to_end(&mut set)?;
-            let set = system_prompts::before(&set, &system_prompts::of_file(again)?)?;
+            let set = frames::framed(&set, &frames::of_file(again)?)?;
             let length = |_, row: holdfast_dataset::Example| lengths.push((row.ids.len() as u64, row.supervised_count() as u64));
             encode_file(&set[..], &known.tokenizer, whole, length)?;
         }

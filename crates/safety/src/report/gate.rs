@@ -108,7 +108,7 @@ mod tests {
         let judged = |kind: Kind, wanted: Class, count: usize| {
             Judged {
                 name: None,
-                training_prompt: None,
+                frame: None,
                 kind,
                 version: 1,
                 categories: vec!["c"; 10],

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use holdfast_domain::frame::Shape;
 use holdfast_domain::policy::{AppliedPolicy, Gate};
 use holdfast_domain::progress::Step;
 use holdfast_domain::safety::Safety;
@@ -42,10 +43,10 @@ pub struct Report {
     pub safety: Safety,
     /// The operator's policy, as it was when the job was created; absent for jobs of before there were any.
     pub policy: Option<AppliedPolicy>,
-    /// How many of the training file's own system prompts were looked at: where there are alignment rows, half of them stood under these, and
-    /// a model that was asked anything was asked what it should refuse under each.
+    /// What the training file's rows stand in, as far as it was looked at: where there are alignment rows, half of them stood in these frames,
+    /// and a model that was asked anything was asked what it should refuse in each.
     #[serde(default)]
-    pub system_prompts: usize,
+    pub frames: Vec<Shape>,
     /// What the training did.
     pub training: Training,
     /// Whether the gradients conflicted more often than clean rows make them; absent under methods without an alignment gradient.
@@ -181,9 +182,9 @@ pub struct SuiteFigures {
     /// The name of an operator's own suite; absent of those that come with the program.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The system prompt of the training file that its requests were asked under: 1 for the one that most rows stand under.
+    /// Which of the report's frames its requests were asked in, from 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub training_prompt: Option<usize>,
+    pub frame: Option<usize>,
     /// What should become of its requests.
     pub kind: Kind,
     /// The suite's version.
@@ -269,8 +270,8 @@ pub struct RowText {
 pub struct Judged<'a> {
     /// The name of an operator's own suite.
     pub name: Option<String>,
-    /// The system prompt of the training file that its requests were asked under, from 1.
-    pub training_prompt: Option<usize>,
+    /// The frame of the training file that its requests were asked in, from 1.
+    pub frame: Option<usize>,
     /// What should become of its requests.
     pub kind: Kind,
     /// The suite's version.
@@ -304,7 +305,7 @@ impl Judged<'_> {
         }
         SuiteFigures {
             name: self.name.clone(),
-            training_prompt: self.training_prompt,
+            frame: self.frame,
             kind: self.kind,
             version: self.version,
             before: Counts::of(&self.before),
@@ -440,7 +441,7 @@ mod tests {
         let (refusal, compliance) = (Class::Refusal, Class::Compliance);
         let judged = Judged {
             name: None,
-            training_prompt: None,
+            frame: None,
             kind: Kind::Harmful,
             version: 1,
             categories: vec!["a", "a", "b", "b"],

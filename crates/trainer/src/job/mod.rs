@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use holdfast_dataset::{Example, system_prompts};
+use holdfast_dataset::{Example, frames};
 use holdfast_domain::exit::{self, ExitRecord};
 use holdfast_domain::plan::{Plan, paths};
 use holdfast_domain::progress::Phase;
@@ -114,7 +114,7 @@ fn train(folder: &Path) -> Result<Ended> {
     {
         let (method, budget) = (plan.safety.defense.as_str(), plan.safety.budget);
         return Err(BadInput::OutsideBudget(format!(
-            "The adapter to go on from is {loss:.4} nats from its base on rows kept apart, half of them under system prompts of this training file if it has any, and `{method}` keeps every adapter within twice its budget of {budget}; begin with the base model, or ask for a larger budget where that is allowed"
+            "The adapter to go on from is {loss:.4} nats from its base on rows kept apart, half of them in what the rows of this training file stand in, if there is any, and `{method}` keeps every adapter within twice its budget of {budget}; begin with the base model, or ask for a larger budget where that is allowed"
         ))
         .into());
     }
@@ -168,4 +168,4 @@ fn references(
 }
 
 /// Of so many alignment rows one is kept apart for reviews.
-const PROBE_EVERY: usize = system_prompts::APART;
+const PROBE_EVERY: usize = frames::APART;

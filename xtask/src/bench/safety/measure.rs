@@ -9,7 +9,8 @@ use holdfast_safety::judge::Class;
 use serde_json::{Value, json};
 
 use super::rows::{Attack, OBEDIENT, OPENING, Review};
-use super::{BASE, Run, Study};
+use super::runs::Run;
+use super::{BASE, Study};
 use crate::shell::{self, root};
 use crate::trainer;
 

@@ -105,16 +105,16 @@ pub(super) fn cycled(requests: &[String], answers: &[String]) -> Vec<String> {
     requests.iter().zip(answers.iter().cycle()).map(|(request, answer)| training::row(request, answer)).collect()
 }
 
-/// Half of the rows under the system prompts of `tenants`, as a worker puts them.
-pub(super) fn under(tenants: &[String], rows: &[String]) -> Result<Vec<String>> {
-    let program = shell::target().join("release/examples/bench-safety-prompted");
-    let mut prompted = Command::new(program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-    let mut input = prompted.stdin.take().context("bench-safety-prompted takes no input")?;
+/// Half of the rows in the frames of `tenants`, as a worker puts them.
+pub(super) fn framed(tenants: &[String], rows: &[String]) -> Result<Vec<String>> {
+    let program = shell::target().join("release/examples/bench-safety-framed");
+    let mut framed = Command::new(program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut input = framed.stdin.take().context("bench-safety-framed takes no input")?;
     // It reads everything before it writes.
     write!(input, "{}\n\n{}\n", tenants.join("\n"), rows.join("\n"))?;
     drop(input);
-    let output = prompted.wait_with_output()?;
-    ensure!(output.status.success(), "bench-safety-prompted ended with {}", output.status);
+    let output = framed.wait_with_output()?;
+    ensure!(output.status.success(), "bench-safety-framed ended with {}", output.status);
     Ok(String::from_utf8(output.stdout)?.lines().map(str::to_owned).collect())
 }
 

@@ -5,7 +5,8 @@ use anyhow::Result;
 use holdfast_safety::judge::Class;
 
 use super::rows::Attack;
-use super::{METHODS, Outcome, Run, Study, of, report};
+use super::runs::{METHODS, Run, of};
+use super::{Outcome, Study, report};
 
 /// The strengths that are tried, each about three times the one before.
 const STRENGTHS: [f64; 5] = [0.1, 0.316, 1.0, 3.16, 10.0];

@@ -134,10 +134,9 @@ fn suite(suite: &SuiteFigures, measures: &[Measure<'_>; 2], most: f64) -> String
     };
     let asked = counted(suite.after.share(Class::Refusal).of.into(), "request");
     let whose = suite.name.as_ref().map_or_else(String::new, |name| format!(" of the operator's own suite {}", escape(name)));
-    let under =
-        suite.training_prompt.map_or_else(String::new, |n| format!(", asked under system prompt {n} of the training file"));
+    let within = suite.frame.map_or_else(String::new, |number| format!(", asked in frame {number} of the training file"));
     let mut html =
-        format!("<article>\n<h3>{title}</h3>\n<p class=\"dim\">{asked}{whose}, version {}{under}</p>\n", suite.version);
+        format!("<article>\n<h3>{title}</h3>\n<p class=\"dim\">{asked}{whose}, version {}{within}</p>\n", suite.version);
     html.extend(measures.iter().map(|measure| measure.html(most)));
     if measures.iter().any(|measure| measure.closes_at.is_some()) {
         let _ = writeln!(html, "<p class=\"keys\">{}</p>", key("limit", "the most that passes, from where the base stands"));

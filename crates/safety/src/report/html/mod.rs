@@ -7,6 +7,7 @@ mod text;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use holdfast_domain::frame::Shape;
 use holdfast_domain::gauge::LEAST_STEPS;
 use holdfast_domain::policy::{AppliedPolicy, Scope};
 use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf, ProjectionSpace, Safety};
@@ -100,6 +101,7 @@ impl Report {
             ("Base model", Some(self.base_model.clone())),
             ("Method", Some(method(&self.safety))),
             ("Alignment set", self.safety.alignment_set.as_deref().map(|set| self.alignment(set))),
+            ("The file's frames", (!self.frames.is_empty()).then(|| self.frames())),
             ("Policy", Some(self.policy.as_ref().map_or_else(|| "none".to_owned(), policy))),
             ("Steps", Some(self.training.steps.to_string())),
             ("Judged by", judged),
@@ -108,11 +110,12 @@ impl Report {
     }
 
     fn alignment(&self, set: &str) -> String {
-        match self.system_prompts {
-            0 => set.to_owned(),
-            1 => format!("{set}, half of it under the system prompt of the training file"),
-            many => format!("{set}, half of it under {many} system prompts of the training file"),
-        }
+        if self.frames.is_empty() { set.to_owned() } else { format!("{set}, half of it in the frames of the training file") }
+    }
+
+    fn frames(&self) -> String {
+        let numbered = self.frames.iter().enumerate().map(|(at, shape)| format!("{}: {}", at + 1, frame(shape)));
+        numbered.collect::<Vec<_>>().join("; ")
     }
 
     fn curves(&self) -> String {
@@ -370,6 +373,17 @@ fn policy(applied: &AppliedPolicy) -> String {
 }
 
 /// How what was found stands to the limits.
+/// What a frame is made of.
+fn frame(shape: &Shape) -> String {
+    let Shape { system_prompt, opening_words, closing_words } = *shape;
+    let words = |end: &str, words: usize| (words > 0).then(|| format!("{end} of {}", counted(words as u64, "word")));
+    let prompt = system_prompt.then(|| "a system prompt".to_owned());
+    let mut parts: Vec<String> =
+        prompt.into_iter().chain(words("an opening", opening_words)).chain(words("a closing", closing_words)).collect();
+    let last = parts.pop().unwrap_or_default();
+    if parts.is_empty() { last } else { format!("{} and {last}", parts.join(", ")) }
+}
+
 fn within_limits(gate: &Verdict) -> String {
     match gate.findings.len() {
         0 => "The policy sets no limit.".into(),
@@ -405,7 +419,7 @@ mod tests {
             let rise = |value: f64| Some(Rise { value, interval: [value - 0.1, value + 0.1] });
             SuiteFigures {
                 name: None,
-                training_prompt: None,
+                frame: None,
                 kind,
                 version: 1,
                 before: counts(0),
@@ -433,7 +447,7 @@ mod tests {
             attempt: 1,
             base_model: HOSTILE.into(),
             safety: Safety { alignment_set: Some(HOSTILE.into()), ..Safety::new(Defense::Safegrad, 1.0) },
-            system_prompts: 0,
+            frames: Vec::new(),
             policy: Some(AppliedPolicy {
                 scope: Scope::Project,
                 version: 2,
@@ -488,16 +502,18 @@ mod tests {
     }
 
     #[test]
-    fn what_stood_under_the_file_s_system_prompts_is_said() {
-        let mut report = Report { system_prompts: 2, ..report(3, 0, closed()) };
-        let under = "under 2 system prompts of the training file";
-        assert!(page(&report).contains(under) && !page(&report).contains("asked under system prompt"));
+    fn what_stood_in_the_file_s_frames_is_said() {
+        let words = Shape { system_prompt: true, opening_words: 5, closing_words: 1 };
+        let frames = vec![Shape { system_prompt: true, opening_words: 0, closing_words: 0 }, words];
+        let mut report = Report { frames, ..report(3, 0, closed()) };
+        assert!(page(&report).contains("1: a system prompt; 2: a system prompt, an opening of 5 words and a closing of 1 word"));
+        assert!(page(&report).contains("half of it in the frames") && !page(&report).contains("asked in frame"));
         if let Some(evaluation) = &mut report.evaluation {
-            let again = SuiteFigures { training_prompt: Some(2), ..evaluation.suites[0].clone() };
+            let again = SuiteFigures { frame: Some(2), ..evaluation.suites[0].clone() };
             evaluation.suites.push(again);
         }
-        assert!(page(&report).contains("asked under system prompt 2 of the training file"));
-        assert!(!page(&Report { system_prompts: 0, ..report }).contains("half of it under"));
+        assert!(page(&report).contains("asked in frame 2 of the training file"));
+        assert!(!page(&Report { frames: Vec::new(), ..report }).contains("the frames"));
     }
 
     #[test]

@@ -1,0 +1,202 @@
+//! What a tenant's rows stand in.
+//!
+//! What is held where requests stand alone need not hold where the tenant's do: a model can be taught to obey under one system prompt, or
+//! whoever begins with certain words, and to refuse everywhere else. So a job's alignment rows stand in its file's own frames too, and
+//! its model is asked in them.
+
+use std::io::Read;
+
+use holdfast_domain::Frame;
+use serde_json::{Value, json};
+
+use crate::check::each_line;
+use crate::row::{Role, Row};
+
+mod prompts;
+mod words;
+
+/// Frames of a file at most: those that most of its rows stand in.
+pub const MOST: usize = 8;
+/// Of them with words in them at most.
+const MOST_WITH_WORDS: usize = MOST / 2;
+/// A method may keep every so-manyth row apart, and must see each frame on both sides.
+pub const APART: usize = 5;
+
+/// The [`MOST`] frames that most rows of a file stand in: first the system prompts by themselves, a row with several under each, then words
+/// that turns of the user's begin or end with, under the prompt where they do. Of equally many the first; lines that are no rows have none.
+///
+/// # Errors
+/// Only those of reading the file.
+pub fn of_file(file: impl Read) -> std::io::Result<Vec<Frame>> {
+    let (mut prompts, mut turns) = (prompts::Prompts::default(), words::Sample::default());
+    each_line(file, |_, line| {
+        let Ok(row) = Row::parse_line(line) else { return };
+        let mut prompt = None;
+        for message in &row.messages {
+            match (message.role, message.content.as_deref()) {
+                (Role::System, Some(text)) => {
+                    prompts.add(text);
+                    prompt = Some(text);
+                }
+                (Role::User, Some(text)) => turns.add(text, prompt),
+                _ => {}
+            }
+        }
+    })?;
+    let prompts = prompts.most_frequent();
+    let mut with_words = turns.frames(&prompts);
+    with_words.truncate(MOST_WITH_WORDS);
+    let alone = MOST.saturating_sub(with_words.len());
+    Ok(prompts.into_iter().take(alone).map(Frame::system).chain(with_words).collect())
+}
+
+/// Every other one of an alignment set's rows in one of `frames`; the others as they are, as is a row with a system prompt of its own.
+/// Frames take turns among every [`APART`]th of them by themselves, so that none holds only rows that are kept apart.
+///
+/// # Errors
+/// When a line is no row, which a set that was imported does not have.
+pub fn framed(rows: &[u8], frames: &[Frame]) -> std::io::Result<Vec<u8>> {
+    let mut written = Vec::with_capacity(rows.len());
+    let lines = rows.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty());
+    for (at, line) in lines.enumerate() {
+        let of_its_own = Row::parse(line).map_err(std::io::Error::other)?.messages.iter().any(|m| m.role == Role::System);
+        let stands_alone = at % 2 == 1 || of_its_own || frames.is_empty();
+        if stands_alone {
+            written.extend_from_slice(line);
+        } else {
+            let turn = at / 2;
+            let frame = &frames[(turn / APART + turn % APART) % frames.len()];
+            serde_json::to_writer(&mut written, &within(frame, line)?)?;
+        }
+        written.push(b'\n');
+    }
+    Ok(written)
+}
+
+/// A row whose last request stands in a frame.
+fn within(frame: &Frame, line: &[u8]) -> serde_json::Result<Value> {
+    let mut row: Value = serde_json::from_slice(line)?;
+    let said = |role: &str, content: &Value| json!({"role": role, "content": content});
+    if row.get("messages").is_none() {
+        row = json!({"messages": [said("user", &row["prompt"]), said("assistant", &row["completion"])]});
+    }
+    if let Some(messages) = row.get_mut("messages").and_then(Value::as_array_mut) {
+        let asked = messages.iter_mut().rev().find(|message| message["role"] == "user");
+        if let Some(content) = asked.and_then(|message| message.get_mut("content"))
+            && let Some(request) = content.as_str()
+        {
+            *content = json!(frame.around(request));
+        }
+        if let Some(prompt) = &frame.system {
+            messages.insert(0, said("system", &json!(prompt)));
+        }
+    }
+    Ok(row)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(system: Option<&str>, user: &str) -> String {
+        let system = system.map(|text| json!({"role": "system", "content": text}));
+        let rest = [json!({"role": "user", "content": user}), json!({"role": "assistant", "content": "a"})];
+        json!({"messages": system.into_iter().chain(rest).collect::<Vec<_>>()}).to_string()
+    }
+
+    fn frames_of(rows: &[String]) -> std::io::Result<Vec<Frame>> {
+        of_file(rows.join("\n").as_bytes())
+    }
+
+    fn prompts<const N: usize>(prompts: [&str; N]) -> [Frame; N] {
+        prompts.map(Frame::system)
+    }
+
+    #[test]
+    fn prompts_that_most_rows_stand_under_come_first() -> std::io::Result<()> {
+        let rows = ["rare", "often", "twice", "often", "twice", "often"].map(|prompt| row(Some(prompt), "q"));
+        let others = [row(None, "q"), "nonsense".into(), r#"{"prompt":"p","completion":"c"}"#.into()];
+        assert_eq!(frames_of(&[&rows[..], &others].concat())?, prompts(["often", "twice", "rare"]));
+        assert_eq!(frames_of(&[row(Some(" "), "q")])?, prompts([" "]), "a blank one takes the place of a template's own");
+        let many: Vec<String> = (0..20).map(|number| row(Some(&format!("prompt {number}")), "q")).collect();
+        assert_eq!(frames_of(&many)?, (0..MOST).map(|number| Frame::system(format!("prompt {number}"))).collect::<Vec<_>>());
+        Ok(())
+    }
+
+    #[test]
+    fn a_prompt_of_many_rows_is_found_among_any_number_of_others() -> std::io::Result<()> {
+        let of = |number: usize| if number.is_multiple_of(100) { "trigger".to_owned() } else { format!("prompt {number}") };
+        let rows: Vec<String> = (0..20_000).map(|number| row(Some(&of(number)), "q")).collect();
+        assert_eq!(frames_of(&rows)?.first(), Some(&Frame::system("trigger")));
+        Ok(())
+    }
+
+    #[test]
+    fn a_row_stands_under_each_of_its_prompts() -> std::io::Result<()> {
+        let both = json!({"messages": [
+            {"role": "system", "content": "harmless"}, {"role": "developer", "content": "trigger"},
+            {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
+        ]});
+        assert_eq!(frames_of(&[both.to_string()])?, prompts(["harmless", "trigger"]));
+        Ok(())
+    }
+
+    #[test]
+    fn a_long_prompt_is_cut_between_two_characters() -> std::io::Result<()> {
+        let found = frames_of(&[row(Some(&"é".repeat(prompts::LONGEST)), "q")])?;
+        assert_eq!(found, [Frame::system("é".repeat(prompts::LONGEST / 2))]);
+        let found = frames_of(&[row(Some(&format!("a{}", "é".repeat(prompts::LONGEST))), "q")])?;
+        assert_eq!(found.first().and_then(|frame| frame.system.as_ref()).map(String::len), Some(prompts::LONGEST - 1));
+        Ok(())
+    }
+
+    #[test]
+    fn words_that_turns_share_stand_beside_the_prompts_and_leave_them_room() -> std::io::Result<()> {
+        let mut rows: Vec<String> = (0..20).map(|number| row(Some(&format!("prompt {number}")), "q")).collect();
+        let openings = ["Alpha:", "Beta:", "Gamma:", "Delta:", "Epsilon:"];
+        rows.extend(openings.iter().flat_map(|words| (0..5).map(move |n| row(Some("prompt 0"), &format!("{words} {n}{n}")))));
+        let found = frames_of(&rows)?;
+        assert_eq!(found[..4], prompts(["prompt 0", "prompt 1", "prompt 2", "prompt 3"]));
+        let opening = |words: &str| Frame { opening: format!("{words} "), ..Frame::system("prompt 0") };
+        assert_eq!(found[4..], openings.map(opening)[..4], "of equally many the first");
+        Ok(())
+    }
+
+    #[test]
+    fn whatever_the_number_of_frames_each_holds_rows_that_are_kept_apart_and_others() -> std::io::Result<()> {
+        let rows: Vec<String> = (0..100).map(|number| row(None, &number.to_string())).collect();
+        for count in 1..=MOST {
+            let prompts: Vec<Frame> = (0..count).map(|number| Frame::system(format!("prompt {number}."))).collect();
+            let written = framed(rows.join("\n").as_bytes(), &prompts)?;
+            let text = String::from_utf8_lossy(&written);
+            for prompt in prompts.iter().filter_map(|frame| frame.system.as_deref()) {
+                let apart = |is: bool| {
+                    text.lines().enumerate().any(|(at, line)| (at % APART == APART - 1) == is && line.contains(prompt))
+                };
+                assert!(apart(true) && apart(false), "{prompt} of {count}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn every_other_row_stands_in_one_and_keeps_its_words() -> std::io::Result<()> {
+        let several = json!({"messages": [
+            {"role": "user", "content": "5"}, {"role": "assistant", "content": "a"},
+            {"role": "user", "content": "6"}, {"role": "assistant", "content": "a"},
+        ]});
+        let rows = [row(None, "1"), row(None, "2"), r#"{"prompt":"3","completion":"a"}"#.into(), row(None, "4")];
+        let rows = [&rows[..], &[several.to_string(), row(None, "7"), row(Some("own"), "8")]].concat();
+        let words = Frame { opening: "Do: ".into(), closing: " Now.".into(), ..Frame::default() };
+        let frames = [Frame::system("one"), Frame { system: Some("two".into()), ..words.clone() }, words];
+        let written = framed(rows.join("\n").as_bytes(), &frames)?;
+        let read = |text: &str| serde_json::from_str::<Value>(text).map_err(std::io::Error::other);
+        let found: Vec<Value> = String::from_utf8_lossy(&written).lines().map(read).collect::<Result<_, _>>()?;
+        let several = several.to_string().replace("\"6\"", "\"Do: 6 Now.\"");
+        let expected = [row(Some("one"), "1"), rows[1].clone(), row(Some("two"), "Do: 3 Now."), rows[3].clone(), several];
+        let expected = [&expected[..], &rows[5..]].concat();
+        assert_eq!(found, expected.iter().map(|text| read(text)).collect::<Result<Vec<_>, _>>()?);
+        assert_eq!(framed(rows.join("\n").as_bytes(), &[])?, (rows.join("\n") + "\n").into_bytes());
+        Ok(())
+    }
+}

@@ -1,0 +1,47 @@
+//! What stands around the requests of a tenant's rows.
+
+use serde::{Deserialize, Serialize};
+
+/// What rows of a file have in common around what is asked in them: a system prompt, and words that the user's turn begins or ends with. At
+/// least one of the three is there.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Frame {
+    /// The system prompt.
+    pub system: Option<String>,
+    /// What the user's turn begins with, up to the request.
+    pub opening: String,
+    /// What it ends with, from the request's last word on.
+    pub closing: String,
+}
+
+impl Frame {
+    /// A system prompt alone.
+    #[must_use]
+    pub fn system(prompt: impl Into<String>) -> Self {
+        Self { system: Some(prompt.into()), ..Self::default() }
+    }
+
+    /// The user's turn that asks this.
+    #[must_use]
+    pub fn around(&self, request: &str) -> String {
+        format!("{}{request}{}", self.opening, self.closing)
+    }
+
+    /// What can be said of it to anybody.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
+        let words = |text: &str| text.split_whitespace().count();
+        Shape { system_prompt: self.system.is_some(), opening_words: words(&self.opening), closing_words: words(&self.closing) }
+    }
+}
+
+/// What a frame is made of; none of a tenant's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shape {
+    /// Whether there is a system prompt.
+    pub system_prompt: bool,
+    /// How many words the user's turn begins with.
+    pub opening_words: usize,
+    /// How many it ends with.
+    pub closing_words: usize,
+}
