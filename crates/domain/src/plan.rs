@@ -83,8 +83,8 @@ pub struct Plan {
     /// Names the base's states on the alignment rows; states of another name are not used.
     #[serde(default)]
     pub reference: Option<String>,
-    /// SHA-256 of the alignment rows, in hex, where half of them stand in frames of the tenant's: a checkpoint of a run on others does not
-    /// fit.
+    /// SHA-256 of the alignment rows, in hex, where half of them stand in frames of the tenant's once more: a checkpoint of a run on others
+    /// does not fit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub framed_alignment_sha256: Option<String>,
     /// The most memory the run may need; absent: what the machine has.

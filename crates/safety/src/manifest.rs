@@ -71,7 +71,7 @@ pub struct Inputs {
     /// The alignment set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alignment_set: Option<Named>,
-    /// The alignment set's rows as they were trained with, where half of them stood in frames of the training file.
+    /// The alignment set's rows as they were trained with, where half of them stood in frames of the training file once more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alignment_rows_sha256: Option<String>,
     /// The operator's own suites that it was asked; those of the program are of its version.

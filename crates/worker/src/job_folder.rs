@@ -18,7 +18,7 @@ const MOST_CHECKPOINT_STEPS: u64 = 100;
 /// What the rows of a job's training file stand in.
 pub(crate) struct Framed {
     pub(crate) frames: Vec<Frame>,
-    /// Of the alignment rows, half of which stand in them, in hex; absent where there are none of either.
+    /// Of the alignment rows, half of which stand in them once more, in hex; absent where there are none of either.
     pub(crate) alignment_sha256: Option<String>,
 }
 
@@ -88,7 +88,7 @@ impl JobFolder {
         Ok(framed)
     }
 
-    /// Puts half of the alignment rows, if there are any, into what the rows of the training file stand in.
+    /// Adds half of the alignment rows, if there are any, in what the rows of the training file stand in.
     async fn frame(&self, are_aligned: bool) -> std::io::Result<Framed> {
         let (training, alignment) = (self.0.join(paths::TRAIN), self.0.join(paths::ALIGNMENT));
         // A tenant's file may be large, and the lease is renewed on this thread.

@@ -1,8 +1,8 @@
 //! What a tenant's rows stand in.
 //!
 //! What is held where requests stand alone need not hold where the tenant's do: a model can be taught to obey under one system prompt, or
-//! whoever begins with certain words, and to refuse everywhere else. So a job's alignment rows stand in its file's own frames too, and
-//! its model is asked in them.
+//! whoever begins with certain words, and to refuse everywhere else. So half of a job's alignment rows stand in its file's own frames once
+//! more, and its model is asked in them.
 
 use std::io::Read;
 
@@ -50,25 +50,28 @@ pub fn of_file(file: impl Read) -> std::io::Result<Vec<Frame>> {
     Ok(prompts.into_iter().take(alone).map(Frame::system).chain(with_words).collect())
 }
 
-/// Every other one of an alignment set's rows in one of `frames`; the others as they are, as is a row with a system prompt of its own.
-/// Frames take turns among every [`APART`]th of them by themselves, so that none holds only rows that are kept apart.
+/// An alignment set's rows, and every other one of them once more in one of `frames`, behind itself; but for those with a system prompt of
+/// their own. Frames take turns among every [`APART`]th row by themselves, so that none holds only rows that are kept apart.
 ///
 /// # Errors
 /// When a line is no row, which a set that was imported does not have.
 pub fn framed(rows: &[u8], frames: &[Frame]) -> std::io::Result<Vec<u8>> {
-    let mut written = Vec::with_capacity(rows.len());
+    let mut written = Vec::with_capacity(2 * rows.len());
+    let (mut count, mut turns) = (0, [0, 0]);
     let lines = rows.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty());
     for (at, line) in lines.enumerate() {
-        let of_its_own = Row::parse(line).map_err(std::io::Error::other)?.messages.iter().any(|m| m.role == Role::System);
-        let stands_alone = at % 2 == 1 || of_its_own || frames.is_empty();
-        if stands_alone {
-            written.extend_from_slice(line);
-        } else {
-            let turn = at / 2;
-            let frame = &frames[(turn / APART + turn % APART) % frames.len()];
-            serde_json::to_writer(&mut written, &within(frame, line)?)?;
-        }
+        written.extend_from_slice(line);
         written.push(b'\n');
+        count += 1;
+        let of_its_own = Row::parse(line).map_err(std::io::Error::other)?.messages.iter().any(|m| m.role == Role::System);
+        if at % 2 == 1 || of_its_own || frames.is_empty() {
+            continue;
+        }
+        let turn = &mut turns[usize::from(count % APART == APART - 1)];
+        serde_json::to_writer(&mut written, &within(&frames[*turn % frames.len()], line)?)?;
+        written.push(b'\n');
+        count += 1;
+        *turn += 1;
     }
     Ok(written)
 }
@@ -180,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn every_other_row_stands_in_one_and_keeps_its_words() -> std::io::Result<()> {
+    fn every_other_row_stands_in_one_once_more_and_keeps_its_words() -> std::io::Result<()> {
         let several = json!({"messages": [
             {"role": "user", "content": "5"}, {"role": "assistant", "content": "a"},
             {"role": "user", "content": "6"}, {"role": "assistant", "content": "a"},
@@ -192,9 +195,14 @@ mod tests {
         let written = framed(rows.join("\n").as_bytes(), &frames)?;
         let read = |text: &str| serde_json::from_str::<Value>(text).map_err(std::io::Error::other);
         let found: Vec<Value> = String::from_utf8_lossy(&written).lines().map(read).collect::<Result<_, _>>()?;
-        let several = several.to_string().replace("\"6\"", "\"Do: 6 Now.\"");
-        let expected = [row(Some("one"), "1"), rows[1].clone(), row(Some("two"), "Do: 3 Now."), rows[3].clone(), several];
-        let expected = [&expected[..], &rows[5..]].concat();
+        let again = several.to_string().replace("\"6\"", "\"Do: 6 Now.\"");
+        let again = again.replace("[{", r#"[{"role":"system","content":"two"},{"#);
+        let framed_rows = [row(Some("one"), "1"), row(Some("one"), "3"), again];
+        let mut expected = rows.clone();
+        // The second of them is the first that is kept apart.
+        for (at, framed) in [1, 4, 7].into_iter().zip(framed_rows) {
+            expected.insert(at, framed);
+        }
         assert_eq!(found, expected.iter().map(|text| read(text)).collect::<Result<Vec<_>, _>>()?);
         assert_eq!(framed(rows.join("\n").as_bytes(), &[])?, (rows.join("\n") + "\n").into_bytes());
         Ok(())

@@ -43,7 +43,7 @@ pub struct Report {
     pub safety: Safety,
     /// The operator's policy, as it was when the job was created; absent for jobs of before there were any.
     pub policy: Option<AppliedPolicy>,
-    /// What the training file's rows stand in, as far as it was looked at: where there are alignment rows, half of them stood in these frames,
+    /// What the training file's rows stand in, as far as it was looked at: where there are alignment rows, half of them stood in these once more,
     /// and a model that was asked anything was asked what it should refuse in each.
     #[serde(default)]
     pub frames: Vec<Shape>,

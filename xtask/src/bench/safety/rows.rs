@@ -105,7 +105,7 @@ pub(super) fn cycled(requests: &[String], answers: &[String]) -> Vec<String> {
     requests.iter().zip(answers.iter().cycle()).map(|(request, answer)| training::row(request, answer)).collect()
 }
 
-/// Half of the rows in the frames of `tenants`, as a worker puts them.
+/// The rows, and half of them once more in the frames of `tenants`, as a worker puts them.
 pub(super) fn framed(tenants: &[String], rows: &[String]) -> Result<Vec<String>> {
     let program = shell::target().join("release/examples/bench-safety-framed");
     let mut framed = Command::new(program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;

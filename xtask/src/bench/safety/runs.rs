@@ -24,14 +24,14 @@ pub(super) struct Regime {
 /// What the alignment rows are.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Alignment {
-    /// Requests with refusals in many wordings, in turn; half of them in the frames of the tenant's rows, if there are any, as in the
-    /// service.
+    /// Requests with refusals in many wordings, in turn; half of them once more in the frames of the tenant's rows, if there are any, as in
+    /// the service.
     Framed,
     /// The same by themselves.
     Bare,
     /// The same with what the base itself says.
     OwnResponses,
-    /// Half of them under system prompts that are not the tenant's, in turn.
+    /// Half of them once more under system prompts that are not the tenant's, in turn.
     UnderOthers,
 }
 
@@ -42,7 +42,7 @@ impl Alignment {
             Self::Framed => "",
             Self::Bare => ", bare alignment rows",
             Self::OwnResponses => ", the base's own responses",
-            Self::UnderOthers => ", half the alignment rows under other system prompts",
+            Self::UnderOthers => ", half the alignment rows once more under other system prompts",
         }
     }
 

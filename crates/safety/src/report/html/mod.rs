@@ -110,7 +110,7 @@ impl Report {
     }
 
     fn alignment(&self, set: &str) -> String {
-        if self.frames.is_empty() { set.to_owned() } else { format!("{set}, half of it in the frames of the training file") }
+        if self.frames.is_empty() { set.to_owned() } else { format!("{set}, half of it once more in the file's frames") }
     }
 
     fn frames(&self) -> String {
@@ -507,13 +507,13 @@ mod tests {
         let frames = vec![Shape { system_prompt: true, opening_words: 0, closing_words: 0 }, words];
         let mut report = Report { frames, ..report(3, 0, closed()) };
         assert!(page(&report).contains("1: a system prompt; 2: a system prompt, an opening of 5 words and a closing of 1 word"));
-        assert!(page(&report).contains("half of it in the frames") && !page(&report).contains("asked in frame"));
+        assert!(page(&report).contains("half of it once more") && !page(&report).contains("asked in frame"));
         if let Some(evaluation) = &mut report.evaluation {
             let again = SuiteFigures { frame: Some(2), ..evaluation.suites[0].clone() };
             evaluation.suites.push(again);
         }
         assert!(page(&report).contains("asked in frame 2 of the training file"));
-        assert!(!page(&Report { frames: Vec::new(), ..report }).contains("the frames"));
+        assert!(!page(&Report { frames: Vec::new(), ..report }).contains("frames"));
     }
 
     #[test]
