@@ -98,8 +98,8 @@ pub enum KlPositions {
     Response,
     /// Every position of the padded rectangle, divided by the number of supervised tokens: the released code's strength.
     All,
-    /// Supervised positions, those that decide a response (its first five tokens and what stands before them) five times as much,
-    /// and of the rows the worse half: what [`Defense::Held`] always looks at.
+    /// Supervised positions, those that decide a response (its first five tokens, what stands before them, and its end) five times as
+    /// much, and of the rows the worse half: what [`Defense::Held`] always looks at.
     Deciding,
 }
 

@@ -20,8 +20,8 @@ use crate::stop::{Stop, Stopped};
 /// Numbers the alignment rows of a step beyond any of the user's rows, so that their dropout differs.
 const FIRST_ALIGNMENT_ROW: i64 = 1 << 24;
 
-/// What the positions that decide a response weigh under [`Objective::WeightedKl`], and how many they are: the last of the prompt
-/// and the first five of the response.
+/// What the positions that decide a response weigh under [`Objective::WeightedKl`], and how many they are at its beginning: the last of the
+/// prompt and the first five of the response. The one that ends it weighs as much: a refusal that goes on is none.
 const DECIDING_WEIGHT: f64 = 5.0;
 const DECIDING_POSITIONS: usize = 6;
 
@@ -359,14 +359,17 @@ fn nothing(hidden: &Tensor) -> Scored {
     Scored { sum: 0.0, correct: 0, by_hidden: hidden.zeros_like() }
 }
 
-/// Each row's mean of the KL `at` its positions, weighted towards the beginning of each response, and what each position weighs in it.
+/// Each row's mean of the KL `at` its positions, weighted towards where each response begins and where it ends, and what each position
+/// weighs in it.
 fn deciding(at: &[f32], held: &ReferenceBatch) -> (Vec<f64>, Vec<f64>) {
     let mut weights = vec![0.0; at.len()];
     let mut losses = Vec::new();
     for row in &held.rows {
         for run in reference::runs(&held.batch.positions, row.clone()) {
+            let last = run.len().saturating_sub(1);
             for (nth, position) in run.enumerate() {
-                weights[position] = if nth < DECIDING_POSITIONS { DECIDING_WEIGHT } else { 1.0 };
+                let decides = nth < DECIDING_POSITIONS || nth == last;
+                weights[position] = if decides { DECIDING_WEIGHT } else { 1.0 };
             }
         }
         let total: f64 = weights[row.clone()].iter().sum();
@@ -393,8 +396,9 @@ mod tests {
         let mut at = vec![0.01_f32; 16];
         at[8] = 1.0;
         let (losses, weights) = deciding(&at, &held);
-        // Σω = 6·5 + 2 = 32, so the second row's mean is (5·1 + (27)·0.01) / 32.
-        assert!((losses[0] - 0.01).abs() < 1e-6 && (losses[1] - (5.0 + 0.27) / 32.0).abs() < 1e-6, "{losses:?}");
-        assert!((weights[8] - 5.0 / 32.0).abs() < 1e-12 && (weights[15] - 1.0 / 32.0).abs() < 1e-12);
+        // Σω = 6·5 + 1 + 5 = 36, so the second row's mean is (5·1 + 31·0.01) / 36.
+        assert!((losses[0] - 0.01).abs() < 1e-6 && (losses[1] - (5.0 + 0.31) / 36.0).abs() < 1e-6, "{losses:?}");
+        let of_second: Vec<f64> = weights[8..].iter().map(|weight| (weight * 36.0).round()).collect();
+        assert_eq!(of_second, [5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 1.0, 5.0], "the beginning and the end");
     }
 }

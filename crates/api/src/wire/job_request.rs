@@ -229,7 +229,7 @@ pub(crate) struct SafetyRequest {
     /// The method's strength, 0 to 100.
     #[schema(minimum = 0.0, maximum = 100.0)]
     rho: Option<f64>,
-    /// `response`, `all` or `deciding` (the first tokens of a response count five times as much, and of the rows the worse half).
+    /// `response`, `all` or `deciding` (the first tokens of a response and its end count five times as much, and of the rows the worse half).
     #[schema(value_type = Option<KlPositionsName>)]
     kl_positions: Option<KlPositions>,
     /// `batch` or `per_row`: whose gradient is projected.

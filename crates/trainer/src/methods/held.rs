@@ -12,7 +12,7 @@ use crate::surgery::{self, Merged};
 ///
 /// ```text
 /// L_align   Σ ω_t KL_t / Σ ω_t of each row, the mean over the worse half of the rows; ω = 5 on the last prompt position and
-///           the first five response tokens, else 1
+///           the first five response tokens and on the position that ends the response, else 1
 /// ā, L̂      exponential means of a and L_align, of weight 0.1 on the newest
 /// λ         λ ← clip(λ · (1 + 0.1 · clip((L̂ − ε)/ε, −0.2, 0.2)), ρ, 100 ρ)          beginning at ρ
 /// g         u + λ a + max(0, −⟨u,ā⟩)/‖ā‖² · ā
