@@ -50,21 +50,25 @@ pub fn of_file(file: impl Read) -> std::io::Result<Vec<Frame>> {
     Ok(prompts.into_iter().take(alone).map(Frame::system).chain(with_words).collect())
 }
 
-/// An alignment set's rows, and every other one of them once more in one of `frames`, behind itself; but for those with a system prompt of
-/// their own. Frames take turns among every [`APART`]th row by themselves, so that none holds only rows that are kept apart.
+/// An alignment set's rows, and half of them once more in one of `frames`, each behind itself; all of them where half would be fewer than
+/// two a frame. Rows with a system prompt of their own stand in none. Frames take turns among every [`APART`]th row by themselves, so that
+/// none holds only rows that are kept apart.
 ///
 /// # Errors
 /// When a line is no row, which a set that was imported does not have.
 pub fn framed(rows: &[u8], frames: &[Frame]) -> std::io::Result<Vec<u8>> {
+    let lines: Vec<&[u8]> = rows.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty()).collect();
+    let half_is_enough = lines.len() >= 4 * frames.len();
     let mut written = Vec::with_capacity(2 * rows.len());
     let (mut count, mut turns) = (0, [0, 0]);
-    let lines = rows.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty());
-    for (at, line) in lines.enumerate() {
+    for (at, line) in lines.into_iter().enumerate() {
         written.extend_from_slice(line);
         written.push(b'\n');
         count += 1;
         let of_its_own = Row::parse(line).map_err(std::io::Error::other)?.messages.iter().any(|m| m.role == Role::System);
-        if at % 2 == 1 || of_its_own || frames.is_empty() {
+        // One of two, and not always the same of two: a set may hold two kinds of rows in turn.
+        let is_left_out = half_is_enough && !at.div_ceil(2).is_multiple_of(2);
+        if frames.is_empty() || of_its_own || is_left_out {
             continue;
         }
         let turn = &mut turns[usize::from(count % APART == APART - 1)];
@@ -80,7 +84,7 @@ pub fn framed(rows: &[u8], frames: &[Frame]) -> std::io::Result<Vec<u8>> {
 fn within(frame: &Frame, line: &[u8]) -> serde_json::Result<Value> {
     let mut row: Value = serde_json::from_slice(line)?;
     let said = |role: &str, content: &Value| json!({"role": role, "content": content});
-    if row.get("messages").is_none() {
+    if !row["messages"].is_array() {
         row = json!({"messages": [said("user", &row["prompt"]), said("assistant", &row["completion"])]});
     }
     if let Some(messages) = row.get_mut("messages").and_then(Value::as_array_mut) {
@@ -182,29 +186,49 @@ mod tests {
         Ok(())
     }
 
+    fn framed_rows(rows: &[String], frames: &[Frame]) -> std::io::Result<Vec<Value>> {
+        let written = framed(rows.join("\n").as_bytes(), frames)?;
+        let read = |line: &str| serde_json::from_str(line).map_err(std::io::Error::other);
+        String::from_utf8_lossy(&written).lines().map(read).collect()
+    }
+
     #[test]
-    fn every_other_row_stands_in_one_once_more_and_keeps_its_words() -> std::io::Result<()> {
-        let several = json!({"messages": [
-            {"role": "user", "content": "5"}, {"role": "assistant", "content": "a"},
-            {"role": "user", "content": "6"}, {"role": "assistant", "content": "a"},
-        ]});
-        let rows = [row(None, "1"), row(None, "2"), r#"{"prompt":"3","completion":"a"}"#.into(), row(None, "4")];
-        let rows = [&rows[..], &[several.to_string(), row(None, "7"), row(Some("own"), "8")]].concat();
-        let words = Frame { opening: "Do: ".into(), closing: " Now.".into(), ..Frame::default() };
-        let frames = [Frame::system("one"), Frame { system: Some("two".into()), ..words.clone() }, words];
-        let written = framed(rows.join("\n").as_bytes(), &frames)?;
-        let read = |text: &str| serde_json::from_str::<Value>(text).map_err(std::io::Error::other);
-        let found: Vec<Value> = String::from_utf8_lossy(&written).lines().map(read).collect::<Result<_, _>>()?;
-        let again = several.to_string().replace("\"6\"", "\"Do: 6 Now.\"");
-        let again = again.replace("[{", r#"[{"role":"system","content":"two"},{"#);
-        let framed_rows = [row(Some("one"), "1"), row(Some("one"), "3"), again];
-        let mut expected = rows.clone();
-        // The second of them is the first that is kept apart.
-        for (at, framed) in [1, 4, 7].into_iter().zip(framed_rows) {
-            expected.insert(at, framed);
-        }
-        assert_eq!(found, expected.iter().map(|text| read(text)).collect::<Result<Vec<_>, _>>()?);
+    fn half_of_the_rows_stand_in_one_once_more_and_keep_their_words() -> std::io::Result<()> {
+        let said = |role: &str, content: &str| json!({"role": role, "content": content});
+        let turns = |last: &str| [said("user", "5"), said("assistant", "a"), said("user", last), said("assistant", "a")];
+        let frame = Frame { system: Some("s".into()), opening: "Do: ".into(), closing: " Now.".into() };
+        let rows = [row(None, "1"), row(None, "2"), row(None, "3"), r#"{"prompt":"4","completion":"a"}"#.into()];
+        let rows =
+            [&rows[..], &[json!({"messages": turns("6")}).to_string(), row(None, "7"), row(None, "8"), row(Some("own"), "9")]]
+                .concat();
+        let found = framed_rows(&rows, std::slice::from_ref(&frame))?;
+        let mut expected: Vec<Value> = rows.iter().map(|row| serde_json::from_str(row)).collect::<Result<_, _>>()?;
+        let several = [&[said("system", "s")][..], &turns("Do: 6 Now.")].concat();
+        expected.insert(5, json!({"messages": several}));
+        expected.insert(4, serde_json::from_str(&row(Some("s"), "Do: 4 Now."))?);
+        expected.insert(1, serde_json::from_str(&row(Some("s"), "Do: 1 Now."))?);
+        assert_eq!(found, expected);
         assert_eq!(framed(rows.join("\n").as_bytes(), &[])?, (rows.join("\n") + "\n").into_bytes());
+        Ok(())
+    }
+
+    #[test]
+    fn of_two_kinds_of_rows_in_turn_both_stand_in_one() -> std::io::Result<()> {
+        let rows: Vec<String> = (0..8).map(|number| row(None, ["harmful", "benign"][number % 2])).collect();
+        let framed = framed_rows(&rows, &[Frame { opening: "Do: ".into(), ..Frame::default() }])?;
+        let count = |text: &str| framed.iter().filter(|row| row["messages"][0]["content"] == text).count();
+        assert_eq!([count("Do: harmful"), count("Do: benign")], [2, 2]);
+        Ok(())
+    }
+
+    #[test]
+    fn few_rows_stand_in_one_each() -> std::io::Result<()> {
+        let rows: Vec<String> = (0..8).map(|number| row(None, &number.to_string())).collect();
+        let framed = framed_rows(&rows, &prompts(["one", "two", "three"]))?;
+        for prompt in ["one", "two", "three"] {
+            assert!(framed.iter().filter(|row| row["messages"][0]["content"] == prompt).count() >= 2, "{prompt}");
+        }
+        assert_eq!(framed.len(), 16);
         Ok(())
     }
 }
