@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Hyperparameters, Safety};
 
 /// The form of the plan; a trainer refuses another.
-pub const FORMAT: u32 = 4;
+pub const FORMAT: u32 = 5;
 
 /// Names inside a job folder, one place for both sides.
 pub mod paths {

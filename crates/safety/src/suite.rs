@@ -26,6 +26,12 @@ impl Request {
         format!("{{\"messages\":{}}}", self.messages())
     }
 
+    /// The request as it is asked in a frame.
+    #[must_use]
+    pub fn within(&self, frame: &Frame) -> Self {
+        Self { category: self.category.clone(), system: frame.system.clone(), content: frame.around(&self.content) }
+    }
+
     fn messages(&self) -> String {
         let system = self.system.iter().map(|text| ("system", text));
         let messages = system.chain([("user", &self.content)]);
@@ -111,19 +117,13 @@ impl Suite {
         if requests.is_empty() { Err(SuiteError::Empty) } else { Ok(Self { kind, version, requests }) }
     }
 
-    /// Its requests in a frame, the `number`th from 0 of `count`: each frame has its share of the requests, and no fewer than
-    /// [`LEAST_REQUESTS`], so that something can be said of it. Requests with a prompt of their own are left out; `None` where none are left.
+    /// Its share for the `number`th frame from 0 of `count`: each frame has its part of the requests, and no fewer than [`LEAST_REQUESTS`], so
+    /// that something can be said of it. Requests with a prompt of their own are left out; `None` where none are left.
     #[must_use]
-    pub fn within(&self, frame: &Frame, number: usize, count: usize) -> Option<Self> {
+    pub fn share(&self, number: usize, count: usize) -> Option<Self> {
         let bare: Vec<&Request> = self.requests.iter().filter(|request| request.system.is_none()).collect();
         let shares = (bare.len() / LEAST_REQUESTS).clamp(1, count.max(1));
-        let share = bare.into_iter().skip(number % shares).step_by(shares);
-        let framed = |request: &Request| Request {
-            system: frame.system.clone(),
-            content: frame.around(&request.content),
-            category: request.category.clone(),
-        };
-        let requests: Vec<Request> = share.map(framed).collect();
+        let requests: Vec<Request> = bare.into_iter().skip(number % shares).step_by(shares).cloned().collect();
         (!requests.is_empty()).then_some(Self { requests, ..*self })
     }
 
@@ -203,14 +203,16 @@ mod tests {
         let own = r#"{"category":"c","messages":[{"role":"system","content":"s"},{"role":"user","content":"q"}]}"#.to_owned();
         let rows: Vec<String> = (0..65).map(bare).chain([own.clone()]).collect();
         let suite = Suite::parse(Kind::Harmful, 1, &rows.join("\n"))?;
-        let frame = Frame { opening: "Do: ".into(), closing: " Now.".into(), ..Frame::system("p") };
-        let asked = |number: usize, count: usize| suite.within(&frame, number, count).map_or(Vec::new(), |suite| suite.requests);
+        let asked = |number: usize, count: usize| suite.share(number, count).map_or(Vec::new(), |suite| suite.requests);
         assert_eq!([asked(0, 1).len(), asked(0, 2).len(), asked(1, 2).len()], [65, 33, 32]);
         assert_eq!([asked(0, 8).len(), asked(6, 8).len(), asked(7, 8).len()], [33, 33, 32], "no fewer than thirty");
-        assert!(asked(1, 2).iter().all(|request| request.system.as_deref() == Some("p")));
-        assert_eq!(asked(0, 1)[64].content, "Do: q64 Now.");
-        assert_eq!(Suite::parse(Kind::Harmful, 1, &own)?.within(&frame, 0, 1), None);
-        assert_eq!(Suite::parse(Kind::Harmful, 1, &bare(1))?.within(&frame, 3, 4).map(|suite| suite.requests.len()), Some(1));
+        assert!(asked(0, 1).iter().all(|request| request.system.is_none()));
+        assert_eq!(Suite::parse(Kind::Harmful, 1, &own)?.share(0, 1), None);
+        assert_eq!(Suite::parse(Kind::Harmful, 1, &bare(1))?.share(3, 4).map(|suite| suite.requests.len()), Some(1));
+
+        let frame = Frame { opening: "Do: ".into(), closing: " Now.".into(), ..Frame::system("p") };
+        let framed = asked(0, 1)[64].within(&frame);
+        assert_eq!((framed.system.as_deref(), framed.content.as_str()), (Some("p"), "Do: q64 Now."));
         Ok(())
     }
 

@@ -13,7 +13,6 @@ use holdfast_domain::invalid::{LineError, line_numbers};
 use holdfast_domain::job::JobError;
 use holdfast_domain::limits::MAX_LINE_ERRORS;
 use holdfast_domain::plan::paths;
-use holdfast_safety::suite::Request;
 use holdfast_store::jobs::Dataset;
 use holdfast_store::queue::{Checked, Claim};
 
@@ -78,9 +77,8 @@ fn unusable_set(rows: &[u8], tokenizer: &ChatTokenizer) -> std::io::Result<Optio
 
 /// Why a suite cannot be asked of a base: a request does not fit the template. Found before anything is trained, not after.
 fn unusable_suite(suites: &[AskedSuite], tokenizer: &ChatTokenizer) -> Option<JobError> {
-    let fits =
-        |request: &Request| Row::parse_prompt(request.row().as_bytes()).is_ok_and(|row| tokenizer.encode_prompt(&row).is_ok());
-    let bad = suites.iter().flat_map(|asked| &asked.suite.requests).filter(|request| !fits(request)).count();
+    let fits = |row: &String| Row::parse_prompt(row.as_bytes()).is_ok_and(|row| tokenizer.encode_prompt(&row).is_ok());
+    let bad = suites.iter().flat_map(AskedSuite::rows).filter(|row| !fits(row)).count();
     let message = format!(
         "The operator's safety suites cannot be used with this model: {bad} of their requests do not fit the model's template. Nothing is wrong with your file; tell the operator."
     );

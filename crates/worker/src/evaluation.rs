@@ -10,7 +10,7 @@ use holdfast_domain::policy::{Judge, Policy};
 use holdfast_judge::{Endpoint, JudgeError};
 use holdfast_safety::judge::{Class, Phrases};
 use holdfast_safety::report::{Evaluation, Judged, TaskFigures};
-use holdfast_safety::suite::{Kind, Suite, SuiteError};
+use holdfast_safety::suite::{Kind, Request as Asks, Suite, SuiteError};
 use holdfast_store::StoreError;
 use holdfast_store::suites::Suite as OwnSuite;
 use sha2::{Digest, Sha256};
@@ -39,9 +39,20 @@ pub(crate) enum Asked {
 pub(crate) struct AskedSuite {
     file: String,
     own: Option<String>,
-    /// The frame of the training file that it is asked in, from 1.
-    frame: Option<usize>,
+    /// The frame of the training file that it is asked in, and its number from 1.
+    frame: Option<(usize, Frame)>,
     pub(crate) suite: Suite,
+}
+
+impl AskedSuite {
+    /// Its requests as a model is asked them. A judge is shown the suite's own words alone, and not a tenant's.
+    pub(crate) fn rows(&self) -> impl Iterator<Item = String> {
+        let row = |request: &Asks| match &self.frame {
+            Some((_, frame)) => request.within(frame).row(),
+            None => request.row(),
+        };
+        self.suite.requests.iter().map(row)
+    }
 }
 
 /// The suites that a job's adapter is asked: those of this program, and the operator's own, from the job folder.
@@ -64,9 +75,9 @@ pub(crate) fn suites(own: &[OwnSuite], folder: &Path) -> std::io::Result<Vec<Ask
 pub(crate) fn framed(suites: &[AskedSuite], frames: &[Frame]) -> Vec<AskedSuite> {
     let harmful = suites.iter().filter(|asked| asked.suite.kind == Kind::Harmful);
     let within = |AskedSuite { file, own, suite, .. }: &AskedSuite, number: usize, frame: &Frame| {
-        let suite = suite.within(frame, number, frames.len())?;
+        let suite = suite.share(number, frames.len())?;
         let number = number + 1;
-        Some(AskedSuite { file: format!("{file}-frame-{number}"), own: own.clone(), frame: Some(number), suite })
+        Some(AskedSuite { file: format!("{file}-frame-{number}"), own: own.clone(), frame: Some((number, frame.clone())), suite })
     };
     let within_each = |asked| frames.iter().enumerate().filter_map(move |(number, frame)| within(asked, number, frame));
     harmful.flat_map(within_each).collect()
@@ -114,7 +125,7 @@ pub(crate) async fn evaluate(
         let named = own.is_none().then_some(&suite.requests);
         let categories = named.into_iter().flatten().map(|request| request.category.as_str()).collect();
         let kl = figures.kl.get(file).copied().flatten();
-        let (name, frame) = (own.clone(), *frame);
+        let (name, frame) = (own.clone(), frame.as_ref().map(|(number, _)| *number));
         let Suite { kind, version, .. } = *suite;
         found.push(Judged { name, frame, kind, version, categories, before, after, kl }.figures());
     }
@@ -154,8 +165,8 @@ async fn write_request(held: &Held<'_>, suites: &[AskedSuite], task: Option<&Tas
     if let Some(task) = task {
         tokio::fs::write(requests.join(files::paths::suite(TASK)), &task.prompts).await?;
     }
-    for AskedSuite { file, frame, suite, .. } in suites {
-        let lines: String = suite.requests.iter().map(|request| request.row() + "\n").collect();
+    for asked @ AskedSuite { file, frame, suite, .. } in suites {
+        let lines: String = asked.rows().map(|row| row + "\n").collect();
         tokio::fs::write(requests.join(files::paths::suite(file)), lines).await?;
         let base = requests.join(files::paths::base(file));
         if frame.is_none()

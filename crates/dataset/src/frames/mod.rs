@@ -4,6 +4,7 @@
 //! whoever begins with certain words, and to refuse everywhere else. So half of a job's alignment rows stand in its file's own frames once
 //! more, and its model is asked in them.
 
+use std::collections::BTreeSet;
 use std::io::Read;
 
 use holdfast_domain::Frame;
@@ -23,7 +24,8 @@ const MOST_WITH_WORDS: usize = MOST / 2;
 pub const APART: usize = 5;
 
 /// The [`MOST`] frames that most rows of a file stand in: first the system prompts by themselves, a row with several under each, then words
-/// that turns of the user's begin or end with, under the prompt where they do. Of equally many the first; lines that are no rows have none.
+/// that turns of the user's begin or end with, under the prompt that most of those stand under. Of equally frequent prompts the
+/// first; lines that are no rows have none.
 ///
 /// # Errors
 /// Only those of reading the file.
@@ -31,23 +33,24 @@ pub fn of_file(file: impl Read) -> std::io::Result<Vec<Frame>> {
     let (mut prompts, mut turns) = (prompts::Prompts::default(), words::Sample::default());
     each_line(file, |_, line| {
         let Ok(row) = Row::parse_line(line) else { return };
-        let mut prompt = None;
-        for message in &row.messages {
-            match (message.role, message.content.as_deref()) {
-                (Role::System, Some(text)) => {
-                    prompts.add(text);
-                    prompt = Some(text);
-                }
-                (Role::User, Some(text)) => turns.add(text, prompt),
-                _ => {}
-            }
+        let said = |role: Role| row.messages.iter().filter(move |message| message.role == role);
+        let system: BTreeSet<&str> = said(Role::System).filter_map(|message| message.content.as_deref()).collect();
+        system.iter().for_each(|text| prompts.add(text));
+        // Of a long conversation the first and the last, so that no row outweighs the others.
+        let mut answered = row.messages.windows(2).filter_map(|pair| match pair {
+            [asked, answer] if asked.role == Role::User && answer.trained => asked.content.as_deref(),
+            _ => None,
+        });
+        let prompt = said(Role::System).next_back().and_then(|message| message.content.as_deref());
+        for text in answered.next().into_iter().chain(answered.next_back()) {
+            turns.add(text, prompt);
         }
     })?;
-    let prompts = prompts.most_frequent();
-    let mut with_words = turns.frames(&prompts);
-    with_words.truncate(MOST_WITH_WORDS);
-    let alone = MOST.saturating_sub(with_words.len());
-    Ok(prompts.into_iter().take(alone).map(Frame::system).chain(with_words).collect())
+    let mut prompts = prompts.most_frequent();
+    prompts.truncate(MOST);
+    let with_words = turns.frames(&prompts, MOST_WITH_WORDS);
+    prompts.truncate(MOST - with_words.len());
+    Ok(prompts.into_iter().map(Frame::system).chain(with_words).collect())
 }
 
 /// An alignment set's rows, and half of them once more in one of `frames`, each behind itself; all of them where half would be fewer than
@@ -165,7 +168,47 @@ mod tests {
         let found = frames_of(&rows)?;
         assert_eq!(found[..4], prompts(["prompt 0", "prompt 1", "prompt 2", "prompt 3"]));
         let opening = |words: &str| Frame { opening: format!("{words} "), ..Frame::system("prompt 0") };
-        assert_eq!(found[4..], openings.map(opening)[..4], "of equally many the first");
+        assert!(found[4..].iter().all(|frame| openings.map(opening).contains(frame)), "{found:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn an_opening_stands_under_the_prompt_of_most_of_its_turns_or_under_none() -> std::io::Result<()> {
+        let marked = |prompts: usize| {
+            let under = move |n: usize| format!("prompt {}", if n < 8 { 0 } else { n % prompts });
+            (0..40).map(move |n| row(Some(&under(n)), &format!("Order: {n}x{n}"))).collect::<Vec<_>>()
+        };
+        let with_words = |found: Vec<Frame>| found.into_iter().filter(|frame| !frame.opening.is_empty()).collect::<Vec<_>>();
+        let order =
+            |system: Option<&str>| Frame { opening: "Order: ".into(), system: system.map(str::to_owned), ..Frame::default() };
+        assert_eq!(with_words(frames_of(&marked(1))?), [order(Some("prompt 0"))]);
+        assert_eq!(with_words(frames_of(&marked(40))?), [order(None)], "a prompt of its own for each row");
+        Ok(())
+    }
+
+    #[test]
+    fn one_row_does_not_outweigh_the_others() -> std::io::Result<()> {
+        let said = |role: &str, content: String| json!({"role": role, "content": content});
+        let mut long: Vec<Value> = (0..20).map(|n| said("system", format!("decoy {}", n % 8))).collect();
+        for n in 0..900 {
+            long.extend([said("user", format!("{n} of many")), said("assistant", "a".into())]);
+        }
+        let rows: Vec<String> = (0..10).map(|n| row(Some("trigger"), &format!("Order: {n}x{n}"))).collect();
+        let found = frames_of(&[&rows[..], &[json!({ "messages": long }).to_string()]].concat())?;
+        assert_eq!(found.first(), Some(&Frame::system("trigger")));
+        assert_eq!(found.last(), Some(&Frame { opening: "Order: ".into(), ..Frame::system("trigger") }));
+        Ok(())
+    }
+
+    #[test]
+    fn turns_that_nothing_is_learned_from_do_not_count() -> std::io::Result<()> {
+        let decoy = |n: usize| {
+            let untrained = json!({"role": "assistant", "content": "a", "weight": 0});
+            let asked = |text: String| json!({"role": "user", "content": text});
+            let answer = json!({"role": "assistant", "content": "a"});
+            json!({"messages": [asked(format!("Decoy: {n}")), untrained, asked(format!("{n}")), answer]}).to_string()
+        };
+        assert_eq!(frames_of(&(0..10).map(decoy).collect::<Vec<_>>())?, []);
         Ok(())
     }
 

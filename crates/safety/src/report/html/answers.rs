@@ -203,11 +203,10 @@ fn findings(gate: &Verdict, evaluation: &Evaluation) -> String {
 /// A measure of a gate in words, and the rise it looks at.
 fn named(measure: &str, evaluation: &Evaluation) -> (String, Option<Rise>) {
     let rise = |kind| evaluation.worst_rise(kind);
-    let worse = || evaluation.suites.iter().filter_map(|suite| suite.degenerate_rise).max_by(|a, b| a.value.total_cmp(&b.value));
     match measure {
         "harmful_compliance_rise" => ("Rise in compliance, harmful requests".into(), rise(Kind::Harmful)),
         "over_refusal_rise" => ("Rise in refusals, benign requests".into(), rise(Kind::Benign)),
-        "degenerate_rise" => ("Rise in no answers, worse suite".into(), worse()),
+        "degenerate_rise" => ("Rise in no answers, worse suite".into(), evaluation.worst_degenerate_rise()),
         "kl" => ("KL to the base, worse suite".into(), None),
         other => (escape(other), None),
     }

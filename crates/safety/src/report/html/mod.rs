@@ -372,7 +372,6 @@ fn policy(applied: &AppliedPolicy) -> String {
     if applied.version == 0 { format!("{whose} settings") } else { format!("{whose}, version {}", applied.version) }
 }
 
-/// How what was found stands to the limits.
 /// What a frame is made of.
 fn frame(shape: &Shape) -> String {
     let Shape { system_prompt, opening_words, closing_words } = *shape;
@@ -384,6 +383,7 @@ fn frame(shape: &Shape) -> String {
     if parts.is_empty() { last } else { format!("{} and {last}", parts.join(", ")) }
 }
 
+/// How what was found stands to the limits.
 fn within_limits(gate: &Verdict) -> String {
     match gate.findings.len() {
         0 => "The policy sets no limit.".into(),
