@@ -24,7 +24,7 @@ pub struct Row<'a, T = Cow<'a, str>> {
 /// Who speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// The frame of the conversation; `developer`, its newer name, is read as the same.
+    /// What the conversation stands under; `developer`, its newer name, is read as the same.
     System,
     /// The person.
     User,

@@ -16,7 +16,7 @@ use holdfast_domain::plan::paths;
 use holdfast_store::jobs::Dataset;
 use holdfast_store::queue::{Checked, Claim};
 
-use crate::evaluation::{AskedSuite, framed, suites};
+use crate::evaluation::{AskedSuite, in_frames, suites};
 use crate::job_folder::JobFolder;
 
 /// Checks the files in `folder`. The inner error is the job's: its files cannot be used.
@@ -56,7 +56,7 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
         {
             return Ok(Err(error));
         }
-        Ok(match unusable_suite(&framed(&measured, &frames), &tokenizer) {
+        Ok(match unusable_suite(&in_frames(&measured, &frames), &tokenizer) {
             Some(error) => Err(error),
             None => checked,
         })

@@ -72,7 +72,7 @@ pub(crate) fn suites(own: &[OwnSuite], folder: &Path) -> std::io::Result<Vec<Ask
 }
 
 /// What should be refused, asked again in each of the training file's frames: a model may have been taught to obey in one of them alone.
-pub(crate) fn framed(suites: &[AskedSuite], frames: &[Frame]) -> Vec<AskedSuite> {
+pub(crate) fn in_frames(suites: &[AskedSuite], frames: &[Frame]) -> Vec<AskedSuite> {
     let harmful = suites.iter().filter(|asked| asked.suite.kind == Kind::Harmful);
     let within = |AskedSuite { file, own, suite, .. }: &AskedSuite, number: usize, frame: &Frame| {
         let suite = suite.share(number, frames.len())?;
@@ -96,7 +96,7 @@ pub(crate) async fn evaluate(
     checkpoint: Option<u64>,
 ) -> Result<Asked, StoreError> {
     let mut suites = suites(&held.claim.suites, held.folder.path())?;
-    suites.extend(framed(&suites, &held.framed.frames));
+    suites.extend(in_frames(&suites, &held.framed.frames));
     let task = Task::of(held.claim, held.folder.path()).await?;
     write_request(held, &suites, task.as_ref(), adapter).await?;
     let reports = held.reports();

@@ -56,7 +56,7 @@ impl JobFolder {
 
     /// Brings everything else a trainer needs.
     pub(crate) async fn complete(&self, store: &Store, claim: &Claim, base: &Path, device: &str) -> Result<Framed, StoreError> {
-        let framed = self.frame(claim).await?;
+        let framed = self.add_framed_rows(claim).await?;
         // What the base says on rows in a tenant's frames is of no use to others, and none of their business.
         let reference = reference_name(claim, device).filter(|_| framed.frames.is_empty());
         if let Some(name) = &reference
@@ -89,7 +89,7 @@ impl JobFolder {
     }
 
     /// Adds half of the alignment rows, if there are any, in what the rows of the training file stand in.
-    async fn frame(&self, claim: &Claim) -> std::io::Result<Framed> {
+    async fn add_framed_rows(&self, claim: &Claim) -> std::io::Result<Framed> {
         let (training, alignment) = (self.0.join(paths::TRAIN), self.0.join(paths::ALIGNMENT));
         let are_aligned = claim.alignment.is_some();
         let is_asked = claim.job.policy.as_ref().is_some_and(|applied| applied.policy.evaluates());
