@@ -17,7 +17,7 @@ mod gate;
 mod html;
 mod plot;
 
-pub use gate::{Finding, Verdict};
+pub use gate::{Finding, Verdict, Within};
 
 /// The name of a report beside its manifest.
 pub const FILE: &str = "safety_report.json";
@@ -373,29 +373,6 @@ impl Evaluation {
     #[must_use]
     pub fn verdict(&self, gate: &Gate) -> Verdict {
         gate::verdict(self, gate)
-    }
-
-    /// How what should not become of a kind of requests rose, in the suite where it rose most; `None` where there is no such suite, or
-    /// one of them could not be compared. In a frame only what certainly rose counts: there may be eight, of thirty requests each, and
-    /// one of so many rises by chance.
-    #[must_use]
-    pub fn worst_rise(&self, kind: Kind) -> Option<Rise> {
-        self.worst(|suite| (suite.kind == kind).then_some(suite.rise))
-    }
-
-    /// The same of answers that are none, to requests of either kind.
-    #[must_use]
-    pub fn worst_degenerate_rise(&self) -> Option<Rise> {
-        self.worst(|suite| Some(suite.degenerate_rise))
-    }
-
-    fn worst(&self, rise_of: impl Fn(&SuiteFigures) -> Option<Option<Rise>>) -> Option<Rise> {
-        let counted = |suite: &SuiteFigures| {
-            let certain = |rise: Rise| Rise { value: rise.interval[0], ..rise };
-            Some(rise_of(suite)?.map(|rise| if suite.frame.is_some() { certain(rise) } else { rise }))
-        };
-        let rises: Option<Vec<Rise>> = self.suites.iter().filter_map(counted).collect();
-        rises?.into_iter().max_by(|a, b| a.value.total_cmp(&b.value))
     }
 }
 

@@ -6,7 +6,7 @@ use super::parts::{counted, key, table};
 use super::text::escape;
 use crate::judge::Class;
 use crate::report::plot::{self, Unit, number, percent, tenths};
-use crate::report::{Evaluation, Finding, Report, Rise, SuiteFigures, TaskFigures, Verdict};
+use crate::report::{Finding, Report, Rise, SuiteFigures, TaskFigures, Verdict};
 use crate::share::Share;
 use crate::suite::Kind;
 
@@ -22,7 +22,7 @@ impl Report {
              not be; the thin lines are 95 % intervals. Rises have theirs by the paired bootstrap over the requests, and by \
              Newcombe's scores where those are wider.</p>\n",
         );
-        html.push_str(&gate.map_or_else(String::new, |gate| findings(gate, evaluation)));
+        html.push_str(&gate.map_or_else(String::new, findings));
         let suites: Vec<_> = evaluation.suites.iter().map(|suite| (suite, Measure::both(suite, gate))).collect();
         let most = suites.iter().flat_map(|(_, measures)| measures).map(Measure::most).fold(0.0, f64::max);
         let most = SCALES.into_iter().find(|end| *end >= most).unwrap_or(1.0);
@@ -47,6 +47,8 @@ impl<'a> Measure<'a> {
     /// What should not be, and what is no answer.
     fn both(suite: &'a SuiteFigures, gate: Option<&Verdict>) -> [Self; 2] {
         let (name, class) = (unwanted_words(suite.kind), crate::report::unwanted(suite.kind));
+        // Of a frame by itself only what is certain counts, which no mark on its share can show.
+        let gate = gate.filter(|_| suite.frame.is_none());
         let finding = |measure: &str| gate?.findings.iter().find(|finding| finding.measure == measure);
         let closes_at = |class: Class, measure: &str| {
             let limit = finding(measure)?.limit;
@@ -178,9 +180,10 @@ fn task(task: &TaskFigures) -> String {
 }
 
 /// What a gate found, measure by measure.
-fn findings(gate: &Verdict, evaluation: &Evaluation) -> String {
-    let rows = gate.findings.iter().map(|Finding { measure, value, limit, passed }| {
-        let (name, of) = named(measure, evaluation);
+fn findings(gate: &Verdict) -> String {
+    let rows = gate.findings.iter().map(|Finding { measure, value, interval: ends, within, limit, passed }| {
+        let name = named(measure) + &within.map_or_else(String::new, |within| format!(", {within}"));
+        let of = value.zip(*ends).map(|(value, interval)| Rise { value, interval });
         let shown =
             |value: f64| if measure == "kl" { format!("{}\u{a0}nats", number(value, Unit::Plain)) } else { points(value) };
         let found = value.map_or_else(|| "not measured".to_owned(), shown) + &of.as_ref().map_or_else(String::new, interval);
@@ -200,14 +203,13 @@ fn findings(gate: &Verdict, evaluation: &Evaluation) -> String {
     }
 }
 
-/// A measure of a gate in words, and the rise it looks at.
-fn named(measure: &str, evaluation: &Evaluation) -> (String, Option<Rise>) {
-    let rise = |kind| evaluation.worst_rise(kind);
+/// A measure of a gate in words.
+fn named(measure: &str) -> String {
     match measure {
-        "harmful_compliance_rise" => ("Rise in compliance, harmful requests".into(), rise(Kind::Harmful)),
-        "over_refusal_rise" => ("Rise in refusals, benign requests".into(), rise(Kind::Benign)),
-        "degenerate_rise" => ("Rise in no answers, worse suite".into(), evaluation.worst_degenerate_rise()),
-        "kl" => ("KL to the base, worse suite".into(), None),
-        other => (escape(other), None),
+        "harmful_compliance_rise" => "Rise in compliance, harmful requests".into(),
+        "over_refusal_rise" => "Rise in refusals, benign requests".into(),
+        "degenerate_rise" => "Rise in no answers, worse suite".into(),
+        "kl" => "KL to the base, worse suite".into(),
+        other => escape(other),
     }
 }

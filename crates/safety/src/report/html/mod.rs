@@ -308,7 +308,7 @@ impl Report {
     fn foot(&self) -> String {
         format!(
             "<footer>\n<p>Drawn from <code>{FILE}</code>, format {}. Its hash stands in the signed <code>{}</code> beside the \
-             adapter. To check both, and every file of the adapter:</p>\n\
+             adapter. With this report's JSON put there too, to check it and every file of the adapter:</p>\n\
              <pre><code>holdfast verify ADAPTER</code></pre>\n</footer>\n",
             self.format,
             manifest::FILE
