@@ -10,6 +10,7 @@ mod evidence;
 mod gate;
 mod held_to;
 mod policies;
+mod secrecy;
 
 fn as_admin(app: &TestApp, method: &str, path: &str, body: &Value) -> Result<Answer> {
     let text = (!body.is_null()).then(|| body.to_string());
