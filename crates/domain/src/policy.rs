@@ -3,7 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Invalid;
-use crate::safety::{DEFAULT_BUDGET, Defense, KlPositions, MAX_BUDGET, MAX_RHO, MIN_BUDGET, bounds, check_alignment_batch};
+use crate::safety::{
+    CHOOSE_POSITIONS, DEFAULT_BUDGET, Defense, KlPositions, MAX_BUDGET, MAX_RHO, MIN_BUDGET, bounds, check_alignment_batch,
+};
 
 /// What is demanded of the jobs of a deployment, an organisation or a project. The nearest one counts, as a whole.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -173,6 +175,15 @@ impl Policy {
             let message = "the methods need an alignment set; alignment_set is empty";
             return Err(Invalid::new("alignment_set", "contradiction", message));
         }
+        let used_by = |field: &str, given: bool, uses: &dyn Fn(&Defense) -> bool| {
+            if !given || self.methods.iter().any(uses) {
+                return Ok(());
+            }
+            let message = format!("none of the methods that are allowed looks at {field}; leave it out, or allow one that does");
+            Err(Invalid::new(field, "contradiction", message))
+        };
+        used_by("kl_positions", self.kl_positions.is_some(), &|method| CHOOSE_POSITIONS.contains(method))?;
+        used_by("alignment_batch_size", self.alignment_batch_size.is_some(), &|method| method.needs_alignment())?;
         let names: Vec<&str> = self.suites.iter().map(|suite| suite_reference(suite).0).collect();
         if let Some((at, twice)) = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name)) {
             let message = format!("suites names {twice:?} twice");
@@ -281,6 +292,11 @@ mod tests {
             (Policy { budget: 0.0, ..Policy::default() }, "budget"),
             (Policy { alignment_batch_size: Some(0), ..Policy::default() }, "alignment_batch_size"),
             (Policy { alignment_set: String::new(), ..Policy::default() }, "alignment_set"),
+            (
+                Policy { kl_positions: Some(KlPositions::Deciding), methods: vec![Defense::Held], ..Policy::default() },
+                "kl_positions",
+            ),
+            (Policy { alignment_batch_size: Some(8), methods: vec![Defense::None], ..Policy::default() }, "alignment_batch_size"),
             (Policy { gate, ..Policy::default() }, "evaluate"),
             (Policy { suites: vec!["own".into()], ..Policy::default() }, "evaluate"),
             (Policy { evaluate: true, suites: vec!["own".into(), "own@2".into()], ..Policy::default() }, "suites[1]"),

@@ -305,7 +305,7 @@ pub(crate) fn check_alignment_batch(rows: Option<u32>) -> Result<(), Invalid> {
 }
 
 /// The methods that hold the KL over positions that can be chosen.
-const CHOOSE_POSITIONS: [Defense; 3] = [Defense::KlPenalty, Defense::Pcgrad, Defense::Safegrad];
+pub(crate) const CHOOSE_POSITIONS: [Defense; 3] = [Defense::KlPenalty, Defense::Pcgrad, Defense::Safegrad];
 
 impl RequestedSafety {
     /// Fills in the policy's defaults and holds the request to it.

@@ -124,8 +124,8 @@ pub(super) fn of(attack: Attack) -> Regime {
 pub(super) const CLAIMED: [f64; 3] = [0.1, 0.3, 0.0];
 /// The methods it speaks of.
 const CLAIMANTS: [&str; 5] = ["none", "safegrad_deciding", "held", "safegrad", "kl_penalty"];
-/// What of it fits an hour: tuning the base takes half of one.
-const QUICK: ([&str; 3], [f64; 2]) = (["none", "safegrad_deciding", "held"], [0.1, 0.0]);
+/// What of it fits an hour, by share of poison: tuning the base takes half of one.
+const QUICK: [(f64, &[&str]); 2] = [(0.1, &["none", "safegrad_deciding", "held"]), (0.0, &["none", "held"])];
 const SEEDS: RangeInclusive<u64> = 1..=3;
 
 /// The methods that it speaks of with these shares of poison, one method after the other.
@@ -231,7 +231,7 @@ pub(super) fn pieces(wanted: &Wanted<'_>) -> Vec<Run> {
 /// The runs of those parts that are compared in a table; with the table alone, what there is of all.
 pub(super) fn compared(wanted: &Wanted<'_>, is_done: impl Fn(&Run) -> bool) -> Vec<Run> {
     if wanted.quick {
-        return claim(&QUICK.0, &QUICK.1, 1..=1);
+        return QUICK.iter().flat_map(|(share, claimants)| claim(claimants, &[*share], 1..=1)).collect();
     }
     let mut runs = Vec::new();
     if wanted.has("claim") {
