@@ -72,7 +72,7 @@ impl Sample {
     pub(super) fn frames(self, prompts: &[String], most: usize) -> Vec<Frame> {
         let turns = self.different();
         let all: Vec<&Turn> = turns.iter().collect();
-        let total: usize = turns.iter().map(|turn| turn.count).sum();
+        let total = drawn(&all);
         let least = LEAST.max(total.div_ceil(LEAST_SHARE));
         let mut wordings: Vec<Wording> = Vec::new();
         for end in [End::Opening, End::Closing] {
@@ -131,6 +131,11 @@ impl Turn {
     }
 }
 
+/// How often these turns were drawn together.
+fn drawn<'a>(turns: impl IntoIterator<Item = &'a &'a Turn>) -> usize {
+    turns.into_iter().map(|turn| turn.count).sum()
+}
+
 fn hash(text: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     text.hash(&mut hasher);
@@ -160,6 +165,8 @@ struct Wording {
     folded: [String; 2],
     opening: String,
     closing: String,
+    /// Of both.
+    characters: usize,
     words: usize,
 }
 
@@ -167,13 +174,14 @@ impl Wording {
     /// What a group shares at one end, with what most of it shares at the other, if there is anything, and by itself.
     fn of(end: End, here: &Shared, within: &[&Turn]) -> Vec<Self> {
         let other = if end == End::Opening { End::Closing } else { End::Opening };
-        let most = within.iter().map(|turn| turn.count).sum::<usize>().div_ceil(2);
+        let most = drawn(within).div_ceil(2);
         let there = shared(other, within, LEAST.max(most), most, 0).into_iter().max_by_key(|shared| shared.folded.len());
         let with = |there: Shared| {
             let words = here.words + there.words;
             let (here, there) = ((here.folded.clone(), here.text.clone()), (there.folded, there.text));
             let [(first, opening), (last, closing)] = if end == End::Opening { [here, there] } else { [there, here] };
-            Self { folded: [first, last], opening, closing, words }
+            let characters = opening.chars().count() + closing.chars().count();
+            Self { folded: [first, last], opening, closing, characters, words }
         };
         there.into_iter().chain([Shared::default()]).map(with).collect()
     }
@@ -181,16 +189,14 @@ impl Wording {
     /// Whether a turn has it around something.
     fn holds(&self, turn: &Turn) -> bool {
         let [opening, closing] = &self.folded;
-        turn.folded[0].starts_with(opening)
-            && turn.folded[1].starts_with(closing)
-            && opening.chars().count() + closing.chars().count() < turn.characters
+        turn.folded[0].starts_with(opening) && turn.folded[1].starts_with(closing) && self.characters < turn.characters
     }
 
     fn frame(&self, covered: &[&Turn], prompts: &[String]) -> Frame {
-        let all: usize = covered.iter().map(|turn| turn.count).sum();
+        let all = drawn(covered);
         let under = |prompt: &&String| {
             let own = Some(hash(prompt));
-            2 * covered.iter().filter(|turn| turn.prompt == own).map(|turn| turn.count).sum::<usize>() >= all
+            2 * drawn(covered.iter().filter(|turn| turn.prompt == own)) >= all
         };
         // A request has its own mark at its end, and a word does not follow upon it.
         let closing = self.closing.trim_start_matches(|c| ".?!。？！".contains(c));
@@ -267,7 +273,7 @@ fn shared(end: End, turns: &[&Turn], least: usize, usual: usize, least_words: us
     // once, whatever a file holds.
     let mut groups: Vec<(&[&Turn], usize, usize)> = vec![(&turns, 0, 0)];
     while let Some((group, known, seen)) = groups.pop() {
-        let count: usize = group.iter().map(|turn| turn.count).sum();
+        let count = drawn(group);
         let (true, true, [first, .., last]) = (group.len() >= LEAST, count >= least, group) else { continue };
         let (text, last) = (end.folded(first), end.folded(last));
         let common = common(text, last);
