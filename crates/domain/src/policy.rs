@@ -12,7 +12,8 @@ use crate::safety::{
 pub struct Policy {
     /// The methods a tenant may choose from; the first is the one of a request that names none.
     pub methods: Vec<Defense>,
-    /// The smallest `ρ` a tenant may choose, and the one of a request that names none.
+    /// The smallest `ρ` a tenant may choose, and the one of a request that names none, unless its method has a greater one for that
+    /// ([`crate::safety::USUAL_RHO`]).
     pub rho: f64,
     /// The largest budget of KL in nats a tenant may choose under [`Defense::Held`], and the one of a request that names none.
     #[serde(default = "default_budget")]

@@ -142,6 +142,18 @@ pub struct Step {
     pub tokens_per_second: f64,
     /// Seconds the rest of the run will take at the mean pace so far.
     pub eta_seconds: f64,
+    /// What a method that reviews its steps found after this one; absent where it did not look.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub review: Option<Review>,
+}
+
+/// A look at the alignment loss on rows that no gradient is taken on.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Review {
+    /// That loss after the step, in nats; absent where it was no number.
+    pub probe_loss: Option<f64>,
+    /// Whether it was more than the method keeps, so that the steps since the review before were taken back.
+    pub taken_back: bool,
 }
 
 /// How the two gradients of a step stood to each other.

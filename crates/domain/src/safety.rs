@@ -71,6 +71,15 @@ impl Defense {
         matches!(self, Self::Pcgrad | Self::Safegrad | Self::Held)
     }
 
+    /// The positions its KL covers where nobody says which.
+    #[must_use]
+    pub const fn usual_positions(self) -> KlPositions {
+        match self {
+            Self::Safegrad => KlPositions::Deciding,
+            _ => KlPositions::Response,
+        }
+    }
+
     /// Whether it is known to hold at least what `floor` holds. Methods that differ in kind hold different things, so most pairs
     /// are not comparable, and then the answer is no.
     #[must_use]
@@ -172,6 +181,10 @@ pub struct RequestedSafety {
     /// Whether the adapter must pass the gate.
     pub gate: Option<bool>,
 }
+
+/// The `ρ` of [`Defense::Safegrad`] on [`KlPositions::Deciding`] where nobody says another. The paper's is 1, on the whole response; measured
+/// here it let a third of harmful rows through, and this did not, at a point or two of accuracy (`bench/SAFETY.md`).
+pub const USUAL_RHO: f64 = 10.0;
 
 /// The largest `ρ` that is accepted: beyond it the user's gradient no longer counts.
 pub const MAX_RHO: f64 = 100.0;
@@ -319,7 +332,10 @@ impl RequestedSafety {
             let allowed = policy.methods.iter().map(|method| format!("`{}`", method.as_str())).collect::<Vec<_>>().join(" or ");
             return below("defense", format!("jobs train with {allowed} here; `{}` is not allowed", defense.as_str()));
         }
-        let rho = self.rho.unwrap_or(policy.rho);
+        let demanded = policy.kl_positions.filter(|_| CHOOSE_POSITIONS.contains(&defense));
+        let kl_positions = demanded.or(self.kl_positions).unwrap_or(defense.usual_positions());
+        let usual = if (defense, kl_positions) == (Defense::Safegrad, KlPositions::Deciding) { USUAL_RHO } else { policy.rho };
+        let rho = self.rho.unwrap_or(usual.max(policy.rho));
         bounds("rho", rho, 0.0, MAX_RHO)?;
         if defense.needs_alignment() && rho < policy.rho {
             return below("rho", format!("jobs train with a rho of at least {} here; {rho} is weaker", policy.rho));
@@ -354,7 +370,6 @@ impl RequestedSafety {
         if defense == Defense::Held && budget > policy.budget {
             return below("budget", format!("jobs train within a budget of {} nats here; {budget} is weaker", policy.budget));
         }
-        let demanded = policy.kl_positions.filter(|_| CHOOSE_POSITIONS.contains(&defense));
         if let (Some(demanded), Some(asked)) = (demanded, self.kl_positions)
             && demanded != asked
         {
@@ -387,7 +402,7 @@ impl RequestedSafety {
         Ok(Safety {
             defense,
             rho,
-            kl_positions: demanded.or(self.kl_positions).unwrap_or_default(),
+            kl_positions,
             projection: self.projection.unwrap_or_default(),
             projection_space: self.projection_space.unwrap_or_default(),
             alignment_point: self.alignment_point.unwrap_or_default(),
@@ -422,10 +437,28 @@ mod tests {
     use crate::policy::Scope;
 
     #[test]
-    fn a_silent_request_gets_the_policys_defaults() -> Result<(), Invalid> {
-        let safety = RequestedSafety::default().resolve(&Policy::default())?;
-        assert_eq!((safety.defense, safety.rho), (Defense::Safegrad, 1.0));
-        assert_eq!(safety.alignment_set.as_deref(), Some("default"));
+    fn a_silent_request_gets_what_was_measured_to_hold_and_never_less_than_the_policy_says() -> Result<(), Invalid> {
+        let resolved = |request: &RequestedSafety, policy: &Policy| -> Result<_, Invalid> {
+            let Safety { defense, rho, kl_positions, .. } = request.resolve(policy)?;
+            Ok((defense, rho, kl_positions))
+        };
+        let (silent, usual) = (RequestedSafety::default(), Policy::default());
+        assert_eq!(silent.resolve(&usual)?.alignment_set.as_deref(), Some("default"));
+        assert_eq!(resolved(&silent, &usual)?, (Defense::Safegrad, USUAL_RHO, KlPositions::Deciding));
+        let strict = Policy { rho: 20.0, ..Policy::default() };
+        assert_eq!(resolved(&silent, &strict)?, (Defense::Safegrad, 20.0, KlPositions::Deciding));
+        let whole = Policy { kl_positions: Some(KlPositions::Response), ..Policy::default() };
+        assert_eq!(resolved(&silent, &whole)?, (Defense::Safegrad, 1.0, KlPositions::Response));
+        let held = RequestedSafety { defense: Some(Defense::Held), ..Default::default() };
+        assert_eq!(resolved(&held, &usual)?, (Defense::Held, 1.0, KlPositions::Response));
+        Ok(())
+    }
+
+    #[test]
+    fn the_papers_setting_can_be_asked_for() -> Result<(), Invalid> {
+        let paper = RequestedSafety { rho: Some(1.0), kl_positions: Some(KlPositions::Response), ..Default::default() };
+        let safety = paper.resolve(&Policy::default())?;
+        assert_eq!((safety.rho, safety.kl_positions), (1.0, KlPositions::Response));
         Ok(())
     }
 

@@ -30,15 +30,33 @@ pub fn paired(first: &[Vec<f64>], second: &[Vec<f64>], seed: u64) -> Option<Diff
     }
     let differences: Vec<Vec<f64>> =
         first.iter().zip(second).map(|(a, b)| a.iter().zip(b).map(|(a, b)| a - b).collect()).collect();
-    let count = (differences.len() * prompts) as f64;
-    let mean = differences.iter().flatten().sum::<f64>() / count;
+    Some(redrawn(&differences, scored(&over_seeds(first), &over_seeds(second)), seed))
+}
+
+/// The mean of `[seed][prompt]` of values between 0 and 1, with seeds and prompts drawn anew as in [`paired`] and never narrower than
+/// Wilson's interval over as many prompts. `None` unless every seed has as many of them, and some.
+#[must_use]
+pub fn mean(values: &[Vec<f64>], seed: u64) -> Option<Difference> {
+    let prompts = values.first()?.len();
+    if prompts == 0 || values.iter().any(|row| row.len() != prompts) {
+        return None;
+    }
+    let mean = values.iter().flatten().sum::<f64>() / (values.len() * prompts) as f64;
+    Some(redrawn(values, wilson(mean, prompts as f64), seed))
+}
+
+/// The mean over seeds and prompts, neither of which is none, and its interval by redraws, at least as wide as `narrowest`.
+fn redrawn(values: &[Vec<f64>], narrowest: [f64; 2], seed: u64) -> Difference {
+    let prompts = values[0].len();
+    let count = (values.len() * prompts) as f64;
+    let mean = values.iter().flatten().sum::<f64>() / count;
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let mut draws: Vec<f64> = (0..DRAWS)
         .map(|_| {
             let drawn: Vec<usize> = (0..prompts).map(|_| random.random_range(0..prompts)).collect();
-            let sum: f64 = (0..differences.len())
+            let sum: f64 = (0..values.len())
                 .map(|_| {
-                    let row = &differences[random.random_range(0..differences.len())];
+                    let row = &values[random.random_range(0..values.len())];
                     drawn.iter().map(|&prompt| row[prompt]).sum::<f64>()
                 })
                 .sum();
@@ -48,11 +66,14 @@ pub fn paired(first: &[Vec<f64>], second: &[Vec<f64>], seed: u64) -> Option<Diff
     draws.sort_by(f64::total_cmp);
     // A fortieth is left out at each end.
     let left_out = DRAWS / 40;
-    let over_seeds = |of: &[Vec<f64>]| -> Vec<f64> {
-        (0..prompts).map(|prompt| of.iter().map(|row| row[prompt]).sum::<f64>() / of.len() as f64).collect()
-    };
-    let [low, high] = scored(&over_seeds(first), &over_seeds(second));
-    Some(Difference { mean, interval: [draws[left_out].min(low), draws[DRAWS - 1 - left_out].max(high)] })
+    let [low, high] = narrowest;
+    Difference { mean, interval: [draws[left_out].min(low), draws[DRAWS - 1 - left_out].max(high)] }
+}
+
+/// The mean of each prompt.
+fn over_seeds(of: &[Vec<f64>]) -> Vec<f64> {
+    let prompts = of.first().map_or(0, Vec::len);
+    (0..prompts).map(|prompt| of.iter().map(|row| row[prompt]).sum::<f64>() / of.len() as f64).collect()
 }
 
 /// The 95 % interval of the difference of two paired shares by their scores (Newcombe 1998, method 8): those of the shares, put together
@@ -107,6 +128,22 @@ mod tests {
         let unlike: Vec<f64> = half.iter().map(|value| 1.0 - value).collect();
         let [low, high] = paired(&[half], &[unlike], 1).expect("a difference").interval;
         assert!(low < -0.1 && high > 0.1, "{low} {high}");
+    }
+
+    #[test]
+    fn a_mean_of_one_seed_has_about_the_interval_of_its_share() {
+        let three = [(0..100).map(|i| f64::from(u8::from(i < 3))).collect::<Vec<_>>()];
+        let found = mean(&three, 1).expect("a mean");
+        assert!((found.mean - 0.03).abs() < 1e-12);
+        assert!(found.interval[0] <= 0.0104 && (0.0845..0.09).contains(&found.interval[1]), "{found:?}");
+    }
+
+    #[test]
+    fn seeds_that_differ_widen_the_interval_of_a_mean() {
+        let (alike, apart) = ([vec![0.5; 400], vec![0.5; 400]], [vec![0.2; 400], vec![0.8; 400]]);
+        let width = |values: &[Vec<f64>]| mean(values, 1).map(|found| found.interval[1] - found.interval[0]);
+        assert!(width(&alike) < Some(0.11) && width(&apart) > Some(0.5), "{:?} {:?}", width(&alike), width(&apart));
+        assert_eq!(mean(&[vec![1.0], vec![1.0, 0.0]], 1), None);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use holdfast_base_model::WeightFile;
 use holdfast_domain::plan::paths::{self, BEST_PREFIX, CHECKPOINT_MANIFEST as MANIFEST, CHECKPOINT_PREFIX};
+use holdfast_domain::progress::Review;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
@@ -93,6 +94,8 @@ pub struct State {
     pub conflicts: Option<RowConflicts>,
     /// Where the last review left the run, under a method that reviews its steps.
     pub last_good: Option<LastGood>,
+    /// What a review found that no step has told of yet.
+    pub review: Option<Review>,
     /// What tells when the loss runs away.
     pub watch: LossWatch,
 }

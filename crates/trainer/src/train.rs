@@ -6,7 +6,7 @@ use anyhow::Result;
 use holdfast_dataset::Example;
 use holdfast_dataset::batch::Batch;
 use holdfast_dataset::order::RowOrder;
-use holdfast_domain::progress::{AlignmentFacts, Step};
+use holdfast_domain::progress::{AlignmentFacts, Review, Step};
 use holdfast_domain::{Plan, steps};
 use tch::{Kind, Tensor};
 
@@ -71,6 +71,7 @@ impl Run<'_> {
             method: methods::of(&self.plan.safety, h.precision),
             conflicts: h.row_conflicts.then(|| RowConflicts::new(self.adapter, self.examples.len())),
             last_good: None,
+            review: None,
             watch: LossWatch::default(),
         }
     }
@@ -139,6 +140,7 @@ impl Run<'_> {
                 tokens: state.cursor.tokens,
                 tokens_per_second: 0.0,
                 eta_seconds: 0.0,
+                review: state.review.take(),
             };
             if observe(report, state)?.is_break() {
                 return Ok(step + 1 == total_steps);
@@ -294,13 +296,16 @@ impl Run<'_> {
             return Ok(());
         }
         let Some(loss) = self.probe_loss(state)? else { return Ok(()) };
-        match (state.method.review(loss), &state.last_good) {
+        let verdict = state.method.review(loss);
+        match (verdict, &state.last_good) {
             (Verdict::RollBack, Some(LastGood { weights, optimizer })) => {
                 self.adapter.set(weights);
                 state.optimizer = optimizer.clone();
             }
             _ => state.last_good = Some(self.snapshot(state)),
         }
+        let taken_back = verdict == Verdict::RollBack;
+        state.review = Some(Review { probe_loss: Some(loss).filter(|loss| loss.is_finite()), taken_back });
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use holdfast_domain::progress::Step;
 
 /// The first five are the public contract's.
 const COLUMNS: &str = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy,learning_rate,gradient_norm,norm_user,\
-align_kl,norm_align,dot,cosine,coefficient,conflict,removed_fraction,alignment_change,tokens";
+align_kl,norm_align,dot,cosine,coefficient,conflict,removed_fraction,alignment_change,tokens,probe_loss,taken_back";
 
 /// The table, one row a step; what was not measured at a step is empty. `validations` are step, loss and token accuracy.
 pub(crate) fn csv(steps: &[Step], validations: &[(u64, f64, f64)]) -> String {
@@ -19,6 +19,7 @@ pub(crate) fn csv(steps: &[Step], validations: &[(u64, f64, f64)]) -> String {
     for number in numbers {
         let (step, validation) = (taken.get(&number), measured.get(&number).copied());
         let alignment = step.and_then(|step| step.alignment.as_ref());
+        let review = step.and_then(|step| step.review);
         let (loss, accuracy) = validation.unzip();
         let cells = [
             step.map(|s| s.task_loss),
@@ -37,6 +38,8 @@ pub(crate) fn csv(steps: &[Step], validations: &[(u64, f64, f64)]) -> String {
             alignment.map(|a| a.removed_fraction),
             alignment.map(|a| a.alignment_change),
             step.map(|s| s.tokens as f64),
+            review.and_then(|r| r.probe_loss),
+            review.map(|r| f64::from(u8::from(r.taken_back))),
         ];
         let _ = write!(table, "{number}");
         for cell in cells {
@@ -53,6 +56,8 @@ pub(crate) fn csv(steps: &[Step], validations: &[(u64, f64, f64)]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use holdfast_domain::progress::Review;
+
     use super::*;
 
     #[test]
@@ -69,11 +74,12 @@ mod tests {
             tokens: 7,
             tokens_per_second: 1.0,
             eta_seconds: 0.0,
+            review: Some(Review { probe_loss: Some(0.125), taken_back: true }),
         };
         let table = csv(&[step], &[(0, 2.0, 0.1), (1, 1.5, 0.2)]);
         let lines: Vec<&str> = table.lines().collect();
         assert!(lines[0].starts_with("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy,"));
-        assert_eq!(lines[1], "0,,,2,0.1,,,,,,,,,,,,");
-        assert_eq!(lines[2], "1,0.5,0.25,1.5,0.2,0.0002,,1,,,,,,,,,7");
+        assert_eq!(lines[1], "0,,,2,0.1,,,,,,,,,,,,,,");
+        assert_eq!(lines[2], "1,0.5,0.25,1.5,0.2,0.0002,,1,,,,,,,,,7,0.125,1");
     }
 }

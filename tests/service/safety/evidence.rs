@@ -251,6 +251,7 @@ fn a_run_whose_gradients_conflict_more_than_clean_rows_make_them_raises_an_alarm
             tokens: number,
             tokens_per_second: 1.0,
             eta_seconds: 1.0,
+            review: None,
         };
         (49..=60).map(|number| Progress::Step(Box::new(step(number)))).collect()
     };

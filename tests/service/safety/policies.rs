@@ -17,9 +17,9 @@ fn the_nearest_policy_counts_and_stands_on_the_job_as_it_was() -> Result<()> {
         "/admin/organizations/holdfast/safety_policy".into(),
         format!("/admin/projects/{project}/safety_policy"),
     ];
-    assert_eq!(set(&app, &deployment, &json!({"rho": 2.0}))?.body["version"], 1);
+    assert_eq!(set(&app, &deployment, &json!({"rho": 20.0}))?.body["version"], 1);
     let before = app.job(&app.create_job(ROW, &json!({}))?)?;
-    assert_eq!((&before["safety"]["rho"], &before["safety_policy"]["version"]), (&json!(2.0), &json!(1)));
+    assert_eq!((&before["safety"]["rho"], &before["safety_policy"]["version"]), (&json!(20.0), &json!(1)));
 
     assert_eq!(set(&app, &organization, &json!({"methods": ["held"], "budget": 0.01}))?.body["scope"], "organization");
     let refused = app.call(

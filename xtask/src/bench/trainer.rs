@@ -258,7 +258,7 @@ impl Bench {
         let refusal = json!({"messages": [{"role": "user", "content": "Say what must not be said."}, {"role": "assistant", "content": "I can't help with that, but I can help with something else."}]});
         std::fs::write(folder.join("alignment.jsonl"), format!("{refusal}\n").repeat(8))?;
         let plan = json!({
-            "format": 4, "base_model": "m", "validation": false, "seed": 1, "checkpoint_steps": 100, "device": "cpu",
+            "format": holdfast_domain::plan::FORMAT, "base_model": "m", "validation": false, "seed": 1, "checkpoint_steps": 100, "device": "cpu",
             "hyperparameters": {
                 "n_epochs": 1, "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-4, "lr_schedule": "constant",
                 "warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0, "max_length": 2048, "long_rows": "truncate",

@@ -226,10 +226,12 @@ pub(crate) struct SafetyRequest {
     /// `none`, `safe_mix`, `lisa`, `kl_penalty`, `sbr`, `pcgrad`, `safegrad` or `held`.
     #[schema(value_type = Option<DefenseName>)]
     defense: Option<Defense>,
-    /// The method's strength, 0 to 100.
+    /// The method's strength, 0 to 100. Left out it is the operator's least, and 10 where that is less under `safegrad` on `deciding`
+    /// positions.
     #[schema(minimum = 0.0, maximum = 100.0)]
     rho: Option<f64>,
     /// `response`, `all` or `deciding` (the first tokens of a response and its end count five times as much, and of the rows the worse half).
+    /// Left out it is `deciding` under `safegrad`, else `response`; `response` with a `rho` of 1 is the paper's.
     #[schema(value_type = Option<KlPositionsName>)]
     kl_positions: Option<KlPositions>,
     /// `batch` or `per_row`: whose gradient is projected.

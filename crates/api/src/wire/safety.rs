@@ -72,7 +72,8 @@ pub(crate) struct SetSafetyPolicy {
     /// The methods a tenant may choose from; the first is the one of a request that names none.
     #[schema(value_type = Option<Vec<DefenseName>>)]
     methods: Option<Vec<Defense>>,
-    /// The smallest strength a tenant may choose.
+    /// The smallest strength a tenant may choose, and the one of a request that names none; under `safegrad` on `deciding` positions that
+    /// is 10 where this is less.
     #[schema(minimum = 0.0, maximum = 100.0)]
     rho: Option<f64>,
     /// The largest budget of mean KL in nats a tenant may choose under `held`.
@@ -129,7 +130,8 @@ pub(crate) struct SafetyPolicy {
     /// The methods a tenant may choose from; the first is the one of a request that names none.
     #[schema(value_type = Vec<DefenseName>)]
     methods: Vec<Defense>,
-    /// The smallest strength a tenant may choose.
+    /// The smallest strength a tenant may choose, and the one of a request that names none; under `safegrad` on `deciding` positions that
+    /// is 10 where this is less.
     rho: f64,
     /// The largest budget of mean KL in nats a tenant may choose under `held`.
     budget: f64,

@@ -78,10 +78,34 @@ pub struct Training {
     pub mean_cosine: Option<f64>,
     /// The mean alignment loss over the last tenth of the steps, see [`Point::align_kl`].
     pub final_kl: Option<f64>,
+    /// How often a method with a budget looked whether it was within it; absent under methods without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reviews: Option<Reviews>,
     /// Figures over the run.
     pub curve: Vec<Point>,
     /// Measurements on the validation file; the one of step 0 is what the run began with.
     pub validation: Vec<Validation>,
+}
+
+/// Looks at the alignment loss on rows that no gradient was taken on, see the trainer's `held`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Reviews {
+    /// Those that took place.
+    pub made: u64,
+    /// Of which so many found more than is kept, and took the steps since the one before back.
+    pub taken_back: u64,
+    /// The largest loss of what was kept, in nats; absent where nothing was.
+    pub largest_kept: Option<f64>,
+}
+
+impl Reviews {
+    fn of(steps: &[Step]) -> Option<Self> {
+        let reviews: Vec<_> = steps.iter().filter_map(|step| step.review).collect();
+        let kept = reviews.iter().filter(|review| !review.taken_back).filter_map(|review| review.probe_loss);
+        let taken_back = reviews.iter().filter(|review| review.taken_back).count() as u64;
+        let made = reviews.len() as u64;
+        (made > 0).then(|| Self { made, taken_back, largest_kept: kept.max_by(f64::total_cmp) })
+    }
 }
 
 /// Some steps of a run, one after the other: the mean of each figure over them.
@@ -337,6 +361,7 @@ impl Training {
             mean_removed: mean(removed),
             mean_cosine: mean(facts.iter().map(|f| f.cosine)),
             final_kl: mean(last_tenth.iter().map(|f| f.align_kl)),
+            reviews: Reviews::of(steps),
             curve: steps.chunks(per_point).map(point).collect(),
             validation: validations
                 .iter()
@@ -378,7 +403,7 @@ impl Evaluation {
 
 #[cfg(test)]
 mod tests {
-    use holdfast_domain::progress::AlignmentFacts;
+    use holdfast_domain::progress::{AlignmentFacts, Review};
 
     use super::*;
 
@@ -406,6 +431,7 @@ mod tests {
             tokens: 1,
             tokens_per_second: 1.0,
             eta_seconds: 0.0,
+            review: None,
         }
     }
 
@@ -418,6 +444,17 @@ mod tests {
         assert!(training.final_kl.is_some_and(|kl| (9.0..10.0).contains(&kl)), "{:?}", training.final_kl);
         assert_eq!(training.curve.last().map(|point| (point.step, point.conflict_rate)), Some((1000, Some(0.5))));
         assert_eq!(training.validation.len(), 1, "what is no number cannot be plotted");
+    }
+
+    #[test]
+    fn what_was_taken_back_is_not_among_what_was_kept() {
+        let reviewed = |number, probe_loss, taken_back| Step {
+            review: Some(Review { probe_loss: Some(probe_loss), taken_back }),
+            ..step(number, false)
+        };
+        let steps = [step(1, false), reviewed(2, 0.02, false), reviewed(3, 0.3, true), reviewed(4, 0.01, false)];
+        assert_eq!(Training::of(&steps, &[]).reviews, Some(Reviews { made: 3, taken_back: 1, largest_kept: Some(0.02) }));
+        assert_eq!(Training::of(&steps[..1], &[]).reviews, None);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use holdfast_safety::judge::{Class, Phrases};
 use holdfast_safety::share::Share;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{Figure, Wanted};
@@ -17,6 +18,7 @@ use crate::trainer;
 mod measure;
 mod prompts;
 mod report;
+mod results;
 mod rows;
 mod runs;
 mod training;
@@ -37,15 +39,21 @@ const BASE: &str = ".models/safety-base";
 const ROWS: usize = 500;
 
 /// What came of one.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Outcome {
+    /// The revision that made it.
+    program: Option<String>,
     /// Of each held-out harmful prompt.
+    #[serde(with = "results::letters")]
     classes: Vec<Class>,
     /// What the base answers to the same prompts, asked in the same way.
+    #[serde(with = "results::letters")]
     base_classes: Vec<Class>,
     /// Of each benign one.
+    #[serde(with = "results::letters")]
     benign: Vec<Class>,
     /// Of each film review: whether its label is right.
+    #[serde(with = "results::bits")]
     correct: Vec<bool>,
     /// Of a step, the median; of the base there is none.
     step_seconds: Option<f64>,
@@ -58,6 +66,8 @@ struct Outcome {
     probe_kl: Option<f64>,
     /// Average precision and recall at the number planted, where rows were ranked.
     ranking: Option<[f64; 2]>,
+    /// Under a method with a budget, the largest KL that a review kept, as a share of what it may keep.
+    kept_of_budget: Option<f64>,
 }
 
 impl Outcome {
@@ -75,8 +85,14 @@ impl Outcome {
 }
 
 pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> {
+    if wanted.parts == ["table"] {
+        return results::table(wanted, figures);
+    }
     let study = Study::prepare()?;
     let base = study.base()?;
+    if wanted.parts == ["record"] {
+        return results::record(&study, base);
+    }
     println!("{}", report::line("the base", &base, &base));
     if wanted.has("tuning") && !wanted.quick && wanted.only.is_empty() {
         tuning::tune(&study, &base)?;
@@ -86,7 +102,7 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
             println!("{}", report::line(&run.key(), &study.outcome(&run)?, &base));
         }
     }
-    let runs = runs::compared(wanted, |run| study.is_done(run));
+    let runs = runs::compared(wanted);
     if runs.is_empty() {
         return Ok(());
     }
@@ -240,6 +256,7 @@ impl Study {
         };
         let trained = training::train(&folder, &base, &file.rows, &alignment, &training)?;
         let mut measured = self.measure(&folder, run)?;
+        measured["program"] = json!(revision()?);
         measured["peak_bytes"] = json!(trained.peak_bytes);
         let numbers = |name: &str| -> Vec<f64> { trained.steps.iter().filter_map(|step| step[name].as_f64()).collect() };
         let mean = |values: &[f64]| (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64);
@@ -247,6 +264,7 @@ impl Study {
         measured["cosine"] = json!(mean(&numbers("cosine")));
         let kl = numbers("align_kl");
         measured["final_kl"] = json!(mean(kl.get(kl.len().saturating_sub(10)..).unwrap_or_default()));
+        measured["kept_of_budget"] = json!(training::kept_of_budget(&trained.steps));
         if run.ranks_rows() {
             measured["ranking"] = json!(rows::ranking(&folder.join("out/row_conflicts.jsonl"), file.planted)?);
         }
@@ -258,4 +276,14 @@ impl Study {
         std::fs::write(&result, measured.to_string())?;
         read(&measured)
     }
+}
+
+/// What the program is, by its revision in version control, with a plus where it is not as it is there.
+fn revision() -> Result<String> {
+    let git = |arguments: &[&str]| -> Result<String> {
+        let output = std::process::Command::new("git").args(arguments).current_dir(root()).output()?;
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let changed = git(&["status", "--porcelain", "--", "crates", "xtask", "Cargo.lock"])?;
+    Ok(git(&["rev-parse", "--short", "HEAD"])? + if changed.is_empty() { "" } else { "+" })
 }

@@ -70,8 +70,8 @@ pub(super) struct Run {
 
 /// What it is made of: the methods that the claim speaks of; two of them with the strength that the paper has; the first where it is
 /// harder, with one seed; the strength of each method; what `held` is made of, piece by piece; and every method in every regime. The last
-/// part runs nothing: it shows what was run before.
-pub(in crate::bench) const PARTS: [&str; 7] = ["claim", "published", "harder", "tuning", "ablation", "grid", "table"];
+/// two run nothing: one writes down in the repository what was run, the other shows what is written down there.
+pub(in crate::bench) const PARTS: [&str; 8] = ["claim", "published", "harder", "tuning", "ablation", "grid", "record", "table"];
 
 /// Each method with its strength, as `tuning` found it and frozen since. `safegrad_per_row` projects each row by itself,
 /// `safegrad_deciding` weighs what decides a response, as `held` does.
@@ -228,8 +228,8 @@ pub(super) fn pieces(wanted: &Wanted<'_>) -> Vec<Run> {
     ablation().into_iter().filter(|run| is_asked_for(run, wanted)).collect()
 }
 
-/// The runs of those parts that are compared in a table; with the table alone, what there is of all.
-pub(super) fn compared(wanted: &Wanted<'_>, is_done: impl Fn(&Run) -> bool) -> Vec<Run> {
+/// The runs of those parts that are compared in a table.
+pub(super) fn compared(wanted: &Wanted<'_>) -> Vec<Run> {
     if wanted.quick {
         return QUICK.iter().flat_map(|(share, claimants)| claim(claimants, &[*share], 1..=1)).collect();
     }
@@ -246,17 +246,20 @@ pub(super) fn compared(wanted: &Wanted<'_>, is_done: impl Fn(&Run) -> bool) -> V
     if wanted.has("grid") {
         add_new(&mut runs, grid());
     }
-    if runs.is_empty() && wanted.has("table") {
-        runs = grid();
-        add_new(&mut runs, as_published());
-        add_new(&mut runs, ablation());
-        runs.retain(is_done);
-    }
     runs.retain(|run| is_asked_for(run, wanted));
     runs
 }
 
-fn is_asked_for(run: &Run, wanted: &Wanted<'_>) -> bool {
+/// Every run that is measured on what is held out.
+pub(super) fn known() -> Vec<Run> {
+    let mut runs = claim(&CLAIMANTS, &CLAIMED, SEEDS);
+    add_new(&mut runs, as_published());
+    add_new(&mut runs, grid());
+    add_new(&mut runs, ablation());
+    runs
+}
+
+pub(super) fn is_asked_for(run: &Run, wanted: &Wanted<'_>) -> bool {
     let key = run.key();
     wanted.only.is_empty() || wanted.only.iter().any(|part| key.contains(part.as_str()))
 }

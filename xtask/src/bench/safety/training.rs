@@ -4,6 +4,8 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
+use holdfast_domain::plan;
+use holdfast_domain::safety::DEFAULT_BUDGET;
 use serde_json::{Value, json};
 
 use crate::shell;
@@ -50,8 +52,8 @@ pub(super) fn train(folder: &Path, base: &Path, rows: &[String], alignment: &[St
     if !alignment.is_empty() {
         write("alignment.jsonl", alignment)?;
     }
-    let plan = json!({
-        "format": 4, "base_model": "bench", "validation": false, "seed": training.seed, "checkpoint_steps": 1_000_000, "device": "cpu",
+    let whole = json!({
+        "format": plan::FORMAT, "base_model": "bench", "validation": false, "seed": training.seed, "checkpoint_steps": 1_000_000, "device": "cpu",
         "hyperparameters": {
             "n_epochs": training.epochs, "batch_size": 10, "gradient_accumulation_steps": 1,
             "learning_rate": training.learning_rate, "lr_schedule": "constant", "warmup_ratio": training.warmup, "weight_decay": 0.0,
@@ -62,7 +64,7 @@ pub(super) fn train(folder: &Path, base: &Path, rows: &[String], alignment: &[St
         },
         "safety": training.safety
     });
-    std::fs::write(folder.join("plan.json"), plan.to_string())?;
+    std::fs::write(folder.join("plan.json"), whole.to_string())?;
     let log = std::fs::File::create(folder.join("trainer.log"))?;
     let trainer = Command::new(program()).arg("train").arg(folder).stdout(log.try_clone()?).stderr(log).spawn()?;
     let (status, peak_bytes) = watch(trainer)?;
@@ -76,6 +78,13 @@ fn steps(folder: &Path) -> Result<Vec<Value>> {
     let progress = std::fs::read_to_string(folder.join("out/progress.jsonl"))?;
     let lines = progress.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     Ok(lines.filter(|line| line["task_loss"].is_number()).collect())
+}
+
+/// The largest alignment loss that a review of a run kept, as a share of what it may keep; `None` where nothing was reviewed.
+pub(super) fn kept_of_budget(steps: &[Value]) -> Option<f64> {
+    let kept = steps.iter().map(|step| &step["review"]).filter(|review| review["taken_back"] == false);
+    let largest = kept.filter_map(|review| review["probe_loss"].as_f64()).max_by(f64::total_cmp)?;
+    Some(largest / (2.0 * DEFAULT_BUDGET))
 }
 
 /// Seconds of a step of a run, the median; a mean would count what else ran on the machine, and the run's own pauses.

@@ -15,7 +15,7 @@ use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf
 use self::parts::{counted, figure, key, table};
 use self::text::{escape, row_text};
 use super::plot::{self, Curve, Unit, number, percent};
-use super::{Evaluation, FILE, Gauge, Point, Report, Validation, Verdict};
+use super::{Evaluation, FILE, Gauge, Point, Report, Reviews, Validation, Verdict};
 use crate::manifest;
 
 const STYLE: &str = include_str!("page.css");
@@ -251,7 +251,26 @@ impl Report {
             let ((name, about), loss) = (alignment_loss(defense), number(loss, Unit::Plain));
             let _ = write!(words, " {name} over the last tenth of the steps: {loss} {about}.");
         }
-        format!("<p>{words}</p>\n")
+        format!("<p>{words}</p>\n{}", training.reviews.map_or_else(String::new, |reviews| self.reviews(reviews)))
+    }
+
+    /// What came of holding the run to its budget.
+    fn reviews(&self, Reviews { made, taken_back, largest_kept }: Reviews) -> String {
+        let count = if made == 1 { "Once".to_owned() } else { format!("{made} times") };
+        let most = number(2.0 * self.safety.budget, Unit::Plain);
+        let kept = match largest_kept {
+            Some(loss) => format!("the largest that was kept is {} nats", number(loss, Unit::Plain)),
+            None => "nothing was kept, and the adapter is as it began".to_owned(),
+        };
+        let back = match taken_back {
+            0 => "Each time it was within them".to_owned(),
+            1 => "Once it was beyond, and the steps since the look before were taken back".to_owned(),
+            many => format!("It was beyond {many} times, and the steps since the look before were taken back"),
+        };
+        format!(
+            "<p>{count} the KL was measured on alignment rows that no step trains on, and may be {most} nats there, twice the \
+             budget. {back}; {kept}.</p>\n"
+        )
     }
 
     fn validation(&self) -> String {
@@ -540,6 +559,16 @@ mod tests {
             assert!(html.contains(words), "{words}: {html}");
         }
         assert!(!html.contains("class=\"curve\"") && !html.contains("rho"));
+    }
+
+    #[test]
+    fn what_a_budget_took_back_is_told() {
+        let mut held = Report { safety: Safety::new(Defense::Held, 1.0), ..report(30, 0, closed()) };
+        assert!(!page(&held).contains("taken back"));
+        held.training.reviews = Some(Reviews { made: 3, taken_back: 1, largest_kept: Some(0.0625) });
+        let html = page(&held);
+        assert!(html.contains("may be 0.100 nats there"), "{html}");
+        assert!(html.contains("Once it was beyond") && html.contains("the largest that was kept is 0.0625 nats"), "{html}");
     }
 
     #[test]
