@@ -8,7 +8,7 @@ use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
 /// Each code, and what it means.
-const CODES: [(&str, &str); 68] = [
+const CODES: [(&str, &str); 69] = [
     ("adapter_mismatch", "The adapter that a job goes on from has another rank, scale or modules."),
     ("alignment_set_not_found", "There is no such alignment set."),
     ("already_made", "The request was served before, and what it made is shown once."),
@@ -59,6 +59,7 @@ const CODES: [(&str, &str); 68] = [
     ("receiver_unreachable", "The webhook's receiver does not answer."),
     ("safety_below_floor", "The operator's floor is higher."),
     ("suite_not_found", "There is no such suite."),
+    ("template_mismatch", "The rows of an alignment set fit the template of no base model that is here."),
     ("timeout", "The request took too long."),
     ("too_large", "The body is larger than is taken."),
     ("too_long", "A text is longer than is taken."),

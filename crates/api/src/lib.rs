@@ -33,6 +33,7 @@ mod wire;
 pub use error::ApiError;
 pub use routes::{openapi, router};
 pub use server::serve;
+pub use tokenizers::{Fit, Misfit, Tokenizers};
 
 /// What every handler can reach.
 #[derive(Debug, Clone)]

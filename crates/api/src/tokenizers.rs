@@ -1,11 +1,14 @@
-//! The tokenizers and shapes of base models, kept in memory for requests that need them: previews and estimates.
+//! The tokenizers and shapes of base models, kept in memory for requests that need them: previews, estimates, and alignment sets.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::TryStreamExt;
 use holdfast_base_model::{Architecture, files};
 use holdfast_dataset::ChatTokenizer;
+use holdfast_dataset::check::encode_file;
+use holdfast_dataset::encode::EncodeOptions;
 use holdfast_dataset::tokenizer::files as text_files;
+use holdfast_domain::hyperparameters::LongRows;
 use holdfast_store::{ObjectRef, Store, StoreError};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
@@ -27,7 +30,7 @@ pub(crate) struct Known {
 
 /// The models that were asked for lately, by the hash of their content; the last one first.
 #[derive(Debug)]
-pub(crate) struct Tokenizers {
+pub struct Tokenizers {
     kept: Mutex<Vec<([u8; 32], Arc<Known>)>>,
     turns: Semaphore,
 }
@@ -45,7 +48,8 @@ impl Tokenizers {
     }
 
     /// The tokenizer and the shape of a base model.
-    pub(crate) async fn get(&self, store: &Store, base_model: &str) -> Result<Arc<Known>, ApiError> {
+    pub(crate) async fn get(&self, store: &Store, base_model: &str) -> Result<Arc<Known>, StoreError> {
+        let unusable = |what: &dyn std::fmt::Display| std::io::Error::other(format!("the base model {base_model}: {what}"));
         let base = store.base_model_files(base_model).await?;
         let key = base.content_sha256;
         {
@@ -60,15 +64,35 @@ impl Tokenizers {
         let find = |name: &str| base.files.iter().find(|(file, _)| file == name).map(|(_, object)| object.clone());
         let mut read = Vec::new();
         for name in [text_files::TOKENIZER, text_files::SPECIAL_TOKENS, text_files::CHAT_TEMPLATE, files::CONFIG] {
-            let object = find(name).ok_or_else(|| ApiError::internal(&format!("the base model {base_model} has no {name}")))?;
+            let object = find(name).ok_or_else(|| unusable(&format!("it has no {name}")))?;
             read.push(whole(store, &object).await?);
         }
-        let known = tokio::task::spawn_blocking(move || load(&read)).await.map_err(|e| ApiError::internal(&e))?;
-        let known = Arc::new(known.map_err(|e| ApiError::internal(&format!("the base model {base_model}: {e}")))?);
+        let known = tokio::task::spawn_blocking(move || load(&read)).await.map_err(std::io::Error::other)?;
+        let known = Arc::new(known.map_err(|error| unusable(&error))?);
         let mut kept = self.lock();
         kept.insert(0, (key, Arc::clone(&known)));
         kept.truncate(KEPT);
         Ok(known)
+    }
+
+    /// How the rows of an alignment set go with the template and the tokenizer of each base model that is here.
+    ///
+    /// # Errors
+    /// When the database or the object store fails, or a model's files cannot be used.
+    pub async fn fit(&self, store: &Store, rows: &[u8]) -> Result<Fit, StoreError> {
+        let rows: Arc<[u8]> = rows.into();
+        let models = store.base_models().await?;
+        let mut misfits = Vec::new();
+        for model in &models {
+            let (known, rows) = (self.get(store, &model.name).await?, Arc::clone(&rows));
+            let options = EncodeOptions { max_length: usize::MAX, long_rows: LongRows::Error };
+            let encode = move || encode_file(&*rows, &known.tokenizer, options, |_, _| {});
+            let report = tokio::task::spawn_blocking(encode).await.map_err(std::io::Error::other)??;
+            if report.error_count > 0 {
+                misfits.push(Misfit { model: model.name.clone(), problem: report.summary() });
+            }
+        }
+        Ok(Fit { models: models.len(), misfits })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<([u8; 32], Arc<Known>)>> {
@@ -76,9 +100,35 @@ impl Tokenizers {
     }
 }
 
-async fn whole(store: &Store, object: &ObjectRef) -> Result<Vec<u8>, ApiError> {
+/// How an alignment set goes with the base models that are here.
+#[derive(Debug)]
+pub struct Fit {
+    models: usize,
+    /// Those it cannot be used with: their jobs would fail.
+    pub misfits: Vec<Misfit>,
+}
+
+/// A base model that an alignment set cannot be used with.
+#[derive(Debug)]
+pub struct Misfit {
+    /// Its name.
+    pub model: String,
+    /// Which rows do not go with it, and why. Quotes none.
+    pub problem: String,
+}
+
+impl Fit {
+    /// Why the set is of no use: it goes with none of the models. What is imported before there is one is found out by its jobs.
+    #[must_use]
+    pub fn is_useless(&self) -> Option<String> {
+        let first = self.misfits.first().filter(|_| self.misfits.len() == self.models)?;
+        Some(format!("the rows fit the template of no base model that is here; of {}: {}", first.model, first.problem))
+    }
+}
+
+async fn whole(store: &Store, object: &ObjectRef) -> Result<Vec<u8>, StoreError> {
     if object.bytes > MAX_BYTES {
-        return Err(ApiError::internal(&format!("{} is too large to be read here", object.key)));
+        return Err(std::io::Error::other(format!("{} is too large to be read here", object.key)).into());
     }
     let mut bytes = Vec::new();
     let mut pieces = store.objects().read(&object.key).await?;

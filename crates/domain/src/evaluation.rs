@@ -1,5 +1,5 @@
-//! The evaluation of an adapter: what the worker adds to a job folder once the trainer is done, and what the trainer's `evaluate`
-//! leaves there.
+//! The evaluation of an adapter, or of the base alone before there is one: what the worker adds to a job folder, and what the trainer's
+//! `evaluate` leaves there.
 //!
 //! ```text
 //! JOB_DIR/evaluation.json                  this
@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 /// The form of the files; a trainer refuses another.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// Names inside a job folder, one place for both sides.
 pub mod paths {
@@ -71,14 +71,15 @@ impl Kind {
     }
 }
 
-/// What is asked of an adapter.
+/// What is asked of an adapter, or of its base.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Evaluation {
     /// [`FORMAT`].
     pub format: u32,
-    /// The adapter's folder, from the job folder.
-    pub adapter: String,
+    /// The adapter's folder, from the job folder; absent: the base alone is asked, what is not known of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<String>,
     /// The suites by name.
     pub suites: Vec<String>,
     /// Those of them on which the two models are not compared beyond their answers: no KL is taken there.

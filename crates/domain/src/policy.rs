@@ -23,6 +23,10 @@ pub struct Policy {
     /// The positions that the KL covers under methods that leave a choice; absent: the tenant chooses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kl_positions: Option<KlPositions>,
+    /// Whether a tenant may choose how [`Defense::Safegrad`] projects: whose gradient, where, and by which alignment gradient. What these hold
+    /// is not known to be less than the usual, nor as much.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub variants: bool,
     /// The fewest alignment rows of a step; a request that names none gets as many as the step has of the tenant's rows, if they are
     /// more. Absent: these, and no choice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -40,6 +44,15 @@ pub struct Policy {
     /// What it must pass.
     #[serde(default)]
     pub gate: Gate,
+}
+
+const fn yes() -> bool {
+    true
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+const fn is_yes(variants: &bool) -> bool {
+    *variants
 }
 
 const fn default_budget() -> f64 {
@@ -139,6 +152,7 @@ impl Policy {
             budget: DEFAULT_BUDGET,
             alignment_set: alignment_set.into(),
             kl_positions: None,
+            variants: true,
             alignment_batch_size: None,
             evaluate: false,
             suites: Vec::new(),

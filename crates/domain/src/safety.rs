@@ -288,6 +288,16 @@ impl Safety {
                 self.rho, policy.rho
             ));
         }
+        let chosen = |defense: Defense| CHOOSE_POSITIONS.contains(&defense);
+        if let Some(demanded) = policy.kl_positions.filter(|demanded| chosen(self.defense) && *demanded != self.kl_positions) {
+            let (own, demanded) = (self.kl_positions.as_str(), demanded.as_str());
+            return below(format!(
+                "with a KL over the positions `{own}`, or goes on from one that was, and it covers `{demanded}` here"
+            ));
+        }
+        if let Some((name, _)) = self.variants().into_iter().find(|(_, is_usual)| !policy.variants && !is_usual) {
+            return below(format!("with a {name} of its own, or goes on from one that was, which is not allowed here"));
+        }
         if self.defense == Defense::Held && self.budget > policy.budget {
             let (budget, most) = (self.budget, policy.budget);
             return below(format!(
@@ -295,6 +305,15 @@ impl Safety {
             ));
         }
         Ok(())
+    }
+
+    /// What can be chosen of how it projects, and whether it is as usual.
+    fn variants(&self) -> [(&'static str, bool); 3] {
+        [
+            ("projection", self.projection == ProjectionOf::default()),
+            ("projection_space", self.projection_space == ProjectionSpace::default()),
+            ("alignment_point", self.alignment_point == AlignmentPoint::default()),
+        ]
     }
 
     /// Whether rows can be scored by how hard they push against the alignment: their gradients must be compared with an alignment
@@ -397,19 +416,28 @@ impl RequestedSafety {
             let message = "projection \"per_row\" works on gradients at the current weights; leave projection_space and alignment_point out";
             return Err(Invalid::new("projection", "contradiction", message));
         }
+        let (projection, projection_space, alignment_point) = (
+            self.projection.unwrap_or_default(),
+            self.projection_space.unwrap_or_default(),
+            self.alignment_point.unwrap_or_default(),
+        );
         let alignment_set =
             defense.needs_alignment().then(|| self.alignment_set.clone().unwrap_or_else(|| policy.alignment_set.clone()));
-        Ok(Safety {
+        let safety = Safety {
             defense,
             rho,
             kl_positions,
-            projection: self.projection.unwrap_or_default(),
-            projection_space: self.projection_space.unwrap_or_default(),
-            alignment_point: self.alignment_point.unwrap_or_default(),
+            projection,
+            projection_space,
+            alignment_point,
             budget,
             alignment_set,
             alignment_batch_size: alignment_batch_size.filter(|_| defense.needs_alignment()),
-        })
+        };
+        match safety.variants().into_iter().find(|(_, is_usual)| !policy.variants && !is_usual) {
+            Some((name, _)) => below(name, format!("jobs project as usual here; leave {name} out")),
+            None => Ok(safety),
+        }
     }
 
     /// `resolved` for steps of so many of the tenant's rows: where the request names no number, a step takes as many alignment rows as
@@ -486,6 +514,33 @@ mod tests {
         }
         let open = Policy { methods: vec![Defense::None, Defense::Safegrad], ..policy.clone() };
         assert_eq!(Safety::new(Defense::Safegrad, 0.5).reaches(&open), Ok(()), "what may be none may be little");
+    }
+
+    #[test]
+    fn what_was_trained_on_other_positions_than_the_policy_demands_cannot_be_gone_on_from() {
+        let policy = Policy { kl_positions: Some(KlPositions::Deciding), ..Policy::default() };
+        let trained = |kl_positions| Safety { kl_positions, ..Safety::new(Defense::Safegrad, 1.0) };
+        assert_eq!(trained(KlPositions::Deciding).reaches(&policy), Ok(()));
+        assert_eq!(trained(KlPositions::Response).reaches(&policy).map_err(|e| e.code), Err("safety_below_floor"));
+        assert_eq!(Safety::new(Defense::Held, 1.0).reaches(&policy), Ok(()), "held has positions of its own");
+    }
+
+    #[test]
+    fn how_it_is_projected_is_the_tenants_choice_unless_the_policy_says_otherwise() {
+        let (open, strict) = (Policy::default(), Policy { variants: false, ..Policy::default() });
+        let (per_row, ahead) = (Some(ProjectionOf::PerRow), Some(AlignmentPoint::Lookahead));
+        let requests = [
+            (RequestedSafety { projection: per_row, ..Default::default() }, "projection"),
+            (RequestedSafety { projection_space: Some(ProjectionSpace::Update), ..Default::default() }, "projection_space"),
+            (RequestedSafety { alignment_point: ahead, ..Default::default() }, "alignment_point"),
+        ];
+        for (request, param) in requests {
+            let chosen = request.resolve(&open).expect("the tenant may choose");
+            let refused = request.resolve(&strict).map_err(|error| (error.code, error.param));
+            assert_eq!(refused, Err(("safety_below_floor", param.into())));
+            assert_eq!(chosen.reaches(&strict).map_err(|error| error.code), Err("safety_below_floor"), "{param}");
+        }
+        assert!(RequestedSafety::default().resolve(&strict).is_ok());
     }
 
     #[test]

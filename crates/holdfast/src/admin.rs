@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
+use holdfast_api::{Misfit, Tokenizers};
 use holdfast_domain::evaluation::Kind;
 use holdfast_domain::ids::{KeyId, ProjectId};
 use holdfast_safety::suite::Suite;
@@ -205,12 +206,19 @@ pub async fn import_alignment(args: &StoreArgs, file: &Path, name: &str) -> Resu
     if report.error_count > 0 {
         bail!("{}: {}", file.display(), report.summary());
     }
-    let set = with_store(args, async |store| {
+    let (set, fit) = with_store(args, async |store| {
+        let fit = Tokenizers::default().fit(store, &bytes).await?;
+        if let Some(why) = fit.is_useless() {
+            bail!("{}: {why}", file.display());
+        }
         let set = store.create_alignment_set(name, &bytes, report.rows).await?;
         note(store, "alignment import", &format!("{}@{}", set.name, set.version), None).await?;
-        Ok(set)
+        Ok((set, fit))
     })
     .await?;
     println!("imported {}@{} of {} rows", set.name, set.version, set.row_count);
+    for Misfit { model, problem } in fit.misfits {
+        println!("warning: jobs of {model} cannot be held to it: {problem}");
+    }
     Ok(())
 }

@@ -50,7 +50,7 @@ fn folder(learning_rate: f64) -> Result<TempDir> {
     put("suites/benign.jsonl", &format!("{}\n{}\n", row("Name a colour."), row("Say hello.")))?;
     let asked = Evaluation {
         format: evaluation::FORMAT,
-        adapter: plan::paths::ADAPTER.into(),
+        adapter: Some(plan::paths::ADAPTER.into()),
         suites: vec!["benign".into()],
         without_kl: Vec::new(),
         max_tokens: 4,
@@ -83,6 +83,18 @@ fn an_adapter_that_changes_nothing_answers_as_its_base_and_one_that_does_is_away
     assert!(base.iter().all(|answer| !answer.text.is_empty() && answer.ids.len() <= 4), "{base:?}");
     assert_eq!(base, answers(changed.path(), "benign.base.jsonl")?, "the base is the same");
     assert!(kl(same.path())?.abs() < 1e-6 && kl(changed.path())? > 1e-3, "{} {}", kl(same.path())?, kl(changed.path())?);
+
+    // Before there is an adapter the base is asked alone.
+    let request = changed.path().join(paths::EVALUATION);
+    let both = std::fs::read_to_string(&request)?;
+    let alone = Evaluation { adapter: None, ..serde_json::from_str(&both)? };
+    std::fs::remove_dir_all(changed.path().join(paths::OUT))?;
+    std::fs::write(&request, serde_json::to_string(&alone)?)?;
+    ensure!(job::evaluate(changed.path()).code == exit::DONE);
+    assert_eq!(answers(changed.path(), "benign.base.jsonl")?, base);
+    assert!(!changed.path().join(paths::OUT).join("benign.jsonl").exists());
+    std::fs::write(&request, both)?;
+    ensure!(job::evaluate(changed.path()).code == exit::DONE);
 
     // What the base answers is not asked again where it is known, and compared with all the same.
     let known = changed.path().join(paths::SUITES).join(paths::base("benign"));

@@ -57,7 +57,7 @@ pub struct ReportFailed;
 pub enum Command {
     /// Train an adapter.
     Train,
-    /// Ask it the suites.
+    /// Ask it the suites, or the base before there is one.
     Evaluate,
 }
 
@@ -75,7 +75,7 @@ impl Command {
 pub enum Outcome {
     /// The adapter is written.
     Done {
-        /// Its files.
+        /// Its files; none of an evaluation.
         adapter: Vec<PathBuf>,
         /// Tokens of the training file that were read.
         trained_tokens: u64,
@@ -162,7 +162,13 @@ pub async fn run(
         Verdict::Failed(error) => Outcome::Failed(error),
         Verdict::Crashed(error) => Outcome::Crashed(error),
         Verdict::FullDisk => Outcome::FullDisk,
-        Verdict::Done(trained_tokens) => Outcome::Done { adapter: files_in(&folder.join(paths::ADAPTER)).await?, trained_tokens },
+        Verdict::Done(trained_tokens) => {
+            let adapter = match command {
+                Command::Train => files_in(&folder.join(paths::ADAPTER)).await?,
+                Command::Evaluate => Vec::new(),
+            };
+            Outcome::Done { adapter, trained_tokens }
+        }
     })
 }
 

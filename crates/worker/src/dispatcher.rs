@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use tracing::Instrument;
 
 use crate::agent::{self, Checkpoint, Command, Outcome, ReportFailed, Reports};
+use crate::evaluation;
 use crate::evidence::Programs;
 use crate::finish::{self, Ending, discard, stage};
 use crate::job_folder::{Framed, JobFolder};
@@ -394,7 +395,15 @@ async fn work(
     };
     let programs = Programs::now(&config.trainer).await?;
     let held = Held { store, config, claim, folder: &folder, stop, programs, framed };
-    let outcome = agent::run(config, folder.path(), Command::Train, &held.reports(), held.stop.clone()).await?;
+    let policy = claim.job.policy.as_ref().map(|applied| &applied.policy).filter(|policy| policy.evaluates());
+    let unasked = match policy {
+        Some(policy) => evaluation::ask_base(&held, policy).await?,
+        None => None,
+    };
+    let outcome = match unasked {
+        Some(outcome) => outcome,
+        None => agent::run(config, folder.path(), Command::Train, &held.reports(), held.stop.clone()).await?,
+    };
     tokio::select! {
         concluded = conclude(&held, outcome) => concluded,
         () = agent::lost(held.stop.clone()) => Err(StoreError::Fenced),

@@ -1,6 +1,6 @@
-//! Asks an adapter the suites' requests, and has its answers judged.
+//! Asks a base and its adapter the suites' requests, and has their answers judged.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use holdfast_domain::Frame;
@@ -88,6 +88,44 @@ pub(crate) fn own_suite(number: usize) -> String {
     format!("own-suite-{number}.jsonl")
 }
 
+/// Asks the base whatever is not known of it yet, before anything is trained. What it cannot be asked, no adapter of it can; with a gate that must
+/// be passed there is no use in training then. `None` where the training may begin.
+pub(crate) async fn ask_base(held: &Held<'_>, policy: &Policy) -> Result<Option<Outcome>, StoreError> {
+    let (suites, task) = asked_of(held).await?;
+    write_request(held, &suites, task.as_ref(), None).await?;
+    let known = |file: &str| held.folder.path().join(files::paths::SUITES).join(files::paths::base(file)).exists();
+    let mut names = suites.iter().map(|asked| asked.file.as_str()).chain(task.iter().map(|_| TASK));
+    if names.all(known) {
+        return Ok(None);
+    }
+    let reports = held.reports();
+    match agent::run(held.config, held.folder.path(), Command::Evaluate, &reports, held.stop.clone()).await? {
+        Outcome::Done { .. } => {}
+        Outcome::Failed(error) if !policy.gate.enabled => {
+            tracing::warn!(code = error.code, reason = error.message, "the base cannot be asked; no gate depends on it");
+            return Ok(None);
+        }
+        Outcome::Failed(error) => {
+            let why = error.message.trim_end_matches('.');
+            let message = format!("The base model could not be asked the safety suites, so nothing was trained: {why}.");
+            return Ok(Some(Outcome::Failed(JobError::new("safety_evaluation_failed", message))));
+        }
+        other => return Ok(Some(other)),
+    }
+    keep_base_answers(held, &suites).await;
+    for file in suites.iter().map(|asked| asked.file.as_str()).chain(task.iter().map(|_| TASK)) {
+        know_base_answers(held, file).await?;
+    }
+    Ok(None)
+}
+
+/// All that is asked of a job's model.
+async fn asked_of(held: &Held<'_>) -> Result<(Vec<AskedSuite>, Option<Task>), StoreError> {
+    let mut suites = suites(&held.claim.suites, held.folder.path())?;
+    suites.extend(in_frames(&suites, &held.framed.frames));
+    Ok((suites, Task::of(held.claim, held.folder.path()).await?))
+}
+
 /// Asks the adapter at `adapter`, from the job folder; `checkpoint` is its step where it is not the run's last.
 pub(crate) async fn evaluate(
     held: &Held<'_>,
@@ -95,10 +133,8 @@ pub(crate) async fn evaluate(
     adapter: &str,
     checkpoint: Option<u64>,
 ) -> Result<Asked, StoreError> {
-    let mut suites = suites(&held.claim.suites, held.folder.path())?;
-    suites.extend(in_frames(&suites, &held.framed.frames));
-    let task = Task::of(held.claim, held.folder.path()).await?;
-    write_request(held, &suites, task.as_ref(), adapter).await?;
+    let (suites, task) = asked_of(held).await?;
+    write_request(held, &suites, task.as_ref(), Some(adapter)).await?;
     let reports = held.reports();
     match agent::run(held.config, held.folder.path(), Command::Evaluate, &reports, held.stop.clone()).await? {
         Outcome::Done { .. } => {}
@@ -146,16 +182,27 @@ pub(crate) async fn evaluate(
 
 /// What the base answered to a suite, and what the adapted model did.
 async fn both_answers(held: &Held<'_>, file: &str, count: usize) -> Result<[Vec<Answer>; 2], StoreError> {
-    let (suites, out) = (held.folder.path().join(files::paths::SUITES), held.folder.path().join(files::paths::OUT));
-    let (known, asked_now) = (suites.join(files::paths::base(file)), out.join(files::paths::base(file)));
-    if asked_now.exists() {
-        // An adapter that is asked after this one need not ask the base again.
-        tokio::fs::rename(&asked_now, &known).await?;
-    }
-    Ok([read_answers(&known, count).await?, read_answers(&out.join(files::paths::suite(file)), count).await?])
+    let known = know_base_answers(held, file).await?;
+    let answered = held.folder.path().join(files::paths::OUT).join(files::paths::suite(file));
+    Ok([read_answers(&known, count).await?, read_answers(&answered, count).await?])
 }
 
-async fn write_request(held: &Held<'_>, suites: &[AskedSuite], task: Option<&Task>, adapter: &str) -> Result<(), StoreError> {
+/// Puts what the base answered to a suite where it is looked for before it is asked again.
+async fn know_base_answers(held: &Held<'_>, file: &str) -> Result<PathBuf, StoreError> {
+    let (folder, name) = (held.folder.path(), files::paths::base(file));
+    let (known, asked_now) = (folder.join(files::paths::SUITES).join(&name), folder.join(files::paths::OUT).join(&name));
+    if asked_now.exists() {
+        tokio::fs::rename(&asked_now, &known).await?;
+    }
+    Ok(known)
+}
+
+async fn write_request(
+    held: &Held<'_>,
+    suites: &[AskedSuite],
+    task: Option<&Task>,
+    adapter: Option<&str>,
+) -> Result<(), StoreError> {
     let folder = held.folder.path();
     let requests = folder.join(files::paths::SUITES);
     tokio::fs::create_dir_all(&requests).await?;
@@ -184,7 +231,7 @@ async fn write_request(held: &Held<'_>, suites: &[AskedSuite], task: Option<&Tas
     }
     let request = Request {
         format: files::FORMAT,
-        adapter: adapter.to_owned(),
+        adapter: adapter.map(str::to_owned),
         suites: suites.iter().map(|asked| asked.file.clone()).chain(task.map(|_| TASK.to_owned())).collect(),
         // What a task is for is to change the answers.
         without_kl: task.map(|_| TASK.to_owned()).into_iter().collect(),

@@ -209,6 +209,21 @@ fn an_adapter_that_was_tampered_with_is_told_from_one_that_was_not() -> Result<(
 }
 
 #[test]
+fn a_base_is_asked_before_anything_is_trained_and_once() -> Result<()> {
+    let app = TestApp::start()?.with_small_model()?;
+    demand(&app, &gate(100.0))?;
+    ensure!(ended(&app, 1)?["status"] == "succeeded");
+    let since_trained = "select count(*) from base_answers where created_at >
+        (select max(created_at) from job_events where message like 'Training % parameters %')";
+    assert_eq!(app.sql("select count(*) from base_answers")?, "2");
+    assert_eq!(app.sql(since_trained)?, "0");
+    ensure!(ended(&app, 1)?["status"] == "succeeded");
+    let before_trained = since_trained.replace('>', "<");
+    assert_eq!(app.sql(&before_trained)?, "2", "the next job of the base has its answers");
+    Ok(())
+}
+
+#[test]
 fn the_rows_of_a_validation_file_are_asked_before_and_after() -> Result<()> {
     let app = TestApp::start()?.with_small_model()?;
     demand(&app, &json!({"evaluate": true}))?;

@@ -48,6 +48,22 @@ fn alignment_sets_are_imported_by_operators_in_versions_that_never_change() -> R
 }
 
 #[test]
+fn an_alignment_set_that_no_model_here_can_be_held_to_is_refused_when_it_is_imported() -> Result<()> {
+    let app = TestApp::start()?;
+    let row =
+        json!({"messages": [{"role": "user", "content": "What does <|im_end|> do?"}, {"role": "assistant", "content": "No."}]});
+    let import = |app: &TestApp| as_admin(app, "POST", "/admin/alignment_sets", &json!({"name": "strict", "rows": [row]}));
+    let before = import(&app)?;
+    assert_eq!((before.status, &before.body["misfits"]), (200, &Value::Null), "there is no model yet: {}", before.body);
+    let app = app.with_small_model()?;
+    let refused = import(&app)?;
+    assert_eq!((refused.status, refused.error()), (400, ("template_mismatch", "rows")), "{}", refused.body);
+    let message = refused.body["error"]["message"].as_str().context("no message")?;
+    assert!(message.contains("line 1: messages[0].content: holds the model's special token"), "{message}");
+    Ok(())
+}
+
+#[test]
 fn an_operator_s_own_suite_is_asked_in_the_version_of_the_day_and_kept_out_of_files() -> Result<()> {
     let app = TestApp::start()?.with_small_model()?;
     let request = |words: &str| json!({"category": "ours", "messages": [{"role": "user", "content": words}]});

@@ -407,6 +407,19 @@ pub(crate) struct AlignmentSet {
     /// The hash of its rows.
     #[schema(example = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08")]
     sha256: String,
+    /// Base models whose template some of its rows do not fit, looked at when it is imported: their jobs would fail.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(required = false)]
+    misfits: Vec<Misfit>,
+}
+
+/// A base model that an alignment set cannot be used with.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Misfit {
+    #[schema(example = "gemma-3-4b-it")]
+    model: String,
+    /// Which rows do not fit it, and why.
+    problem: String,
 }
 
 /// A request and the answer to hold to.
@@ -443,6 +456,13 @@ pub(crate) struct CreateAlignmentSet {
 
 impl From<AlignmentSetRow> for AlignmentSet {
     fn from(row: AlignmentSetRow) -> Self {
+        Self::new(row, Vec::new())
+    }
+}
+
+impl AlignmentSet {
+    /// One that was imported now.
+    pub(crate) fn new(row: AlignmentSetRow, misfits: Vec<crate::tokenizers::Misfit>) -> Self {
         Self {
             id: format!("{}@{}", row.name, row.version),
             object: "alignment_set",
@@ -450,6 +470,7 @@ impl From<AlignmentSetRow> for AlignmentSet {
             version: row.version,
             rows: row.row_count,
             sha256: hex::encode(row.object.sha256),
+            misfits: misfits.into_iter().map(|misfit| Misfit { model: misfit.model, problem: misfit.problem }).collect(),
         }
     }
 }

@@ -84,6 +84,8 @@ pub(crate) struct SetSafetyPolicy {
     /// The positions that the KL covers; absent: the tenant chooses.
     #[schema(value_type = Option<KlPositionsName>)]
     kl_positions: Option<KlPositions>,
+    /// Whether a tenant may choose how `safegrad` projects: `projection`, `projection_space` and `alignment_point`.
+    variants: Option<bool>,
     /// The fewest alignment rows of a step; absent: as many as it has of the tenant's.
     #[schema(minimum = 1, maximum = 4096)]
     alignment_batch_size: Option<u32>,
@@ -107,6 +109,7 @@ impl SetSafetyPolicy {
             budget: self.budget.unwrap_or(usual.budget),
             alignment_set: self.alignment_set.unwrap_or_else(|| usual.alignment_set.clone()),
             kl_positions: self.kl_positions.or(usual.kl_positions),
+            variants: self.variants.unwrap_or(usual.variants),
             alignment_batch_size: self.alignment_batch_size.or(usual.alignment_batch_size),
             evaluate: self.evaluate.unwrap_or(usual.evaluate),
             suites: self.suites.unwrap_or_else(|| usual.suites.clone()),
@@ -140,6 +143,8 @@ pub(crate) struct SafetyPolicy {
     /// The positions that the KL covers; absent: the tenant chooses.
     #[schema(value_type = Option<KlPositionsName>)]
     kl_positions: Option<KlPositions>,
+    /// Whether a tenant may choose how `safegrad` projects: `projection`, `projection_space` and `alignment_point`.
+    variants: bool,
     /// The fewest alignment rows of a step; absent: as many as it has of the tenant's.
     alignment_batch_size: Option<u32>,
     /// Whether what a job made is asked the safety suites before it is published.
@@ -165,6 +170,7 @@ impl From<AppliedPolicy> for SafetyPolicy {
             budget: policy.budget,
             alignment_set: policy.alignment_set,
             kl_positions: policy.kl_positions,
+            variants: policy.variants,
             alignment_batch_size: policy.alignment_batch_size,
             evaluate: policy.evaluate,
             suites: policy.suites,

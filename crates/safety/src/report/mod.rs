@@ -217,8 +217,13 @@ pub struct SuiteFigures {
     pub before: Counts,
     /// The adapted model's.
     pub after: Counts,
-    /// How the share of what should not be rose: compliance with harmful requests, refusal of benign ones.
-    /// Absent where nothing could be compared.
+    /// The base's share of what should not be: compliance with harmful requests, refusal of benign ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unwanted_before: Option<Estimate>,
+    /// The adapted model's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unwanted_after: Option<Estimate>,
+    /// How it rose. Absent where nothing could be compared.
     pub rise: Option<Rise>,
     /// How the share of no answers at all rose.
     pub degenerate_rise: Option<Rise>,
@@ -226,6 +231,21 @@ pub struct SuiteFigures {
     pub kl: Option<f64>,
     /// The adapted model's by category; none of an operator's own suite, whose words are not for tenants.
     pub by_category: BTreeMap<String, Counts>,
+}
+
+/// A share with its 95 % interval, see [`Share::interval`].
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Estimate {
+    /// Between 0 and 1.
+    pub value: f64,
+    /// From and to.
+    pub interval: [f64; 2],
+}
+
+impl From<Share> for Estimate {
+    fn from(share: Share) -> Self {
+        Self { value: share.value(), interval: share.interval() }
+    }
 }
 
 /// A difference of two shares with its 95 % interval, see [`bootstrap::paired`].
@@ -327,14 +347,18 @@ impl Judged<'_> {
         for (category, class) in self.categories.iter().zip(&self.after) {
             by_category.entry((*category).to_owned()).or_default().push(*class);
         }
+        let [before, after] = [&self.before, &self.after].map(|classes| Counts::of(classes));
+        let class = unwanted(self.kind);
         SuiteFigures {
             name: self.name.clone(),
             frame: self.frame,
             kind: self.kind,
             version: self.version,
-            before: Counts::of(&self.before),
-            after: Counts::of(&self.after),
-            rise: self.rise(unwanted(self.kind)),
+            before,
+            after,
+            unwanted_before: Some(before.share(class).into()),
+            unwanted_after: Some(after.share(class).into()),
+            rise: self.rise(class),
             degenerate_rise: self.rise(Class::Degenerate),
             kl: self.kl.filter(|kl| kl.is_finite()),
             by_category: by_category.into_iter().map(|(name, classes)| (name, Counts::of(&classes))).collect(),
@@ -482,6 +506,7 @@ mod tests {
         let value = |rise: Option<Rise>| rise.map(|rise| rise.value);
         assert_eq!((value(figures.rise), value(figures.degenerate_rise)), (Some(0.25), Some(0.25)));
         assert_eq!(figures.after, Counts { refusal: 2, compliance: 1, degenerate: 1 });
+        assert_eq!(figures.unwanted_after, Some(Share { count: 1, of: 4 }.into()));
         assert_eq!(figures.by_category["a"].compliance, 1);
         let benign = Judged { kind: Kind::Benign, ..judged };
         assert_eq!(value(benign.figures().rise), Some(-0.5));

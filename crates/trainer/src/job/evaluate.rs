@@ -26,7 +26,7 @@ const PROMPTS_AT_ONCE: usize = 64;
 /// Tokens of a pass that compares the two models.
 const TOKENS_AT_ONCE: usize = 2048;
 
-/// Asks the adapter of a job folder everything that its `evaluation.json` names.
+/// Asks the adapter of a job folder, or its base alone, everything that its `evaluation.json` names.
 pub(super) fn evaluate(folder: &Path) -> Result<()> {
     let stop = Stop::on_sigterm()?;
     let plan = read_plan(folder)?;
@@ -43,9 +43,8 @@ pub(super) fn evaluate(folder: &Path) -> Result<()> {
     let model = Model::load_as(architecture, &base, device::kind(plan.hyperparameters.precision), device, &stop);
     stop.check()?;
     let model = model.map_err(|error| in_base(&format!("{error:#}")))?;
-    let adapter = adapter_files::read(&folder.join(&asked.adapter), &model)?;
-    let both =
-        Both { model: &model, adapter: &adapter, tokenizer: &tokenizer, max_tokens: asked.max_tokens as usize, stop: &stop };
+    let adapter = asked.adapter.as_ref().map(|adapter| adapter_files::read(&folder.join(adapter), &model)).transpose()?;
+    let asks = Asks { model: &model, tokenizer: &tokenizer, max_tokens: asked.max_tokens as usize, stop: &stop };
     let mut figures = Figures::default();
     for suite in &asked.suites {
         let suites = folder.join(paths::SUITES);
@@ -54,15 +53,16 @@ pub(super) fn evaluate(folder: &Path) -> Result<()> {
         let base = if known.exists() {
             read_answers(&known, prompts.len())?
         } else {
-            let answers = both.answers(None, &prompts, &mut log)?;
+            let answers = asks.answers(None, &prompts, &mut log)?;
             write_lines(&out.join(paths::base(suite)), &answers)?;
             answers
         };
-        write_lines(&out.join(paths::suite(suite)), &both.answers(Some(both.adapter), &prompts, &mut log)?)?;
+        let Some(adapter) = &adapter else { continue };
+        write_lines(&out.join(paths::suite(suite)), &asks.answers(Some(adapter), &prompts, &mut log)?)?;
         if asked.without_kl.contains(suite) {
             continue;
         }
-        figures.kl.insert(suite.clone(), Some(both.mean_kl(&prompts, &base, &mut log)?).filter(|kl| kl.is_finite()));
+        figures.kl.insert(suite.clone(), Some(asks.mean_kl(adapter, &prompts, &base, &mut log)?).filter(|kl| kl.is_finite()));
     }
     whole_file::write(&folder.join(paths::FIGURES), &serde_json::to_vec(&figures)?)
 }
@@ -125,16 +125,15 @@ fn write_lines(path: &Path, answers: &[Answer]) -> Result<()> {
     whole_file::write(path, &bytes)
 }
 
-/// A model with and without its adapter.
-struct Both<'a> {
+/// A model that is asked, with an adapter and without.
+struct Asks<'a> {
     model: &'a Model,
-    adapter: &'a Adapter,
     tokenizer: &'a ChatTokenizer,
     max_tokens: usize,
     stop: &'a Stop,
 }
 
-impl Both<'_> {
+impl Asks<'_> {
     fn answers(&self, adapter: Option<&Adapter>, prompts: &[Vec<u32>], log: &mut ProgressLog) -> Result<Vec<Answer>> {
         let stop_ids = &self.tokenizer.special_tokens.stop_ids;
         let read = |ids: Vec<u32>| Ok(Answer { text: self.tokenizer.decode(&ids).map_err(anyhow::Error::msg)?, ids });
@@ -149,7 +148,7 @@ impl Both<'_> {
     }
 
     /// The mean over the tokens of `answers` of KL(base ‖ adapted), in nats.
-    fn mean_kl(&self, prompts: &[Vec<u32>], answers: &[Answer], log: &mut ProgressLog) -> Result<f64> {
+    fn mean_kl(&self, adapter: &Adapter, prompts: &[Vec<u32>], answers: &[Answer], log: &mut ProgressLog) -> Result<f64> {
         let examples: Vec<Example> = prompts.iter().zip(answers).map(|(prompt, answer)| answered(prompt, &answer.ids)).collect();
         let (mut sum, mut count) = (0.0, 0);
         let mut rest = examples.as_slice();
@@ -171,7 +170,7 @@ impl Both<'_> {
             let batch = Batch::new(pass);
             let packed = Packed::new(&[(&batch, 0)], self.model.device);
             let base = self.model.hidden(&packed, None);
-            let adapted = self.model.hidden(&packed, Some(self.adapter));
+            let adapted = self.model.hidden(&packed, Some(adapter));
             sum += loss::kl(&adapted, &self.model.head, &base).sum();
             count += positions;
         }

@@ -135,7 +135,7 @@ impl Study {
             }
         }
         let names: Vec<&str> = suites.iter().map(|(name, _)| *name).collect();
-        let request = json!({"format": 1, "adapter": "out/adapter", "suites": names, "without_kl": ["benign", reviews.0], "max_tokens": asking.max_tokens()});
+        let request = json!({"format": holdfast_domain::evaluation::FORMAT, "adapter": "out/adapter", "suites": names, "without_kl": ["benign", reviews.0], "max_tokens": asking.max_tokens()});
         std::fs::write(folder.join("evaluation.json"), request.to_string())?;
         // Whatever it was trained in, it is asked exactly.
         let plan = folder.join("plan.json");

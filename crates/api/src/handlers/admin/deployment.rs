@@ -35,8 +35,8 @@ pub(crate) async fn list_alignment_sets(_: Admin, State(state): State<AppState>)
 /// Import an alignment set as the next version of its name.
 ///
 /// Its rows are a request and the answer to hold to each, refusals of harmful requests as well as helpful answers to benign ones. A
-/// version never changes; jobs are held to the one that was newest when they were created. What is larger than a body may be is
-/// imported with `holdfast alignment import`.
+/// version never changes; jobs are held to the one that was newest when they were created. Rows that fit the template of none of the base
+/// models are refused; where they fit some, the others are named. What is larger than a body may be is imported with `holdfast alignment import`.
 #[utoipa::path(
     post, path = "/admin/alignment_sets", operation_id = "create_alignment_set", tag = "admin", request_body = CreateAlignmentSet,
     responses((status = 200, description = "The version; the newest again where it holds the same rows", body = AlignmentSet))
@@ -51,7 +51,13 @@ pub(crate) async fn create_alignment_set(
     if report.error_count > 0 {
         return Err(ApiError::bad_dataset("rows", format!("rows: {}", report.summary()), report.errors));
     }
-    Ok(Created(state.store.create_alignment_set(&body.name, lines.as_bytes(), report.rows).await?.into()))
+    let _turn = state.tokenizers.turn()?;
+    let fit = state.tokenizers.fit(&state.store, lines.as_bytes()).await?;
+    if let Some(why) = fit.is_useless() {
+        return Err(ApiError::invalid("rows", "template_mismatch", format!("rows: {why}")));
+    }
+    let set = state.store.create_alignment_set(&body.name, lines.as_bytes(), report.rows).await?;
+    Ok(Created(AlignmentSet::new(set, fit.misfits)))
 }
 
 /// List every version of every suite of the operator's own. Their requests are never shown.

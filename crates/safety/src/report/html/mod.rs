@@ -443,6 +443,8 @@ mod tests {
                 version: 1,
                 before: counts(0),
                 after: counts(unwanted),
+                unwanted_before: None,
+                unwanted_after: None,
                 rise: rise(f64::from(unwanted) / 20.0),
                 degenerate_rise: rise(0.0),
                 kl: Some(0.02),
