@@ -288,6 +288,6 @@ fn step(step: u64) -> Progress {
         tokens: 1,
         tokens_per_second: 1.0,
         eta_seconds: 1.0,
-        review: None,
+        reviews: Vec::new(),
     }))
 }

@@ -44,7 +44,7 @@ impl Default for Tokenizers {
 impl Tokenizers {
     /// A turn to tokenise a file. When all are taken the client is told to come back, instead of waiting past its patience.
     pub(crate) fn turn(&self) -> Result<SemaphorePermit<'_>, ApiError> {
-        self.turns.try_acquire().map_err(|_| ApiError::busy("estimates and previews"))
+        self.turns.try_acquire().map_err(|_| ApiError::busy("estimates, previews and imports"))
     }
 
     /// The tokenizer and the shape of a base model.
@@ -78,13 +78,27 @@ impl Tokenizers {
     /// How the rows of an alignment set go with the template and the tokenizer of each base model that is here.
     ///
     /// # Errors
-    /// When the database or the object store fails, or a model's files cannot be used.
+    /// When the database or the object store fails.
     pub async fn fit(&self, store: &Store, rows: &[u8]) -> Result<Fit, StoreError> {
         let rows: Arc<[u8]> = rows.into();
         let models = store.base_models().await?;
         let mut misfits = Vec::new();
         for model in &models {
-            let (known, rows) = (self.get(store, &model.name).await?, Arc::clone(&rows));
+            let known = match self.get(store, &model.name).await {
+                Ok(known) => known,
+                // Deleted meanwhile.
+                Err(StoreError::NotFound) => continue,
+                Err(error) if error.is_unavailable() => return Err(error),
+                Err(error) => {
+                    tracing::warn!(%error, model = model.name, "a base model's tokenizer cannot be read");
+                    misfits.push(Misfit {
+                        model: model.name.clone(),
+                        problem: "its tokenizer cannot be read; the log says why".into(),
+                    });
+                    continue;
+                }
+            };
+            let rows = Arc::clone(&rows);
             let options = EncodeOptions { max_length: usize::MAX, long_rows: LongRows::Error };
             let encode = move || encode_file(&*rows, &known.tokenizer, options, |_, _| {});
             let report = tokio::task::spawn_blocking(encode).await.map_err(std::io::Error::other)??;

@@ -98,7 +98,7 @@ pub enum Phase {
     Training,
     /// Writes the adapter.
     Exporting,
-    /// Asks the adapter what it should and should not answer.
+    /// Asks the base, and later the adapter, what they should and should not answer.
     Evaluating,
 }
 
@@ -142,14 +142,17 @@ pub struct Step {
     pub tokens_per_second: f64,
     /// Seconds the rest of the run will take at the mean pace so far.
     pub eta_seconds: f64,
-    /// What a method that reviews its steps found after this one; absent where it did not look.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub review: Option<Review>,
+    /// What a method that reviews its steps found since the line before: after this one, and after an earlier one where a stop came between
+    /// that step and its review.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reviews: Vec<Review>,
 }
 
 /// A look at the alignment loss on rows that no gradient is taken on.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Review {
+    /// Steps taken before it.
+    pub step: u64,
     /// That loss after the step, in nats; absent where it was no number.
     pub probe_loss: Option<f64>,
     /// Whether it was more than the method keeps, so that the steps since the review before were taken back.

@@ -182,8 +182,9 @@ pub struct RequestedSafety {
     pub gate: Option<bool>,
 }
 
-/// The `ρ` of [`Defense::Safegrad`] on [`KlPositions::Deciding`] where nobody says another. The paper's is 1, on the whole response; measured
-/// here it let a third of harmful rows through, and this did not, at a point or two of accuracy (`bench/SAFETY.md`).
+/// The `ρ` of [`Defense::Safegrad`] on [`KlPositions::Deciding`] where nobody says another. The paper's is 1, on whole responses: with a third of
+/// the rows harmful, models then complied with half of what they should refuse, and with this as good as never, at one to two points of
+/// accuracy on clean rows (`bench/SAFETY.md`).
 pub const USUAL_RHO: f64 = 10.0;
 
 /// The largest `ρ` that is accepted: beyond it the user's gradient no longer counts.
@@ -269,7 +270,8 @@ impl Safety {
     /// now.
     ///
     /// # Errors
-    /// When its method, strength or budget is weaker than every method that the policy allows.
+    /// When its method, strength or budget is weaker than the policy allows, or it was trained on other positions or projected otherwise than
+    /// the policy demands: which of those hold more is not known.
     pub fn reaches(&self, policy: &Policy) -> Result<(), Invalid> {
         let below = |what: String| {
             let message = format!("the model was trained {what}; begin with its base model, or ask the operator");

@@ -52,7 +52,8 @@ pub struct ApiArgs {
     /// The weakest defense a tenant may choose: none, safe_mix, lisa, kl_penalty, sbr, pcgrad, safegrad or held.
     #[arg(long, env = "HOLDFAST_SAFETY_FLOOR", default_value = "safegrad", value_name = "DEFENSE")]
     pub safety_floor: String,
-    /// The smallest rho a tenant may choose. A job that names none gets it, or 10 under safegrad where this is less.
+    /// The smallest rho a tenant may choose. A job that names none gets it, or 10 under safegrad on deciding positions where
+    /// this is less.
     #[arg(long, env = "HOLDFAST_RHO_FLOOR", default_value_t = 1.0, value_name = "RHO")]
     pub rho_floor: f64,
     /// Whether what a job made is asked the safety suites before it is published: off, report (asked, and the report says what came

@@ -94,8 +94,8 @@ pub struct State {
     pub conflicts: Option<RowConflicts>,
     /// Where the last review left the run, under a method that reviews its steps.
     pub last_good: Option<LastGood>,
-    /// What a review found that no step has told of yet.
-    pub review: Option<Review>,
+    /// What reviews found that no step has told of yet.
+    pub reviews: Vec<Review>,
     /// What tells when the loss runs away.
     pub watch: LossWatch,
 }

@@ -71,7 +71,7 @@ impl Run<'_> {
             method: methods::of(&self.plan.safety, h.precision),
             conflicts: h.row_conflicts.then(|| RowConflicts::new(self.adapter, self.examples.len())),
             last_good: None,
-            review: None,
+            reviews: Vec::new(),
             watch: LossWatch::default(),
         }
     }
@@ -140,7 +140,7 @@ impl Run<'_> {
                 tokens: state.cursor.tokens,
                 tokens_per_second: 0.0,
                 eta_seconds: 0.0,
-                review: state.review.take(),
+                reviews: std::mem::take(&mut state.reviews),
             };
             if observe(report, state)?.is_break() {
                 return Ok(step + 1 == total_steps);
@@ -304,8 +304,8 @@ impl Run<'_> {
             }
             _ => state.last_good = Some(self.snapshot(state)),
         }
-        let taken_back = verdict == Verdict::RollBack;
-        state.review = Some(Review { probe_loss: Some(loss).filter(|loss| loss.is_finite()), taken_back });
+        let probe_loss = Some(loss).filter(|loss| loss.is_finite());
+        state.reviews.push(Review { step: state.cursor.step, probe_loss, taken_back: verdict == Verdict::RollBack });
         Ok(())
     }
 

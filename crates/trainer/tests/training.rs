@@ -1,15 +1,16 @@
 //! What holds of training whatever the numbers are, on the small reference model.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use holdfast_dataset::Example;
 use holdfast_dataset::batch::Batch;
 use holdfast_domain::hyperparameters::{Precision, Recompute, Requested};
 use holdfast_domain::plan::{self, paths};
 use holdfast_domain::policy::Policy;
-use holdfast_domain::progress::Step;
+use holdfast_domain::progress::{Review, Step};
 use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf, ProjectionSpace, RequestedSafety};
 use holdfast_domain::{Hyperparameters, Plan, Safety};
 use holdfast_trainer::adapter::{Adapter, AdapterConfig};
@@ -266,8 +267,8 @@ fn what_a_stop_breaks_off_between_two_steps_is_made_up_for() -> Result<()> {
     plan.safety = Safety { budget: 1e-3, ..Safety::new(Defense::Held, 1.0) };
     let (rows, (reference, probe)) = (examples(8), references(&model, &plan)?);
     // Asked to stop while step 11 or 13 is taken, the run comes to the scores and the review that follow the next one, an epoch's last.
-    let train = |asked_at: Option<u64>, checkpoints: &Checkpoints| -> Result<(Tensor, State)> {
-        let stop = Stop::default();
+    let train = |asked_at: Option<u64>, checkpoints: &Checkpoints| -> Result<(Tensor, State, BTreeMap<u64, Review>)> {
+        let (stop, mut reviews) = (Stop::default(), BTreeMap::new());
         let adapter = Adapter::init(&model, AdapterConfig::from(&plan.hyperparameters), plan.seed);
         let (reference, probe, examples) = (Some(&reference), probe.as_ref(), rows.as_slice());
         let run = Run { model: &model, adapter: &adapter, examples, reference, probe, plan: &plan, stop: &stop };
@@ -276,6 +277,7 @@ fn what_a_stop_breaks_off_between_two_steps_is_made_up_for() -> Result<()> {
             run.settle(&mut state);
         }
         run.train(&mut state, |step, state| {
+            reviews.extend(step.reviews.iter().map(|review| (review.step, *review)));
             if Some(step.step) == asked_at {
                 stop.ask();
             } else if stop.is_asked() {
@@ -284,17 +286,21 @@ fn what_a_stop_breaks_off_between_two_steps_is_made_up_for() -> Result<()> {
             }
             Ok(ControlFlow::Continue(()))
         })?;
-        Ok((adapter.flat().copy(), state))
+        Ok((adapter.flat().copy(), state, reviews))
     };
     let folder = tempfile::tempdir()?;
     let scores = |state: State| state.conflicts.map(|scores| scores.memory());
-    let (whole, state) = train(None, &checkpoints(&folder.path().join("none")))?;
+    let (whole, state, whole_reviews) = train(None, &checkpoints(&folder.path().join("none")))?;
     let whole_scores = scores(state);
+    ensure!(whole_reviews.values().any(|review| review.taken_back), "a budget that is never left: {whole_reviews:?}");
     for asked_at in [11, 13] {
         let checkpoints = checkpoints(&folder.path().join(asked_at.to_string()));
-        assert_eq!(train(Some(asked_at), &checkpoints)?.1.cursor.owed, Some(Owed::Scores));
-        let (resumed, state) = train(None, &checkpoints)?;
+        let (_, stopped, mut told) = train(Some(asked_at), &checkpoints)?;
+        assert_eq!(stopped.cursor.owed, Some(Owed::Scores));
+        let (resumed, state, reviews) = train(None, &checkpoints)?;
         assert_eq!((&whole, &whole_scores), (&resumed, &scores(state)), "asked to stop at step {asked_at}");
+        told.extend(reviews);
+        assert_eq!(told, whole_reviews, "a review that came after its step's line is told with the next");
     }
     Ok(())
 }

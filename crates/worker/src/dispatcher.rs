@@ -396,7 +396,8 @@ async fn work(
     let programs = Programs::now(&config.trainer).await?;
     let held = Held { store, config, claim, folder: &folder, stop, programs, framed };
     let policy = claim.job.policy.as_ref().map(|applied| &applied.policy).filter(|policy| policy.evaluates());
-    let unasked = match policy {
+    // A run that goes on has asked it, and is asked what is missing in the end: what a file's frames hold is kept for no later attempt.
+    let unasked = match policy.filter(|_| claim.resume.is_empty()) {
         Some(policy) => evaluation::ask_base(&held, policy).await?,
         None => None,
     };

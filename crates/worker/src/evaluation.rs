@@ -88,8 +88,8 @@ pub(crate) fn own_suite(number: usize) -> String {
     format!("own-suite-{number}.jsonl")
 }
 
-/// Asks the base whatever is not known of it yet, before anything is trained. What it cannot be asked, no adapter of it can; with a gate that must
-/// be passed there is no use in training then. `None` where the training may begin.
+/// Asks the base whatever is not known of it yet, before anything is trained: what it cannot be asked, no adapter of it can, and what the
+/// training would be refused for is found here. `None` where the training may begin.
 pub(crate) async fn ask_base(held: &Held<'_>, policy: &Policy) -> Result<Option<Outcome>, StoreError> {
     let (suites, task) = asked_of(held).await?;
     write_request(held, &suites, task.as_ref(), None).await?;
@@ -99,20 +99,16 @@ pub(crate) async fn ask_base(held: &Held<'_>, policy: &Policy) -> Result<Option<
         return Ok(None);
     }
     let reports = held.reports();
-    match agent::run(held.config, held.folder.path(), Command::Evaluate, &reports, held.stop.clone()).await? {
+    let outcome = agent::run(held.config, held.folder.path(), Command::Evaluate, &reports, held.stop.clone()).await?;
+    // Also what was answered before it broke off: another attempt need not ask that again.
+    keep_base_answers(held, &suites).await;
+    match outcome {
         Outcome::Done { .. } => {}
-        Outcome::Failed(error) if !policy.gate.enabled => {
+        Outcome::Crashed(error) if !policy.gate.enabled => {
             tracing::warn!(code = error.code, reason = error.message, "the base cannot be asked; no gate depends on it");
-            return Ok(None);
-        }
-        Outcome::Failed(error) => {
-            let why = error.message.trim_end_matches('.');
-            let message = format!("The base model could not be asked the safety suites, so nothing was trained: {why}.");
-            return Ok(Some(Outcome::Failed(JobError::new("safety_evaluation_failed", message))));
         }
         other => return Ok(Some(other)),
     }
-    keep_base_answers(held, &suites).await;
     for file in suites.iter().map(|asked| asked.file.as_str()).chain(task.iter().map(|_| TASK)) {
         know_base_answers(held, file).await?;
     }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
-use holdfast_domain::progress::Step;
+use holdfast_domain::progress::{Review, Step};
 
 /// The first five are the public contract's.
 const COLUMNS: &str = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy,learning_rate,gradient_norm,norm_user,\
@@ -14,12 +14,14 @@ pub(crate) fn csv(steps: &[Step], validations: &[(u64, f64, f64)]) -> String {
     let taken: BTreeMap<u64, &Step> = steps.iter().map(|step| (step.step, step)).collect();
     let measured: BTreeMap<u64, (f64, f64)> =
         validations.iter().map(|&(step, loss, accuracy)| (step, (loss, accuracy))).collect();
+    let reviewed: BTreeMap<u64, Review> =
+        steps.iter().flat_map(|step| &step.reviews).map(|review| (review.step, *review)).collect();
     let numbers: BTreeSet<u64> = taken.keys().chain(measured.keys()).copied().collect();
     let mut table = format!("{COLUMNS}\n");
     for number in numbers {
         let (step, validation) = (taken.get(&number), measured.get(&number).copied());
         let alignment = step.and_then(|step| step.alignment.as_ref());
-        let review = step.and_then(|step| step.review);
+        let review = reviewed.get(&number);
         let (loss, accuracy) = validation.unzip();
         let cells = [
             step.map(|s| s.task_loss),
@@ -56,8 +58,6 @@ pub(crate) fn csv(steps: &[Step], validations: &[(u64, f64, f64)]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use holdfast_domain::progress::Review;
-
     use super::*;
 
     #[test]
@@ -74,7 +74,7 @@ mod tests {
             tokens: 7,
             tokens_per_second: 1.0,
             eta_seconds: 0.0,
-            review: Some(Review { probe_loss: Some(0.125), taken_back: true }),
+            reviews: vec![Review { step: 1, probe_loss: Some(0.125), taken_back: true }],
         };
         let table = csv(&[step], &[(0, 2.0, 0.1), (1, 1.5, 0.2)]);
         let lines: Vec<&str> = table.lines().collect();

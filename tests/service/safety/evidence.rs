@@ -217,9 +217,16 @@ fn a_base_is_asked_before_anything_is_trained_and_once() -> Result<()> {
         (select max(created_at) from job_events where message like 'Training % parameters %')";
     assert_eq!(app.sql("select count(*) from base_answers")?, "2");
     assert_eq!(app.sql(since_trained)?, "0");
-    ensure!(ended(&app, 1)?["status"] == "succeeded");
-    let before_trained = since_trained.replace('>', "<");
-    assert_eq!(app.sql(&before_trained)?, "2", "the next job of the base has its answers");
+
+    // The next job takes what is kept, whatever it says.
+    let name = app.sql("select min(name) from base_answers")?;
+    app.sql(&format!("delete from base_answers where name = '{name}'"))?;
+    let said = "{\"text\":\"I can't help with that.\",\"ids\":[1]}\n".repeat(120);
+    app.runtime.block_on(app.store.keep_base_answers(&name, said.as_bytes()))?;
+    let job = ended(&app, 1)?;
+    let suites = of_job(&app, &job, "safety_report")?.body["evaluation"]["suites"].clone();
+    let refused = [0, 1].map(|suite| suites[suite]["before"]["refusal"].as_u64());
+    assert!(refused.contains(&Some(120)), "{suites}");
     Ok(())
 }
 
@@ -266,7 +273,7 @@ fn a_run_whose_gradients_conflict_more_than_clean_rows_make_them_raises_an_alarm
             tokens: number,
             tokens_per_second: 1.0,
             eta_seconds: 1.0,
-            review: None,
+            reviews: Vec::new(),
         };
         (49..=60).map(|number| Progress::Step(Box::new(step(number)))).collect()
     };

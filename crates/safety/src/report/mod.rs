@@ -100,7 +100,7 @@ pub struct Reviews {
 
 impl Reviews {
     fn of(steps: &[Step]) -> Option<Self> {
-        let reviews: Vec<_> = steps.iter().filter_map(|step| step.review).collect();
+        let reviews: Vec<_> = steps.iter().flat_map(|step| &step.reviews).collect();
         let kept = reviews.iter().filter(|review| !review.taken_back).filter_map(|review| review.probe_loss);
         let taken_back = reviews.iter().filter(|review| review.taken_back).count() as u64;
         let made = reviews.len() as u64;
@@ -455,7 +455,7 @@ mod tests {
             tokens: 1,
             tokens_per_second: 1.0,
             eta_seconds: 0.0,
-            review: None,
+            reviews: Vec::new(),
         }
     }
 
@@ -473,7 +473,7 @@ mod tests {
     #[test]
     fn what_was_taken_back_is_not_among_what_was_kept() {
         let reviewed = |number, probe_loss, taken_back| Step {
-            review: Some(Review { probe_loss: Some(probe_loss), taken_back }),
+            reviews: vec![Review { step: number, probe_loss: Some(probe_loss), taken_back }],
             ..step(number, false)
         };
         let steps = [step(1, false), reviewed(2, 0.02, false), reviewed(3, 0.3, true), reviewed(4, 0.01, false)];

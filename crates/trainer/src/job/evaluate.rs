@@ -13,7 +13,8 @@ use holdfast_domain::plan;
 use holdfast_domain::progress::Phase;
 
 use super::failure::bad_setup;
-use super::inputs::read_plan;
+use super::inputs::{Inputs, read_plan};
+use super::memory;
 use crate::adapter::Adapter;
 use crate::model::{Model, read_architecture};
 use crate::packed::Packed;
@@ -40,6 +41,10 @@ pub(super) fn evaluate(folder: &Path) -> Result<()> {
     let tokenizer = ChatTokenizer::load(&base).map_err(|error| in_base(&error))?;
     let architecture = read_architecture(&base.join(files::CONFIG)).map_err(|error| in_base(&format!("{error:#}")))?;
     let device = device::parse(&plan.device).map_err(|error| bad_setup(format!("{}: {error}", plan::paths::PLAN)))?;
+    if asked.adapter.is_none() {
+        // What the training would be refused for is not found out after minutes of asking, nor by a machine that runs out of memory.
+        memory::check(&Inputs::read(folder, &plan, &stop)?, &plan, None)?;
+    }
     let model = Model::load_as(architecture, &base, device::kind(plan.hyperparameters.precision), device, &stop);
     stop.check()?;
     let model = model.map_err(|error| in_base(&format!("{error:#}")))?;

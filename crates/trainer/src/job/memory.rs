@@ -12,15 +12,17 @@ use super::inputs::Inputs;
 use crate::memory;
 use crate::progress::ProgressLog;
 
-/// Says what the run will need, and refuses one that cannot fit.
-pub(super) fn check(inputs: &Inputs, plan: &Plan, log: &mut ProgressLog) -> Result<()> {
+/// Says what the run will need, where there is a log for it, and refuses one that cannot fit.
+pub(super) fn check(inputs: &Inputs, plan: &Plan, log: Option<&mut ProgressLog>) -> Result<()> {
     let rows = |examples: &[Example]| -> Vec<(u64, u64)> {
         examples.iter().map(|row| (row.ids.len() as u64, row.supervised_count() as u64)).collect()
     };
     let (training, alignment) = (rows(&inputs.examples), rows(&inputs.alignment));
     let needs = |h: &Hyperparameters| predict(&inputs.architecture, h, &plan.safety, &training, &alignment);
     let needed = needs(&plan.hyperparameters);
-    log.write(&Progress::Memory(needed))?;
+    if let Some(log) = log {
+        log.write(&Progress::Memory(needed))?;
+    }
     // A GPU's memory is not the machine's; there only a limit of the plan's own counts.
     let machine = if plan.device == "cpu" { memory::available_bytes() } else { None };
     let Some(limit) = [plan.memory_limit_bytes, machine].into_iter().flatten().min() else { return Ok(()) };

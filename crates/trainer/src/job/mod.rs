@@ -93,7 +93,7 @@ fn train(folder: &Path) -> Result<Ended> {
     log.phase(Phase::LoadingModel)?;
     let inputs = Inputs::read(folder, &plan, &stop)?;
     let device = device::parse(&plan.device).map_err(|e| bad_setup(format!("{}: {e}", paths::PLAN)))?;
-    memory::check(&inputs, &plan, &mut log)?;
+    memory::check(&inputs, &plan, Some(&mut log))?;
     let kind = device::kind(plan.hyperparameters.precision);
     let model = Model::load_as(inputs.architecture.clone(), &folder.join(paths::BASE), kind, device, &stop);
     stop.check()?;

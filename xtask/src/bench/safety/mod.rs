@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use holdfast_safety::judge::{Class, Phrases};
 use holdfast_safety::share::Share;
 use serde::{Deserialize, Serialize};
@@ -85,13 +85,20 @@ impl Outcome {
 }
 
 pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> {
+    for alone in ["record", "table"] {
+        let asked = wanted.parts.iter().any(|part| part == alone);
+        ensure!(
+            !asked || wanted.parts.len() == 1,
+            "the part {alone:?} is run by itself: it shows or keeps what the others have made"
+        );
+    }
     if wanted.parts == ["table"] {
         return results::table(wanted, figures);
     }
     let study = Study::prepare()?;
     let base = study.base()?;
     if wanted.parts == ["record"] {
-        return results::record(&study, base);
+        return results::record(&study, base, wanted);
     }
     println!("{}", report::line("the base", &base, &base));
     if wanted.has("tuning") && !wanted.quick && wanted.only.is_empty() {
@@ -222,6 +229,7 @@ impl Study {
         if let Ok(kept) = std::fs::read(&result) {
             return read(&serde_json::from_slice(&kept)?);
         }
+        let program = revision();
         let base = root().join(BASE);
         let file = rows::tenant(run.regime.attack, self)?;
         let alignment = if run.method == "none" {
@@ -256,7 +264,7 @@ impl Study {
         };
         let trained = training::train(&folder, &base, &file.rows, &alignment, &training)?;
         let mut measured = self.measure(&folder, run)?;
-        measured["program"] = json!(revision()?);
+        measured["program"] = json!(program);
         measured["peak_bytes"] = json!(trained.peak_bytes);
         let numbers = |name: &str| -> Vec<f64> { trained.steps.iter().filter_map(|step| step[name].as_f64()).collect() };
         let mean = |values: &[f64]| (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64);
@@ -278,12 +286,12 @@ impl Study {
     }
 }
 
-/// What the program is, by its revision in version control, with a plus where it is not as it is there.
-fn revision() -> Result<String> {
-    let git = |arguments: &[&str]| -> Result<String> {
-        let output = std::process::Command::new("git").args(arguments).current_dir(root()).output()?;
-        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+/// What the program is, by its revision in version control, with a plus where it is not as it is there; `None` without version control.
+fn revision() -> Option<String> {
+    let git = |arguments: &[&str]| {
+        let output = std::process::Command::new("git").args(arguments).current_dir(root()).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
     };
     let changed = git(&["status", "--porcelain", "--", "crates", "xtask", "Cargo.lock"])?;
-    Ok(git(&["rev-parse", "--short", "HEAD"])? + if changed.is_empty() { "" } else { "+" })
+    Some(git(&["rev-parse", "--short", "HEAD"])? + if changed.is_empty() { "" } else { "+" })
 }

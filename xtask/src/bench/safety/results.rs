@@ -26,12 +26,12 @@ struct Line {
 }
 
 /// Writes down what was run here, in the place of what was known of the same runs.
-pub(super) fn record(study: &Study, base: Outcome) -> Result<()> {
+pub(super) fn record(study: &Study, base: Outcome, wanted: &Wanted<'_>) -> Result<()> {
     let mut known = read()?;
     let before = known.len();
     known.insert(BASE.into(), base);
     let mut recorded = 0;
-    for run in runs::known().into_iter().filter(|run| study.is_done(run)) {
+    for run in runs::known().into_iter().filter(|run| runs::is_asked_for(run, wanted) && study.is_done(run)) {
         known.insert(run.key(), study.outcome(&run)?);
         recorded += 1;
     }

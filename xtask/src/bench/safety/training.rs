@@ -82,7 +82,8 @@ fn steps(folder: &Path) -> Result<Vec<Value>> {
 
 /// The largest alignment loss that a review of a run kept, as a share of what it may keep; `None` where nothing was reviewed.
 pub(super) fn kept_of_budget(steps: &[Value]) -> Option<f64> {
-    let kept = steps.iter().map(|step| &step["review"]).filter(|review| review["taken_back"] == false);
+    let reviews = steps.iter().filter_map(|step| step["reviews"].as_array()).flatten();
+    let kept = reviews.filter(|review| review["taken_back"] == false);
     let largest = kept.filter_map(|review| review["probe_loss"].as_f64()).max_by(f64::total_cmp)?;
     Some(largest / (2.0 * DEFAULT_BUDGET))
 }

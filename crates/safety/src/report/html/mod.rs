@@ -256,20 +256,20 @@ impl Report {
 
     /// What came of holding the run to its budget.
     fn reviews(&self, Reviews { made, taken_back, largest_kept }: Reviews) -> String {
-        let count = if made == 1 { "Once".to_owned() } else { format!("{made} times") };
+        let times = |count: u64| if count == 1 { "once".to_owned() } else { format!("{count} times") };
         let most = number(2.0 * self.safety.budget, Unit::Plain);
         let kept = match largest_kept {
             Some(loss) => format!("the largest that was kept is {} nats", number(loss, Unit::Plain)),
-            None => "nothing was kept, and the adapter is as it began".to_owned(),
+            None => "nothing that was measured was kept".to_owned(),
         };
         let back = match taken_back {
-            0 => "Each time it was within them".to_owned(),
-            1 => "Once it was beyond, and the steps since the look before were taken back".to_owned(),
-            many => format!("It was beyond {many} times, and the steps since the look before were taken back"),
+            0 => "It was never more".to_owned(),
+            count => format!("It was more {}, and the steps since the measurement before were taken back", times(count)),
         };
         format!(
-            "<p>{count} the KL was measured on alignment rows that no step trains on, and may be {most} nats there, twice the \
-             budget. {back}; {kept}.</p>\n"
+            "<p>The KL was measured {} on alignment rows that no step trains on, where at most {most} nats are kept, twice the \
+             budget. {back}; {kept}.</p>\n",
+            times(made)
         )
     }
 
@@ -569,8 +569,11 @@ mod tests {
         assert!(!page(&held).contains("taken back"));
         held.training.reviews = Some(Reviews { made: 3, taken_back: 1, largest_kept: Some(0.0625) });
         let html = page(&held);
-        assert!(html.contains("may be 0.100 nats there"), "{html}");
-        assert!(html.contains("Once it was beyond") && html.contains("the largest that was kept is 0.0625 nats"), "{html}");
+        assert!(html.contains("measured 3 times") && html.contains("at most 0.100 nats are kept"), "{html}");
+        assert!(
+            html.contains("It was more once, and the steps") && html.contains("the largest that was kept is 0.0625 nats"),
+            "{html}"
+        );
     }
 
     #[test]
