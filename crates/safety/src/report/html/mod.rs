@@ -571,7 +571,7 @@ mod tests {
         let html = page(&held);
         assert!(html.contains("measured 3 times") && html.contains("at most 0.100 nats are kept"), "{html}");
         assert!(
-            html.contains("It was more once, and the steps") && html.contains("the largest that was kept is 0.0625 nats"),
+            html.contains("It was more once, and the steps") && html.contains("the largest that was kept is 0.062 nats"),
             "{html}"
         );
     }
