@@ -40,7 +40,8 @@ const HISTORY: f64 = 1e-3;
 pub struct Figure {
     /// Its name in the case.
     pub name: String,
-    /// The largest difference, relative to the largest expected number; of a trained factor, see `distance`.
+    /// The largest difference, relative to the largest expected number, and of a sum to the largest of what is summed; of a trained factor, see
+    /// `distance`.
     pub error: f64,
     /// The most it may be.
     pub bar: f64,
@@ -89,9 +90,12 @@ impl Figures {
     }
 
     fn tensor(&mut self, name: impl Into<String>, got: &Tensor, expected: &Tensor, bar: f64) {
+        self.scaled_tensor(name, got, expected, largest(expected), bar);
+    }
+
+    fn scaled_tensor(&mut self, name: impl Into<String>, got: &Tensor, expected: &Tensor, scale: f64, bar: f64) {
         let error = if got.size() == expected.size() {
-            let largest = expected.abs().max().double_value(&[]);
-            (got.detach() - expected).abs().max().double_value(&[]) / largest.max(f64::MIN_POSITIVE)
+            largest(&(got.detach() - expected)) / scale.max(f64::MIN_POSITIVE)
         } else {
             f64::INFINITY
         };
@@ -99,6 +103,10 @@ impl Figures {
         let error = if error.is_nan() { f64::INFINITY } else { error };
         self.0.push(Figure { name: name.into(), error, bar });
     }
+}
+
+fn largest(of: &Tensor) -> f64 {
+    of.abs().max().double_value(&[])
 }
 
 /// How far a trained factor is off: the length of the difference, relative to the expected factor's.
@@ -190,13 +198,13 @@ impl Case {
             let merged = merge(&adapter, user, Some(align), &self.safety(Defense::Safegrad, positions)?);
             user = self.user_gradient(&adapter).1;
             facts(figures, mode, merged.facts, &self.scalars[mode], EXACT)?;
-            self.gradient(figures, &adapter, &format!("{mode}/g_final"), &merged.gradient)?;
+            self.merged(figures, &adapter, [&format!("{mode}/g_final"), "g_user"], &merged.gradient)?;
         }
         let against = self.expected_gradient(&adapter, "forced_conflict/g_user")?;
         let align = self.align_gradient(&adapter, KlPositions::Response)?.1;
         let merged = merge(&adapter, against, Some(align), &self.safety(Defense::Safegrad, KlPositions::Response)?);
         facts(figures, "forced_conflict", merged.facts, &self.scalars["forced_conflict"], EXACT)?;
-        self.gradient(figures, &adapter, "forced_conflict/g_final", &merged.gradient)
+        self.merged(figures, &adapter, ["forced_conflict/g_final", "forced_conflict/g_user"], &merged.gradient)
     }
 
     fn history(&self, method: &str, figures: &mut Figures) -> Result<()> {
@@ -276,6 +284,18 @@ impl Case {
             .map(|place| Ok(self.tensor(&format!("{prefix}/{}", place.name.peft()))?.reshape(-1)))
             .collect::<Result<Vec<_>>>()?;
         Ok(Gradient(Tensor::cat(&parts, 0)))
+    }
+
+    /// Compares what was made of a user's gradient, of the second name: a sum with it, whose rounding is that of what is summed where the sum
+    /// itself is next to nothing.
+    fn merged(&self, figures: &mut Figures, adapter: &Adapter, [prefix, user]: [&str; 2], got: &Gradient) -> Result<()> {
+        for place in adapter.places() {
+            let [name, user] = [prefix, user].map(|prefix| format!("{prefix}/{}", place.name.peft()));
+            let expected = self.tensor(&name)?;
+            let scale = largest(expected).max(largest(self.tensor(&user)?));
+            figures.scaled_tensor(&name, &place.of(&got.0), expected, scale, EXACT);
+        }
+        Ok(())
     }
 
     /// Compares a gradient factor by factor, so that a small factor's error does not hide behind a large one.

@@ -9,9 +9,8 @@ use holdfast_dataset::Example;
 use holdfast_dataset::batch::Batch;
 use holdfast_domain::hyperparameters::{Precision, Recompute, Requested};
 use holdfast_domain::plan::{self, paths};
-use holdfast_domain::policy::Policy;
 use holdfast_domain::progress::{Review, Step};
-use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf, ProjectionSpace, RequestedSafety};
+use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf, ProjectionSpace};
 use holdfast_domain::{Hyperparameters, Plan, Safety};
 use holdfast_trainer::adapter::{Adapter, AdapterConfig};
 use holdfast_trainer::checkpoint::{Checkpoints, Owed, State};
@@ -59,7 +58,7 @@ fn plan(more: Requested) -> Result<Plan> {
         base_model: "m".into(),
         validation: false,
         hyperparameters: requested.resolve(8, None)?,
-        safety: RequestedSafety::default().resolve(&Policy::default())?,
+        safety: Safety::new(Defense::Safegrad, 1.0),
         start: None,
         seed: 5,
         checkpoint_steps: 100,
