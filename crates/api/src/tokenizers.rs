@@ -75,14 +75,14 @@ impl Tokenizers {
         Ok(known)
     }
 
-    /// How the rows of an alignment set go with the template and the tokenizer of each base model that is here.
+    /// How the rows of an alignment set go with the template and the tokenizer of each base model that is here and can be read.
     ///
     /// # Errors
     /// When the database or the object store fails.
     pub async fn fit(&self, store: &Store, rows: &[u8]) -> Result<Fit, StoreError> {
         let rows: Arc<[u8]> = rows.into();
         let models = store.base_models().await?;
-        let mut misfits = Vec::new();
+        let (mut examined, mut misfits) = (0, Vec::new());
         for model in &models {
             let known = match self.get(store, &model.name).await {
                 Ok(known) => known,
@@ -91,13 +91,10 @@ impl Tokenizers {
                 Err(error) if error.is_unavailable() => return Err(error),
                 Err(error) => {
                     tracing::warn!(%error, model = model.name, "a base model's tokenizer cannot be read");
-                    misfits.push(Misfit {
-                        model: model.name.clone(),
-                        problem: "its tokenizer cannot be read; the log says why".into(),
-                    });
                     continue;
                 }
             };
+            examined += 1;
             let rows = Arc::clone(&rows);
             let options = EncodeOptions { max_length: usize::MAX, long_rows: LongRows::Error };
             let encode = move || encode_file(&*rows, &known.tokenizer, options, |_, _| {});
@@ -106,7 +103,7 @@ impl Tokenizers {
                 misfits.push(Misfit { model: model.name.clone(), problem: report.summary() });
             }
         }
-        Ok(Fit { models: models.len(), misfits })
+        Ok(Fit { examined, misfits })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<([u8; 32], Arc<Known>)>> {
@@ -117,7 +114,7 @@ impl Tokenizers {
 /// How an alignment set goes with the base models that are here.
 #[derive(Debug)]
 pub struct Fit {
-    models: usize,
+    examined: usize,
     /// Those it cannot be used with: their jobs would fail.
     pub misfits: Vec<Misfit>,
 }
@@ -135,7 +132,7 @@ impl Fit {
     /// Why the set is of no use: it goes with none of the models. What is imported before there is one is found out by its jobs.
     #[must_use]
     pub fn is_useless(&self) -> Option<String> {
-        let first = self.misfits.first().filter(|_| self.misfits.len() == self.models)?;
+        let first = self.misfits.first().filter(|_| self.misfits.len() == self.examined)?;
         Some(format!("the rows fit the template of no base model that is here; of {}: {}", first.model, first.problem))
     }
 }

@@ -11,7 +11,12 @@ pub fn available_bytes() -> Option<u64> {
         Some(kib * 1024)
     });
     let number = |path: &str| read(path)?.trim().parse::<u64>().ok();
-    let group = number("/sys/fs/cgroup/memory.max")
-        .map(|limit| limit.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0)));
+    // Files that were read count as used and make room as soon as it is needed.
+    let stat = read("/sys/fs/cgroup/memory.stat").unwrap_or_default();
+    let fields = stat.lines().filter_map(|line| line.split_once(' '));
+    let cached = fields.filter(|(name, _)| matches!(*name, "inactive_file" | "active_file"));
+    let cached: u64 = cached.filter_map(|(_, bytes)| bytes.parse::<u64>().ok()).sum();
+    let used = || number("/sys/fs/cgroup/memory.current").unwrap_or(0).saturating_sub(cached);
+    let group = number("/sys/fs/cgroup/memory.max").map(|limit| limit.saturating_sub(used()));
     [machine, group].into_iter().flatten().min()
 }

@@ -88,8 +88,8 @@ pub(crate) fn own_suite(number: usize) -> String {
     format!("own-suite-{number}.jsonl")
 }
 
-/// Asks the base whatever is not known of it yet, before anything is trained: what it cannot be asked, no adapter of it can, and what the
-/// training would be refused for is found here. `None` where the training may begin.
+/// Asks the base whatever is not known of it yet, before anything is trained: what it cannot be asked, no adapter of it can. `None` where the
+/// training may begin.
 pub(crate) async fn ask_base(held: &Held<'_>, policy: &Policy) -> Result<Option<Outcome>, StoreError> {
     let (suites, task) = asked_of(held).await?;
     write_request(held, &suites, task.as_ref(), None).await?;
@@ -104,7 +104,8 @@ pub(crate) async fn ask_base(held: &Held<'_>, policy: &Policy) -> Result<Option<
     keep_base_answers(held, &suites).await;
     match outcome {
         Outcome::Done { .. } => {}
-        Outcome::Crashed(error) if !policy.gate.enabled => {
+        // What the training would be refused for too, it is refused for at once.
+        Outcome::Failed(error) | Outcome::Crashed(error) if !policy.gate.enabled => {
             tracing::warn!(code = error.code, reason = error.message, "the base cannot be asked; no gate depends on it");
         }
         other => return Ok(Some(other)),
@@ -137,6 +138,12 @@ pub(crate) async fn evaluate(
         Outcome::Failed(error) => {
             let why = format!("The model could not be asked the safety suites: {}", error.message.trim_end_matches('.'));
             return Ok(not_judged(policy, "safety_evaluation_failed", &why, "the worker"));
+        }
+        // Another attempt would find the service's set-up as it is, and no gate depends on it.
+        Outcome::Crashed(error) if !policy.gate.enabled && error.code == "operator_error" => {
+            let why = "The model could not be asked the safety suites: the service's own set-up is at fault";
+            tracing::error!(reason = error.message, "a model could not be asked");
+            return Ok(not_judged(policy, "safety_evaluation_failed", why, "the worker"));
         }
         other => return Ok(Asked::Ended(other)),
     }
