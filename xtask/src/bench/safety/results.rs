@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use holdfast_safety::judge::Class;
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +28,11 @@ struct Line {
 /// Writes down what was run here, in the place of what was known of the same runs.
 pub(super) fn record(study: &Study, base: Outcome, wanted: &Wanted<'_>) -> Result<()> {
     let mut known = read()?;
+    let is_same = |recorded: &Outcome| (&recorded.classes, &recorded.benign) == (&base.classes, &base.benign);
+    ensure!(
+        known.get(BASE).is_none_or(is_same),
+        "{FILE} is of another base, made by another processor or recipe; what is compared must begin with the same. Remove the file to begin anew"
+    );
     let before = known.len();
     known.insert(BASE.into(), base);
     let mut recorded = 0;
