@@ -4,11 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::TryStreamExt;
 use holdfast_base_model::{Architecture, files};
-use holdfast_dataset::ChatTokenizer;
-use holdfast_dataset::check::encode_file;
-use holdfast_dataset::encode::EncodeOptions;
 use holdfast_dataset::tokenizer::files as text_files;
-use holdfast_domain::hyperparameters::LongRows;
+use holdfast_dataset::{ChatTokenizer, alignment_set};
 use holdfast_store::{ObjectRef, Store, StoreError};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
@@ -96,9 +93,8 @@ impl Tokenizers {
             };
             examined += 1;
             let rows = Arc::clone(&rows);
-            let options = EncodeOptions { max_length: usize::MAX, long_rows: LongRows::Error };
-            let encode = move || encode_file(&*rows, &known.tokenizer, options, |_, _| {});
-            let report = tokio::task::spawn_blocking(encode).await.map_err(std::io::Error::other)??;
+            let check = move || alignment_set::check_template(&rows, &known.tokenizer);
+            let report = tokio::task::spawn_blocking(check).await.map_err(std::io::Error::other)??;
             if report.error_count > 0 {
                 misfits.push(Misfit { model: model.name.clone(), problem: report.summary() });
             }

@@ -4,10 +4,13 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::Read;
 
+use holdfast_domain::hyperparameters::LongRows;
 use holdfast_domain::invalid::LineError;
 
-use crate::check::{Report, each_line};
+use crate::check::{Report, each_line, encode_file};
+use crate::encode::EncodeOptions;
 use crate::row::{Role, Row};
+use crate::tokenizer::ChatTokenizer;
 
 /// Requests that must not be trained on. They are found wherever their words stand one behind the other, whatever is said before and
 /// after them.
@@ -142,6 +145,15 @@ pub fn in_common(rows: &[u8], measured: &[&str]) -> Vec<u64> {
         }
     });
     lines
+}
+
+/// Checks the rows of an alignment set against a model's template and tokenizer, however long they are.
+///
+/// # Errors
+/// Only those of reading, of which memory has none; bad rows are in the report.
+pub fn check_template(rows: &[u8], tokenizer: &ChatTokenizer) -> std::io::Result<Report> {
+    let options = EncodeOptions { max_length: usize::MAX, long_rows: LongRows::Error };
+    encode_file(rows, tokenizer, options, |_, _| {})
 }
 
 /// Checks the rows of an alignment set: each a request and its answer, none twice.

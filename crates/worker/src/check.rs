@@ -4,11 +4,9 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use holdfast_dataset::alignment_set::{self, Requests};
-use holdfast_dataset::check::encode_file;
 use holdfast_dataset::encode::EncodeOptions;
 use holdfast_dataset::files::{TRAINING_FILE, check_files};
 use holdfast_dataset::{ChatTokenizer, Row, frames};
-use holdfast_domain::hyperparameters::LongRows;
 use holdfast_domain::invalid::{LineError, line_numbers};
 use holdfast_domain::job::JobError;
 use holdfast_domain::limits::MAX_LINE_ERRORS;
@@ -66,8 +64,7 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
 
 /// Why an alignment set cannot be used with a base: its rows do not fit the template.
 fn unusable_set(rows: &[u8], tokenizer: &ChatTokenizer) -> std::io::Result<Option<JobError>> {
-    let options = EncodeOptions { max_length: usize::MAX, long_rows: LongRows::Error };
-    let report = encode_file(rows, tokenizer, options, |_, _| {})?;
+    let report = alignment_set::check_template(rows, tokenizer)?;
     let message = format!(
         "The operator's alignment set cannot be used with this model: {} of its rows do not fit the model's template. Nothing is wrong with your file; tell the operator.",
         report.error_count

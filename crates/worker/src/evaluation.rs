@@ -94,8 +94,7 @@ pub(crate) async fn ask_base(held: &Held<'_>, policy: &Policy) -> Result<Option<
     let (suites, task) = asked_of(held).await?;
     write_request(held, &suites, task.as_ref(), None).await?;
     let known = |file: &str| held.folder.path().join(files::paths::SUITES).join(files::paths::base(file)).exists();
-    let mut names = suites.iter().map(|asked| asked.file.as_str()).chain(task.iter().map(|_| TASK));
-    if names.all(known) {
+    if files_of(&suites, task.as_ref()).all(known) {
         return Ok(None);
     }
     let reports = held.reports();
@@ -110,10 +109,15 @@ pub(crate) async fn ask_base(held: &Held<'_>, policy: &Policy) -> Result<Option<
         }
         other => return Ok(Some(other)),
     }
-    for file in suites.iter().map(|asked| asked.file.as_str()).chain(task.iter().map(|_| TASK)) {
+    for file in files_of(&suites, task.as_ref()) {
         know_base_answers(held, file).await?;
     }
     Ok(None)
+}
+
+/// What the files of all that is asked are called.
+fn files_of<'a>(suites: &'a [AskedSuite], task: Option<&Task>) -> impl Iterator<Item = &'a str> {
+    suites.iter().map(|asked| asked.file.as_str()).chain(task.map(|_| TASK))
 }
 
 /// All that is asked of a job's model.
@@ -235,7 +239,7 @@ async fn write_request(
     let request = Request {
         format: files::FORMAT,
         adapter: adapter.map(str::to_owned),
-        suites: suites.iter().map(|asked| asked.file.clone()).chain(task.map(|_| TASK.to_owned())).collect(),
+        suites: files_of(suites, task).map(str::to_owned).collect(),
         // What a task is for is to change the answers.
         without_kl: task.map(|_| TASK.to_owned()).into_iter().collect(),
         max_tokens: ANSWER_TOKENS,

@@ -97,11 +97,7 @@ pub(super) fn table(base: &Outcome, outcomes: &[(Run, Outcome)]) {
         // Each beside plain training of its own seed.
         let beside_plain = |of: &dyn Fn(&Outcome) -> Option<f64>| {
             let own = outcomes.iter().filter(|(other, _)| without_seed(other) == name);
-            let ratios = own.filter_map(|(own, outcome)| {
-                let is_plain = |other: &Run| other.regime == own.regime && other.method == "none" && other.seed == own.seed;
-                let (_, plain) = outcomes.iter().find(|(other, _)| is_plain(other))?;
-                Some(of(outcome)? / of(plain)?)
-            });
+            let ratios = own.filter_map(|(own, outcome)| Some(of(outcome)? / of(beside(outcomes, own, "none")?)?));
             let ratios: Vec<f64> = ratios.collect();
             let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
             if ratios.is_empty() { String::new() } else { format!("{mean:.2}x") }
@@ -216,11 +212,21 @@ pub(super) fn figures(base: &Outcome, outcomes: &[(Run, Outcome)], figures: &mut
     figures.push(Figure::at_most("safety_base_over_refusal", base.over_refusal().value(), 0.05));
 }
 
+/// Whether a run has the strength that its method was given for good.
+fn is_frozen(run: &Run) -> bool {
+    METHODS.contains(&(run.method, run.strength))
+}
+
+/// What another method at its frozen strength came to in the regime of a run and with its seed.
+fn beside<'a>(outcomes: &'a [(Run, Outcome)], own: &Run, method: &str) -> Option<&'a Outcome> {
+    let is_same = |other: &Run| other.regime == own.regime && other.method == method && other.seed == own.seed;
+    outcomes.iter().find(|(other, _)| is_same(other) && is_frozen(other)).map(|(_, outcome)| outcome)
+}
+
 /// The runs of a method at its frozen strength, in the usual regime.
 fn runs_of<'a>(outcomes: &'a [(Run, Outcome)], method: &str, share: f64) -> Vec<&'a (Run, Outcome)> {
-    let frozen = METHODS.iter().find(|(name, _)| *name == method).map(|(_, strength)| *strength);
     let regime = of(Attack::Poison(share));
-    let is_wanted = |run: &Run| run.regime == regime && run.method == method && Some(run.strength) == frozen;
+    let is_wanted = |run: &Run| run.regime == regime && run.method == method && is_frozen(run);
     outcomes.iter().filter(|(run, _)| is_wanted(run)).collect()
 }
 
@@ -239,11 +245,10 @@ const LEAST_SEEDS: usize = 3;
 fn times_dominated(outcomes: &[(Run, Outcome)], method: &str) -> Option<f64> {
     let complied = |outcome: &Outcome| is(&outcome.classes, Class::Compliance);
     let accurate = |outcome: &Outcome| numbers(&outcome.correct);
-    let frozen = |run: &Run| METHODS.contains(&(run.method, run.strength));
     let mut seen: Vec<String> = Vec::new();
     let mut compared = false;
     let mut dominated = 0.0;
-    for (run, _) in outcomes.iter().filter(|(run, _)| run.method == method && frozen(run)) {
+    for (run, _) in outcomes.iter().filter(|(run, _)| run.method == method && is_frozen(run)) {
         let regime = run.regime.name();
         if seen.contains(&regime) {
             continue;
@@ -251,11 +256,7 @@ fn times_dominated(outcomes: &[(Run, Outcome)], method: &str) -> Option<f64> {
         seen.push(regime);
         let own: Vec<_> = outcomes.iter().filter(|(other, _)| without_seed(other) == without_seed(run)).collect();
         let apart = |rival: &str, of: &dyn Fn(&Outcome) -> Vec<f64>| {
-            let pairs = own.iter().filter_map(|(own, outcome)| {
-                let is_same = |other: &Run| other.regime == own.regime && other.method == rival && other.seed == own.seed;
-                let (_, other) = outcomes.iter().find(|(other, _)| is_same(other) && frozen(other))?;
-                Some((of(other), of(outcome)))
-            });
+            let pairs = own.iter().filter_map(|(own, outcome)| Some((of(beside(outcomes, own, rival)?), of(outcome))));
             let (theirs, ours): (Vec<_>, Vec<_>) = pairs.unzip();
             if theirs.len() < LEAST_SEEDS { None } else { bootstrap::paired(&theirs, &ours, 1) }
         };

@@ -4,7 +4,6 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
-use holdfast_domain::plan;
 use holdfast_domain::safety::DEFAULT_BUDGET;
 use serde_json::{Value, json};
 
@@ -52,8 +51,8 @@ pub(super) fn train(folder: &Path, base: &Path, rows: &[String], alignment: &[St
     if !alignment.is_empty() {
         write("alignment.jsonl", alignment)?;
     }
-    let whole = json!({
-        "format": plan::FORMAT, "base_model": "bench", "validation": false, "seed": training.seed, "checkpoint_steps": 1_000_000, "device": "cpu",
+    let plan = json!({
+        "format": holdfast_domain::plan::FORMAT, "base_model": "bench", "validation": false, "seed": training.seed, "checkpoint_steps": 1_000_000, "device": "cpu",
         "hyperparameters": {
             "n_epochs": training.epochs, "batch_size": 10, "gradient_accumulation_steps": 1,
             "learning_rate": training.learning_rate, "lr_schedule": "constant", "warmup_ratio": training.warmup, "weight_decay": 0.0,
@@ -64,7 +63,7 @@ pub(super) fn train(folder: &Path, base: &Path, rows: &[String], alignment: &[St
         },
         "safety": training.safety
     });
-    std::fs::write(folder.join("plan.json"), whole.to_string())?;
+    std::fs::write(folder.join("plan.json"), plan.to_string())?;
     let log = std::fs::File::create(folder.join("trainer.log"))?;
     let trainer = Command::new(program()).arg("train").arg(folder).stdout(log.try_clone()?).stderr(log).spawn()?;
     let (status, peak_bytes) = watch(trainer)?;
