@@ -290,14 +290,14 @@ impl Safety {
                 self.rho, policy.rho
             ));
         }
-        let chosen = |defense: Defense| CHOOSE_POSITIONS.contains(&defense);
-        if let Some(demanded) = policy.kl_positions.filter(|demanded| chosen(self.defense) && *demanded != self.kl_positions) {
+        let chooses = CHOOSE_POSITIONS.contains(&self.defense);
+        if let Some(demanded) = policy.kl_positions.filter(|demanded| chooses && *demanded != self.kl_positions) {
             let (own, demanded) = (self.kl_positions.as_str(), demanded.as_str());
             return below(format!(
                 "with a KL over the positions `{own}`, or goes on from one that was, and it covers `{demanded}` here"
             ));
         }
-        if let Some((name, _)) = self.variants().into_iter().find(|(_, is_usual)| !policy.variants && !is_usual) {
+        if let Some(name) = self.variant().filter(|_| !policy.variants) {
             return below(format!("with a {name} of its own, or goes on from one that was, which is not allowed here"));
         }
         if self.defense == Defense::Held && self.budget > policy.budget {
@@ -309,13 +309,14 @@ impl Safety {
         Ok(())
     }
 
-    /// What can be chosen of how it projects, and whether it is as usual.
-    fn variants(&self) -> [(&'static str, bool); 3] {
-        [
+    /// What of how it projects is not as usual, if anything is.
+    fn variant(&self) -> Option<&'static str> {
+        let choices = [
             ("projection", self.projection == ProjectionOf::default()),
             ("projection_space", self.projection_space == ProjectionSpace::default()),
             ("alignment_point", self.alignment_point == AlignmentPoint::default()),
-        ]
+        ];
+        choices.into_iter().find(|(_, is_usual)| !is_usual).map(|(name, _)| name)
     }
 
     /// Whether rows can be scored by how hard they push against the alignment: their gradients must be compared with an alignment
@@ -418,26 +419,21 @@ impl RequestedSafety {
             let message = "projection \"per_row\" works on gradients at the current weights; leave projection_space and alignment_point out";
             return Err(Invalid::new("projection", "contradiction", message));
         }
-        let (projection, projection_space, alignment_point) = (
-            self.projection.unwrap_or_default(),
-            self.projection_space.unwrap_or_default(),
-            self.alignment_point.unwrap_or_default(),
-        );
         let alignment_set =
             defense.needs_alignment().then(|| self.alignment_set.clone().unwrap_or_else(|| policy.alignment_set.clone()));
         let safety = Safety {
             defense,
             rho,
             kl_positions,
-            projection,
-            projection_space,
-            alignment_point,
+            projection: self.projection.unwrap_or_default(),
+            projection_space: self.projection_space.unwrap_or_default(),
+            alignment_point: self.alignment_point.unwrap_or_default(),
             budget,
             alignment_set,
             alignment_batch_size: alignment_batch_size.filter(|_| defense.needs_alignment()),
         };
-        match safety.variants().into_iter().find(|(_, is_usual)| !policy.variants && !is_usual) {
-            Some((name, _)) => below(name, format!("jobs project as usual here; leave {name} out")),
+        match safety.variant().filter(|_| !policy.variants) {
+            Some(name) => below(name, format!("jobs project as usual here; leave {name} out")),
             None => Ok(safety),
         }
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use holdfast_domain::ids::JobId;
 use holdfast_domain::job::JobError;
 use holdfast_domain::plan::{CheckpointFiles, paths};
+use holdfast_domain::policy::Policy;
 use holdfast_domain::progress::Progress;
 use holdfast_store::queue::{AdapterFile, Checked, Claim, Wish, Work};
 use holdfast_store::retention::{Removed, Retention};
@@ -395,9 +396,8 @@ async fn work(
     };
     let programs = Programs::now(&config.trainer).await?;
     let held = Held { store, config, claim, folder: &folder, stop, programs, framed };
-    let policy = claim.job.policy.as_ref().map(|applied| &applied.policy).filter(|policy| policy.evaluates());
     // A run that goes on has asked it, and is asked what is missing in the end: what a file's frames hold is kept for no later attempt.
-    let unasked = match policy.filter(|_| claim.resume.is_empty()) {
+    let unasked = match held.asking_policy().filter(|_| claim.resume.is_empty()) {
         Some(policy) => evaluation::ask_base(&held, policy).await?,
         None => None,
     };
@@ -424,6 +424,11 @@ pub(crate) struct Held<'a> {
 }
 
 impl Held<'_> {
+    /// The job's policy, if what it made is asked the suites under it.
+    pub(crate) fn asking_policy(&self) -> Option<&Policy> {
+        self.claim.job.policy.as_ref().map(|applied| &applied.policy).filter(|policy| policy.evaluates())
+    }
+
     pub(crate) fn reports(&self) -> impl Reports {
         ToStore { store: self.store, claim: self.claim }
     }

@@ -78,8 +78,7 @@ impl Made {
 
 /// Takes a run's adapter to its end.
 pub(crate) async fn finish(held: &Held<'_>, adapter: Vec<PathBuf>, trained_tokens: u64) -> Result<Ending, StoreError> {
-    let policy = held.claim.job.policy.as_ref().map(|applied| &applied.policy).filter(|policy| policy.evaluates());
-    let made = match policy {
+    let made = match held.asking_policy() {
         None => Made::new(adapter),
         Some(policy) => {
             let mut tries = Tries::default();
