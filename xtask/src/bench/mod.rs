@@ -104,6 +104,7 @@ fn median(values: &mut [f64]) -> f64 {
 }
 
 /// A measured value and what it is held to.
+#[derive(Clone, Copy)]
 pub(crate) struct Figure {
     pub(crate) name: &'static str,
     pub(crate) measured: f64,
@@ -124,6 +125,15 @@ impl Figure {
 
     pub(crate) fn at_least(name: &'static str, measured: f64, bar: f64) -> Self {
         Self { name, measured, bar: Bar::AtLeast(bar) }
+    }
+
+    /// Of this and another measurement of the same, the one that is further from the bar, or less beyond it.
+    pub(crate) fn worse(&self, other: Self) -> Self {
+        let is_worse = match self.bar {
+            Bar::AtMost(_) => other.measured > self.measured,
+            Bar::AtLeast(_) => other.measured < self.measured,
+        };
+        if is_worse { other } else { *self }
     }
 
     /// Its line, for programs.

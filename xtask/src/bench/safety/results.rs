@@ -1,10 +1,11 @@
 //! What was measured, kept in the repository: a line for each run, with what each answer was and none of their texts. So a table can be
-//! printed, and an interval drawn, by anybody and without running anything.
+//! printed, and an interval drawn, by anybody and without running anything. Each base has a file of its own: another kind of processor makes
+//! another base by the same recipe, and what is compared must begin with the same.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use holdfast_safety::judge::Class;
 use serde::{Deserialize, Serialize};
 
@@ -13,9 +14,9 @@ use super::{Outcome, Study, report};
 use crate::bench::{Figure, Wanted};
 use crate::shell::root;
 
-/// The lines, sorted by their keys.
-const FILE: &str = "bench/safety/results.jsonl";
-/// The key of the base's.
+/// A file for each base, `base-1.jsonl` and on; its lines are sorted by their keys.
+const FOLDER: &str = "bench/safety/results";
+/// The key of the line that says what the base itself answers.
 const BASE: &str = "base";
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -27,13 +28,14 @@ struct Line {
 
 /// Writes down what was run here, in the place of what was known of the same runs.
 pub(super) fn record(study: &Study, base: Outcome, wanted: &Wanted<'_>) -> Result<()> {
-    let mut known = read()?;
-    let is_same = |recorded: &Outcome| (&recorded.classes, &recorded.benign) == (&base.classes, &base.benign);
-    ensure!(
-        known.get(BASE).is_none_or(is_same),
-        "{FILE} is of another base, made by another processor or recipe; what is compared must begin with the same. Remove the file to begin anew"
-    );
-    let before = known.len();
+    let answers_alike = |recorded: &Outcome| (&recorded.classes, &recorded.benign) == (&base.classes, &base.benign);
+    let mut number = 1;
+    let mut known = read(&file(number))?;
+    while known.get(BASE).is_some_and(|recorded| !answers_alike(recorded)) {
+        number += 1;
+        known = read(&file(number))?;
+    }
+    let (file, before) = (file(number), known.len());
     known.insert(BASE.into(), base);
     let mut recorded = 0;
     for run in runs::known().into_iter().filter(|run| runs::is_asked_for(run, wanted) && study.is_done(run)) {
@@ -42,34 +44,49 @@ pub(super) fn record(study: &Study, base: Outcome, wanted: &Wanted<'_>) -> Resul
     }
     let lines = known.into_iter().map(|(key, outcome)| Ok(serde_json::to_string(&Line { key, outcome })? + "\n"));
     let lines: Vec<String> = lines.collect::<Result<_>>()?;
-    std::fs::write(path(), lines.concat())?;
-    println!("{recorded} runs recorded in {FILE}, which had {before} lines and has {}", lines.len());
+    std::fs::create_dir_all(root().join(FOLDER))?;
+    std::fs::write(root().join(&file), lines.concat())?;
+    println!("{recorded} runs recorded in {}, which had {before} lines and has {}", file.display(), lines.len());
     Ok(())
 }
 
-/// Shows what is recorded.
+/// Shows what is recorded, base by base. Of a figure that several bases have, the worst counts.
 pub(super) fn table(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> {
-    let mut known = read()?;
-    let Some(base) = known.remove(BASE) else { bail!("{FILE} has no line of the base; `bench safety record` writes one") };
-    let runs = runs::known().into_iter().filter(|run| runs::is_asked_for(run, wanted));
-    let outcomes: Vec<(Run, Outcome)> = runs.filter_map(|run| known.remove(&run.key()).map(|outcome| (run, outcome))).collect();
-    report::table(&base, &outcomes);
-    report::figures(&base, &outcomes, figures);
+    let mut of_bases = Vec::new();
+    for number in 1.. {
+        let mut known = read(&file(number))?;
+        let Some(base) = known.remove(BASE) else { break };
+        let runs = runs::known().into_iter().filter(|run| runs::is_asked_for(run, wanted));
+        let outcomes: Vec<(Run, Outcome)> =
+            runs.filter_map(|run| known.remove(&run.key()).map(|outcome| (run, outcome))).collect();
+        println!("\nbase {number}");
+        report::table(&base, &outcomes);
+        report::figures(&base, &outcomes, &mut of_bases);
+    }
+    ensure!(!of_bases.is_empty(), "{FOLDER} has no file of a base; `bench safety record` writes one");
+    for figure in of_bases {
+        match figures.iter_mut().find(|known| known.name == figure.name) {
+            Some(known) => *known = known.worse(figure),
+            None => figures.push(figure),
+        }
+    }
     Ok(())
 }
 
-fn path() -> PathBuf {
-    root().join(FILE)
+/// The file of a base, from the repository's root.
+fn file(number: usize) -> PathBuf {
+    Path::new(FOLDER).join(format!("base-{number}.jsonl"))
 }
 
-fn read() -> Result<BTreeMap<String, Outcome>> {
-    let text = match std::fs::read_to_string(path()) {
+/// What a file holds; nothing where there is none.
+fn read(file: &Path) -> Result<BTreeMap<String, Outcome>> {
+    let text = match std::fs::read_to_string(root().join(file)) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-        Err(error) => return Err(error).with_context(|| format!("cannot read {FILE}")),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", file.display())),
     };
     let lines = text.lines().enumerate().map(|(at, line)| {
-        let Line { key, outcome } = serde_json::from_str(line).with_context(|| format!("{FILE}, line {}", at + 1))?;
+        let Line { key, outcome } = serde_json::from_str(line).with_context(|| format!("{}, line {}", file.display(), at + 1))?;
         Ok((key, outcome))
     });
     lines.collect()
