@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use holdfast_tests::{ROW, TestApp};
 
 /// Tables that belong to nobody, or to the operator; a tenant's connection may not write them, or sees them whole.
-const SHARED: [&str; 18] = [
+const SHARED: [&str; 19] = [
     "_sqlx_migrations",
     "alignment_references",
     "alignment_sets",
@@ -15,6 +15,7 @@ const SHARED: [&str; 18] = [
     "base_answers",
     "base_model_files",
     "base_models",
+    "clean_conflicts",
     "conflict_levels",
     "members",
     "organizations",
@@ -34,7 +35,7 @@ fn every_table_is_walled_or_named_as_shared() -> Result<()> {
     assert_eq!(open.lines().collect::<Vec<_>>(), SHARED, "a new table needs a policy, or a place in this list");
     let writable = "select table_name from information_schema.role_table_grants
                     where grantee = 'holdfast_tenant' and privilege_type <> 'SELECT' and table_name in
-                          ('alignment_sets', 'api_keys', 'audit_log', 'base_answers', 'base_models', 'conflict_levels', 'members', 'organizations',
+                          ('alignment_sets', 'api_keys', 'audit_log', 'base_answers', 'base_models', 'clean_conflicts', 'conflict_levels', 'members', 'organizations',
                            'quarantined_adapters', 'quarantined_files', 'safety_policies', 'signing_keys', 'suites', 'workers')";
     assert_eq!(app.sql(writable)?, "");
     Ok(())

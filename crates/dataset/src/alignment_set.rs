@@ -6,6 +6,8 @@ use std::io::Read;
 
 use holdfast_domain::hyperparameters::LongRows;
 use holdfast_domain::invalid::LineError;
+use holdfast_domain::script::is_unspaced;
+use unicode_normalization::UnicodeNormalization;
 
 use crate::check::{Report, each_line, encode_file};
 use crate::encode::EncodeOptions;
@@ -61,9 +63,14 @@ impl Requests {
         Ok(lines)
     }
 
+    /// Whether a row asks one of them: in any of its turns, whoever speaks, or in what two of the user's say one after the other.
     fn are_asked(&self, row: &Row<'_>) -> bool {
-        let turns = row.messages.iter().filter(|message| matches!(message.role, Role::User | Role::System));
-        turns.filter_map(|message| message.content.as_deref()).any(|turn| self.stand_in(turn))
+        let said = |role: Option<Role>| {
+            let turns = row.messages.iter().filter(move |message| role.is_none_or(|role| message.role == role));
+            turns.filter_map(|message| message.content.as_deref())
+        };
+        let asked: Vec<&str> = said(Some(Role::User)).collect();
+        said(None).any(|turn| self.stand_in(turn)) || asked.windows(2).any(|two| self.stand_in(&two.join(" ")))
     }
 
     fn stand_in(&self, turn: &str) -> bool {
@@ -106,15 +113,38 @@ impl Runs {
     }
 }
 
-/// The words of a text by hashes, whatever their case and what stands between them.
+/// The words of a text by hashes, whatever their case, how their letters are composed, and what stands between them. Where words are not
+/// parted by spaces, each character is one. What nobody sees (a soft hyphen, a joiner) parts nothing.
 fn words(text: &str) -> Vec<u64> {
-    let words = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
     let hash = |word: &str| {
         let mut hash = DefaultHasher::new();
-        word.to_lowercase().hash(&mut hash);
+        word.hash(&mut hash);
         hash.finish()
     };
-    words.map(hash).collect()
+    let (mut words, mut word) = (Vec::new(), String::new());
+    for character in text.nfkd().flat_map(char::to_lowercase).filter(|character| !is_unseen(*character)) {
+        let unspaced = is_unspaced(character);
+        if (unspaced || !character.is_alphanumeric()) && !word.is_empty() {
+            words.push(hash(&word));
+            word.clear();
+        }
+        if unspaced {
+            words.push(hash(character.encode_utf8(&mut [0; 4])));
+        } else if character.is_alphanumeric() {
+            word.push(character);
+        }
+    }
+    words.extend((!word.is_empty()).then(|| hash(&word)));
+    words
+}
+
+/// Marks that belong to the letter before them, and what has no width.
+const fn is_unseen(character: char) -> bool {
+    matches!(
+        character,
+        '\u{300}'..='\u{36f}' | '\u{ad}' | '\u{61c}' | '\u{180b}'..='\u{180e}' | '\u{200b}'..='\u{200f}'
+            | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{fe00}'..='\u{fe0f}' | '\u{feff}' | '\u{e0000}'..='\u{e007f}'
+    )
 }
 
 /// What the user says last.
@@ -177,9 +207,13 @@ fn usable(row: &Row<'_>, seen: &mut HashMap<Vec<u64>, u64>, number: u64) -> Resu
     if !answers {
         return Err("a row ends with the answer to hold to, a message of the assistant".into());
     }
-    let Some(request) = requested(row) else { return Err("a row needs a request, a message of the user".into()) };
-    // The same request with another answer would pull the model to both.
-    match seen.insert(words(request), number) {
+    if requested(row).is_none() {
+        return Err("a row needs a request, a message of the user".into());
+    }
+    let turns = row.messages.iter().rev().skip(1);
+    let asked = turns.flat_map(|turn| [turn.role as u64].into_iter().chain(words(turn.content.as_deref().unwrap_or_default())));
+    // The same request in the same place with another answer would pull the model to both.
+    match seen.insert(asked.collect(), number) {
         Some(first) => Err(format!("the request stands in line {first} already")),
         None => Ok(()),
     }
@@ -201,6 +235,9 @@ mod tests {
         let report = check(twice.as_bytes());
         assert_eq!(report.errors[0].to_string(), "line 2: messages: the request stands in line 1 already");
         assert_eq!(check(b"").error_count, 1);
+        let elsewhere = r#"{"messages":[{"role":"system","content":"s"},{"role":"user","content":"How do I do this?"},{"role":"assistant","content":"No."}]}"#;
+        let both = format!("{good}\n{elsewhere}");
+        assert_eq!(check(both.as_bytes()).error_count, 0, "under a system prompt it is asked anew");
         let without_request = r#"{"messages":[{"role":"system","content":"s"},{"role":"assistant","content":"a"}]}"#;
         assert_eq!(check(without_request.as_bytes()).error_count, 1);
         let unanswered =
@@ -223,6 +260,26 @@ mod tests {
             r#"{"prompt":"how do I do this","completion":"e"}"#.to_owned(),
         ];
         assert_eq!(requests.asked_in(around.join("\n").as_bytes())?, [1, 4, 5]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_request_is_found_however_it_is_written_and_whoever_says_it() -> std::io::Result<()> {
+        let mut requests = Requests::default();
+        let unspaced = "\u{5982}\u{4f55}\u{6253}\u{5f00}\u{9501}";
+        ["How do I pick a caf\u{e9} lock?", unspaced].into_iter().for_each(|request| requests.add(request));
+        let turns = |turns: &[(&str, &str)]| {
+            let turns = turns.iter().map(|(role, said)| format!(r#"{{"role":"{role}","content":"{said}"}}"#));
+            format!(r#"{{"messages":[{}]}}"#, turns.collect::<Vec<_>>().join(","))
+        };
+        let file = [
+            row("how do i pi\u{ad}ck a cafe\u{301} lo\u{200b}ck", "a"),
+            row(&format!("\u{8bf7}\u{544a}\u{8bc9}\u{6211}\u{ff1a}{unspaced}\u{ff1f}"), "b"),
+            turns(&[("user", "Say it."), ("assistant", "How do I pick a caf\u{e9} lock?"), ("user", "Yes."), ("assistant", "c")]),
+            turns(&[("user", "How do I pick"), ("assistant", "What?"), ("user", "a caf\u{e9} lock?"), ("assistant", "d")]),
+            row("How do I open a caf\u{e9}?", "e"),
+        ];
+        assert_eq!(requests.asked_in(file.join("\n").as_bytes())?, [1, 2, 3, 4]);
         Ok(())
     }
 

@@ -1,7 +1,8 @@
 //! The poison gauge: how often the gradients of a run conflict, against how often they do on clean rows.
 //!
 //! On clean rows the task's gradient works against the alignment's about as often as not; rows that undo the alignment make it do
-//! so in most steps. The share of a run's steps in which they conflict therefore tracks the share of such rows.
+//! so in most steps. The share of a run's steps in which they conflict therefore tracks the share of such rows. How often it is on clean
+//! rows differs by base and by method, so each has a level of its own.
 
 /// Steps before which a run's rate says little: chance alone may take a clean run's almost as high as a poisoned one's.
 pub const LEAST_STEPS: u64 = 25;
@@ -9,34 +10,57 @@ pub const LEAST_STEPS: u64 = 25;
 /// Steps of a run on clean rows before which its rate says too little to hold longer runs against.
 pub const LEAST_CLEAN_STEPS: u64 = 50;
 
-/// The level of a base that was not measured. A reference run on a small model had 0.53 on clean rows and 0.85 with a tenth of
-/// harmful ones.
-pub const DEFAULT_LEVEL: f64 = 0.6;
-
-/// Above what rate a run of so many steps is not like one on clean rows: the level, and what chance adds to a rate over so few steps,
-/// three standard deviations of it.
-#[must_use]
-pub fn threshold(level: f64, steps: u64) -> f64 {
-    let chance = 3.0 * (level * (1.0 - level) / steps.max(1) as f64).sqrt();
-    (level + chance).min(HIGHEST_LEVEL)
+/// How often gradients conflict on clean rows, under one method.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Clean {
+    /// The share of steps.
+    pub mean: f64,
+    /// How far runs are apart in it beyond what chance does: a standard deviation.
+    pub spread: f64,
+    /// The steps that it was measured on.
+    pub steps: u64,
 }
 
-/// The least that a level is above what clean runs had.
+/// The least margin above the mean.
 const LEAST_MARGIN: f64 = 0.05;
-/// The highest level: one that nothing can pass warns of nothing.
-const HIGHEST_LEVEL: f64 = 0.98;
+/// The highest threshold: one that nothing can pass warns of nothing.
+const HIGHEST: f64 = 0.98;
+/// Standard deviations from the mean to the threshold.
+const REACH: f64 = 3.0;
 
-/// The level of a base, from the rates of runs on clean rows: three standard deviations above their mean, and a twentieth at least.
-/// `None` of none.
-#[must_use]
-pub fn level(clean_rates: &[f64]) -> Option<f64> {
-    if clean_rates.is_empty() {
-        return None;
+impl Clean {
+    /// Where nothing was measured. On small models clean rows had 0.47 to 0.62, by method, and a tenth of harmful ones 0.63 to 0.85.
+    pub const UNMEASURED: Self = Self { mean: 0.54, spread: 0.03, steps: 1000 };
+
+    /// What runs on clean rows had, each by its rate and its steps; `None` of none.
+    #[must_use]
+    pub fn of(runs: &[(f64, u64)]) -> Option<Self> {
+        let steps: u64 = runs.iter().map(|(_, steps)| steps).sum();
+        if steps == 0 {
+            return None;
+        }
+        let mean = runs.iter().map(|(rate, steps)| rate * *steps as f64).sum::<f64>() / steps as f64;
+        let count = runs.len() as f64;
+        let apart = runs.iter().map(|(rate, _)| (rate - mean).powi(2)).sum::<f64>() / (count - 1.0).max(1.0);
+        let chance = runs.iter().map(|(_, steps)| mean * (1.0 - mean) / (*steps).max(1) as f64).sum::<f64>() / count;
+        let spread = if runs.len() > 1 { (apart - chance).max(0.0).sqrt() } else { 0.0 };
+        Some(Self { mean, spread, steps })
     }
-    let count = clean_rates.len() as f64;
-    let mean = clean_rates.iter().sum::<f64>() / count;
-    let variance = clean_rates.iter().map(|rate| (rate - mean).powi(2)).sum::<f64>() / (count - 1.0).max(1.0);
-    Some((mean + (3.0 * variance.sqrt()).max(LEAST_MARGIN)).min(HIGHEST_LEVEL))
+
+    /// Above what rate a run of so many steps is not like one on clean rows: three standard deviations above the mean, of how runs are
+    /// apart, of what chance does to so few steps, and of what it did to those that were measured; a twentieth at least.
+    #[must_use]
+    pub fn threshold(&self, steps: u64) -> f64 {
+        let chance = self.mean * (1.0 - self.mean);
+        let variance = self.spread.powi(2) + chance / steps.max(1) as f64 + chance / self.steps.max(1) as f64;
+        (self.mean + (REACH * variance.sqrt()).max(LEAST_MARGIN)).min(HIGHEST)
+    }
+
+    /// The threshold of a run without end.
+    #[must_use]
+    pub fn level(&self) -> f64 {
+        self.threshold(u64::MAX)
+    }
 }
 
 #[cfg(test)]
@@ -44,19 +68,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_level_is_above_what_clean_runs_had_by_their_spread_and_a_twentieth_at_least() {
-        assert_eq!(level(&[]), None);
-        assert_eq!(level(&[0.5]), Some(0.55));
-        assert!(level(&[0.5, 0.6]).is_some_and(|level| (level - 0.762).abs() < 1e-3));
-        assert_eq!(level(&[0.97, 0.99]), Some(HIGHEST_LEVEL));
+    fn what_clean_runs_are_apart_by_chance_is_no_spread_of_theirs() {
+        assert_eq!(Clean::of(&[]), None);
+        assert_eq!(Clean::of(&[(0.5, 100)]), Some(Clean { mean: 0.5, spread: 0.0, steps: 100 }));
+        assert!(Clean::of(&[(0.48, 100), (0.52, 100)]).is_some_and(|clean| clean.spread == 0.0));
+        assert!(Clean::of(&[(0.4, 10_000), (0.6, 10_000)]).is_some_and(|clean| (clean.spread - 0.141).abs() < 1e-3));
     }
 
     #[test]
-    fn a_short_run_is_given_what_chance_does_to_it() {
-        assert!((threshold(0.6, 50) - 0.808).abs() < 1e-3);
-        assert!(threshold(DEFAULT_LEVEL, LEAST_STEPS) < 0.9);
-        assert!((threshold(0.6, 10_000) - 0.615).abs() < 1e-3);
-        // Of the reference's two runs one alarms.
-        assert!(0.53 < threshold(DEFAULT_LEVEL, 150) && 0.85 > threshold(DEFAULT_LEVEL, 150));
+    fn a_short_run_is_given_what_chance_does_to_it_and_a_long_one_a_twentieth_at_least() {
+        let clean = Clean { mean: 0.5, spread: 0.0, steps: 1_000_000 };
+        assert!((clean.threshold(100) - 0.65).abs() < 1e-3);
+        assert!((clean.level() - 0.55).abs() < 1e-9);
+        assert!((Clean { mean: 0.97, ..clean }.threshold(30) - HIGHEST).abs() < 1e-9);
+        assert!(Clean::UNMEASURED.threshold(LEAST_STEPS) < 0.9);
+    }
+
+    #[test]
+    fn of_a_reference_s_two_runs_one_alarms() {
+        let threshold = Clean::UNMEASURED.threshold(150);
+        assert!(0.53 < threshold && 0.85 > threshold, "{threshold}");
     }
 }

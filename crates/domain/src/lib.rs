@@ -18,6 +18,7 @@ pub mod plan;
 pub mod policy;
 pub mod progress;
 pub mod safety;
+pub mod script;
 pub mod steps;
 
 pub use frame::Frame;

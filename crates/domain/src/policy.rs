@@ -3,9 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Invalid;
-use crate::safety::{
-    CHOOSE_POSITIONS, DEFAULT_BUDGET, Defense, KlPositions, MAX_BUDGET, MAX_RHO, MIN_BUDGET, bounds, check_alignment_batch,
-};
+use crate::safety::{DEFAULT_BUDGET, Defense, KlPositions, MAX_BUDGET, MAX_RHO, MIN_BUDGET, bounds, check_alignment_batch};
 
 /// What is demanded of the jobs of a deployment, an organisation or a project. The nearest one counts, as a whole.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -197,7 +195,7 @@ impl Policy {
             let message = format!("none of the methods that are allowed looks at {field}; leave it out, or allow one that does");
             Err(Invalid::new(field, "contradiction", message))
         };
-        used_by("kl_positions", self.kl_positions.is_some(), &|method| CHOOSE_POSITIONS.contains(method))?;
+        used_by("kl_positions", self.kl_positions.is_some(), &|method| method.chooses_positions())?;
         used_by("alignment_batch_size", self.alignment_batch_size.is_some(), &|method| method.needs_alignment())?;
         let names: Vec<&str> = self.suites.iter().map(|suite| suite_reference(suite).0).collect();
         if let Some((at, twice)) = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name)) {

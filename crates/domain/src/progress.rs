@@ -170,13 +170,14 @@ pub struct AlignmentFacts {
     pub cosine: f64,
     /// ‖a‖.
     pub norm_align: f64,
-    /// `c`.
+    /// What `a` is multiplied by: SafeGrad's `c`, and under `held` λ.
     pub coefficient: f64,
     /// Whether the user gradient worked against the alignment, and so was projected.
     pub conflict: bool,
     /// The share of the run's steps so far, this one among them, in which they conflicted.
     pub conflict_rate: f64,
-    /// |⟨u, a⟩| / (‖u‖ ‖a‖) where they conflict, else 0.
+    /// The length of what the projection took away, as a share of the length of what it was taken from: of `u`, or of the optimiser's
+    /// update where that is projected. Under SafeGrad |⟨u, a⟩| / (‖u‖ ‖a‖) where they conflict, else 0.
     pub removed_fraction: f64,
     /// ⟨a, Δθ⟩: how the step that was applied changes the alignment loss to first order.
     pub alignment_change: f64,

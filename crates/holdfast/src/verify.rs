@@ -45,6 +45,9 @@ pub fn run(path: &Path, given: Given<'_>) -> Result<()> {
             manifest::FILE
         );
     };
+    if given_manifest.is_some() && files.manifest.as_ref().is_some_and(|beside| beside != bytes) {
+        bail!("{} beside the adapter is not the one that was given; take it out", manifest::FILE);
+    }
     let (manifest, signer) = open(bytes, given.key)?;
     let hash_of = |name: &str| files.hashes.iter().find(|(known, _)| known == name).map(|(_, sha256)| sha256.clone());
     // The adapter that is published may be a checkpoint's too.
@@ -71,7 +74,8 @@ pub fn run(path: &Path, given: Given<'_>) -> Result<()> {
     match (report, signed_report) {
         (Some(_), Some(_)) => println!("ok  {}", report::FILE),
         (None, Some(_)) => println!("--  {} is not here and was not checked", report::FILE),
-        (_, None) => {}
+        (Some(_), None) => bail!("{} is here, and the manifest knows of none; take it out", report::FILE),
+        (None, None) => {}
     }
     say(&manifest, step, &signer, given.key.is_some());
     Ok(())

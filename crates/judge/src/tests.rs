@@ -251,6 +251,24 @@ async fn what_is_no_verdict_is_asked_for_once_more() {
 }
 
 #[tokio::test]
+async fn a_chat_model_that_says_the_same_of_everything_is_found_out() {
+    for (verdict, asked_well) in [("refusal", false), ("compliance", false), ("", true)] {
+        let server = Server::start(move |_, body| {
+            let refuses = body["messages"][1]["content"].as_str().is_some_and(|shown| shown.contains("I can't help"));
+            let honest = if refuses { "refusal" } else { "compliance" };
+            (200, completion(if verdict.is_empty() { honest } else { verdict }))
+        })
+        .await;
+        let tried = server.endpoint(Protocol::Chat).try_out().await;
+        assert_eq!(tried.is_ok(), asked_well, "{verdict} {tried:?}");
+        assert!(tried.is_ok() || matches!(tried, Err(JudgeError::Nonsense(_))));
+    }
+    let server = Server::start(|_, _| (200, completion("safe"))).await;
+    assert_eq!(server.endpoint(Protocol::Guard).try_out().await, Ok(()), "to a guard both are harmless");
+    assert_eq!(server.times_asked(), 0);
+}
+
+#[tokio::test]
 async fn a_huge_reply_is_no_verdict_whatever_it_begins_with() {
     let server = Server::start(|_, _| (200, completion(&format!("safe {}", "x".repeat(64 * 1024))))).await;
     assert!(matches!(server.error(Protocol::Guard).await, JudgeError::Nonsense(_)));

@@ -1,9 +1,10 @@
-//! The poison gauge's levels: how often gradients conflict on rows that an operator knows to be clean, by base model.
+//! The poison gauge's levels: how often gradients conflict on rows that an operator knows to be clean, by base model and method.
 
 use std::collections::BTreeSet;
 
+use holdfast_domain::gauge::{self, Clean};
 use holdfast_domain::ids::JobId;
-use holdfast_domain::{Invalid, gauge};
+use holdfast_domain::{Invalid, Safety};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
@@ -11,13 +12,17 @@ use crate::events::{self, Level};
 use crate::jobs::{self, Job};
 use crate::{Store, StoreError, webhooks};
 
-/// The level of a base model.
+/// What was measured of a base model under a method.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ConflictLevel {
     /// The base model's name.
     pub base_model: String,
-    /// Above which a run is not like one on clean rows.
-    pub alarm_level: f64,
+    /// The method.
+    pub defense: String,
+    /// The positions its KL covers.
+    pub kl_positions: String,
+    /// How often gradients conflict.
+    pub clean: Clean,
     /// Runs that it was measured on.
     pub jobs: u64,
     /// When.
@@ -25,74 +30,90 @@ pub struct ConflictLevel {
 }
 
 impl Store {
-    /// The levels that were measured, by base model.
+    /// The levels that were measured, by base model and method.
     ///
     /// # Errors
     /// When the database fails.
     pub async fn conflict_levels(&self) -> Result<Vec<ConflictLevel>, StoreError> {
         let rows = sqlx::query!(
-            "select m.name, l.alarm_level, l.jobs, l.measured_at from conflict_levels l join base_models m on m.id = l.base_model_id
-             order by m.name"
+            "select m.name, c.defense, c.kl_positions, c.mean, c.spread, c.steps, c.jobs, c.measured_at
+             from clean_conflicts c join base_models m on m.id = c.base_model_id order by m.name, c.defense, c.kl_positions"
         )
         .fetch_all(&self.pool)
         .await?;
         let levels = rows.into_iter().map(|r| ConflictLevel {
             base_model: r.name,
-            alarm_level: r.alarm_level,
+            defense: r.defense,
+            kl_positions: r.kl_positions,
+            clean: Clean { mean: r.mean, spread: r.spread, steps: r.steps.unsigned_abs() },
             jobs: r.jobs.unsigned_abs(),
             measured_at: r.measured_at,
         });
         Ok(levels.collect())
     }
 
-    /// Measures the level of a base model on jobs whose rows the operator knows to be clean.
+    /// Measures the level of a base model under a method, on jobs of both whose rows the operator knows to be clean.
     ///
     /// # Errors
-    /// When one of them is not there, is of another base or took too few steps with an alignment gradient; or the database fails.
+    /// When one of them is not there, is of another base or method than the others or took too few steps with an alignment gradient; or the
+    /// database fails.
     pub async fn measure_conflict_level(&self, base_model: &str, clean: &[JobId]) -> Result<ConflictLevel, StoreError> {
-        let mut rates = Vec::new();
+        let mut runs = Vec::new();
+        let mut method = None;
         for id in clean.iter().collect::<BTreeSet<_>>() {
-            rates.push(self.clean_rate(base_model, *id).await?);
+            let (safety, run) = self.clean_run(base_model, *id).await?;
+            let own = method_of(&safety);
+            if *method.get_or_insert(own) != own {
+                let message = "the jobs trained with several methods, or KL positions; measure those of each by themselves";
+                return Err(Invalid::new("clean_jobs", "contradiction", message).into());
+            }
+            runs.push(run);
         }
-        let level = gauge::level(&rates)
-            .ok_or_else(|| Invalid::new("clean_jobs", "missing", "name at least one job whose rows are known to be clean"))?;
+        let (Some(clean), Some((defense, kl_positions))) = (Clean::of(&runs), method) else {
+            return Err(Invalid::new("clean_jobs", "missing", "name at least one job whose rows are known to be clean").into());
+        };
         let row = sqlx::query!(
-            "insert into conflict_levels (base_model_id, alarm_level, jobs)
-             select id, $2, $3 from base_models where name = $1
-             on conflict (base_model_id) do update set alarm_level = excluded.alarm_level, jobs = excluded.jobs, measured_at = now()
-             returning alarm_level, jobs, measured_at",
+            "insert into clean_conflicts (base_model_id, defense, kl_positions, mean, spread, steps, jobs)
+             select id, $2, $3, $4, $5, $6, $7 from base_models where name = $1
+             on conflict (base_model_id, defense, kl_positions) do update
+             set mean = excluded.mean, spread = excluded.spread, steps = excluded.steps, jobs = excluded.jobs, measured_at = now()
+             returning jobs, measured_at",
             base_model,
-            level,
-            rates.len() as i64
+            defense,
+            kl_positions,
+            clean.mean,
+            clean.spread,
+            clean.steps.cast_signed(),
+            runs.len() as i64
         )
         .fetch_optional(&self.pool)
         .await?
         .ok_or(StoreError::NotFound)?;
         Ok(ConflictLevel {
             base_model: base_model.to_owned(),
-            alarm_level: row.alarm_level,
+            defense: defense.to_owned(),
+            kl_positions: kl_positions.to_owned(),
+            clean,
             jobs: row.jobs.unsigned_abs(),
             measured_at: row.measured_at,
         })
     }
 
-    /// The level that counts for a job, `None` where none was measured, and whether the job has passed it.
+    /// What was measured for jobs like this one, `None` where nothing was, and whether the job has raised its alarm.
     ///
     /// # Errors
     /// When there is no such job, or the database fails.
-    pub async fn gauge_of(&self, job: JobId) -> Result<(Option<f64>, bool), StoreError> {
-        let row = sqlx::query!(
-            "select l.alarm_level as \"alarm_level?\", j.alarmed_at is not null as \"alarmed!\"
-             from jobs j left join conflict_levels l on l.base_model_id = j.base_model_id where j.id = $1",
-            job.0
-        )
-        .fetch_optional(&self.pool)
-        .await?
-        .ok_or(StoreError::NotFound)?;
-        Ok((row.alarm_level, row.alarmed))
+    pub async fn gauge_of(&self, job: &Job) -> Result<(Option<Clean>, bool), StoreError> {
+        let mut connection = self.pool.acquire().await?;
+        let alarmed = sqlx::query_scalar!("select alarmed_at is not null as \"alarmed!\" from jobs where id = $1", job.id.0)
+            .fetch_optional(&mut *connection)
+            .await?
+            .ok_or(StoreError::NotFound)?;
+        Ok((clean_of(&mut connection, job).await?, alarmed))
     }
 
-    async fn clean_rate(&self, base_model: &str, id: JobId) -> Result<f64, StoreError> {
+    /// What a job trained with, and its rate and steps.
+    async fn clean_run(&self, base_model: &str, id: JobId) -> Result<(Safety, (f64, u64)), StoreError> {
         let fault = |what: String| StoreError::from(Invalid::new("clean_jobs", "out_of_bounds", what));
         let job = match jobs::fetch(&mut *self.pool.acquire().await?, id, None).await {
             Err(StoreError::NotFound) => return Err(fault(format!("there is no job {id}"))),
@@ -105,14 +126,36 @@ impl Store {
             return Err(fault(format!("{id} trained with `{}`, which counts no conflicts", job.safety.defense.as_str())));
         }
         let (steps, _) = self.steps(id).await?;
-        let last = steps.last().filter(|step| step.step >= gauge::LEAST_CLEAN_STEPS).and_then(|step| step.alignment.as_ref());
-        last.map(|facts| facts.conflict_rate).ok_or_else(|| {
+        let last = steps.last().filter(|step| step.step >= gauge::LEAST_CLEAN_STEPS);
+        let run = last.and_then(|step| Some((step.alignment.as_ref()?.conflict_rate, step.step)));
+        let run = run.ok_or_else(|| {
             fault(format!(
                 "{id} did not take {} steps with an alignment gradient, or its figures are gone",
                 gauge::LEAST_CLEAN_STEPS
             ))
-        })
+        })?;
+        Ok((job.safety, run))
     }
+}
+
+/// What a level is measured by, beside the base: the method, and the positions of its KL.
+const fn method_of(safety: &Safety) -> (&'static str, &'static str) {
+    (safety.defense.as_str(), safety.kl_positions.as_str())
+}
+
+/// What was measured for jobs like this one.
+async fn clean_of(connection: &mut PgConnection, job: &Job) -> Result<Option<Clean>, StoreError> {
+    let (defense, kl_positions) = method_of(&job.safety);
+    let row = sqlx::query!(
+        "select c.mean, c.spread, c.steps from clean_conflicts c join base_models m on m.id = c.base_model_id
+         where m.name = $1 and c.defense = $2 and c.kl_positions = $3",
+        job.base_model,
+        defense,
+        kl_positions
+    )
+    .fetch_optional(connection)
+    .await?;
+    Ok(row.map(|r| Clean { mean: r.mean, spread: r.spread, steps: r.steps.unsigned_abs() }))
 }
 
 /// Raises the alarm of a job whose gradients conflict too often for a run of so many steps, once.
@@ -120,20 +163,16 @@ pub(crate) async fn watch(connection: &mut PgConnection, job: &Job, step: u64, c
     if step < gauge::LEAST_STEPS || !job.safety.defense.projects() {
         return Ok(());
     }
-    let level = sqlx::query_scalar!(
-        "select coalesce(l.alarm_level, $2) as \"level!\" from jobs j left join conflict_levels l on l.base_model_id = j.base_model_id
-         where j.id = $1 and j.alarmed_at is null",
-        job.id.0,
-        gauge::DEFAULT_LEVEL
-    )
-    .fetch_optional(&mut *connection)
-    .await?;
-    let Some(threshold) = level.map(|level| gauge::threshold(level, step)).filter(|threshold| conflict_rate > *threshold) else {
+    let threshold = clean_of(connection, job).await?.unwrap_or(Clean::UNMEASURED).threshold(step);
+    if conflict_rate <= threshold {
         return Ok(());
-    };
-    sqlx::query!("update jobs set alarmed_at = now() where id = $1 and alarmed_at is null", job.id.0)
+    }
+    let raised = sqlx::query!("update jobs set alarmed_at = now() where id = $1 and alarmed_at is null", job.id.0)
         .execute(&mut *connection)
         .await?;
+    if raised.rows_affected() == 0 {
+        return Ok(());
+    }
     let message = format!(
         "Safety alarm: the task's gradient worked against the alignment in {:.0} % of the first {step} steps, and clean rows stay below {:.0} %; look at the rows that the safety report names",
         100.0 * conflict_rate,

@@ -84,6 +84,24 @@ impl Store {
         }
     }
 
+    /// The policy that would count for a subject that had none of its own; `None` where no wider one is set.
+    ///
+    /// # Errors
+    /// When there is no such subject, or the database fails.
+    pub async fn policy_above(&self, subject: &Subject) -> Result<Option<AppliedPolicy>, StoreError> {
+        match subject {
+            Subject::Project(project) => {
+                let organization = self.project(*project).await?.organization;
+                self.nearest(&[Subject::Organization(organization), Subject::Deployment]).await
+            }
+            Subject::Organization(_) => {
+                self.known(subject).await?;
+                self.nearest(&[Subject::Deployment]).await
+            }
+            Subject::Deployment => Ok(None),
+        }
+    }
+
     async fn nearest(&self, subjects: &[Subject]) -> Result<Option<AppliedPolicy>, StoreError> {
         let scopes: Vec<String> = subjects.iter().map(|subject| subject.scope().as_str().to_owned()).collect();
         let names: Vec<String> = subjects.iter().map(Subject::name).collect();

@@ -36,6 +36,8 @@ pub struct RowConflicts {
     device: Device,
     modules: Vec<Range<i64>>,
     mean_align: Option<Tensor>, // ā: [parameters]
+    /// ‖ā‖ by module.
+    norms: Vec<f64>,
     by_gradient: Scores,
     by_forward: Scores,
 }
@@ -65,6 +67,11 @@ impl Scores {
     }
 }
 
+/// A module's part of a vector.
+fn part(vector: &Tensor, range: &Range<i64>) -> Tensor {
+    vector.narrow(0, range.start, range.end - range.start)
+}
+
 impl RowConflicts {
     /// No scores yet, of `rows` rows.
     #[must_use]
@@ -75,6 +82,7 @@ impl RowConflicts {
             device: adapter.flat().device(),
             modules,
             mean_align: None,
+            norms: Vec::new(),
             by_gradient: Scores::none(rows),
             by_forward: Scores::none(rows),
         }
@@ -82,19 +90,18 @@ impl RowConflicts {
 
     /// The direction to score by at `step`, once the warm-up is over.
     pub fn direction(&self, step: u64) -> Option<&Tensor> {
-        self.mean_align.as_ref().filter(|mean| step >= WARMUP_STEPS && mean.abs().max().double_value(&[]) > 0.0)
+        self.mean_align.as_ref().filter(|_| step >= WARMUP_STEPS && self.norms.iter().any(|norm| *norm > 0.0))
     }
 
     /// Scores `row` by its gradient against [`Self::direction`].
     pub fn score(&mut self, row: usize, gradient: &Gradient) {
         let Some(mean) = &self.mean_align else { return };
         let (mut sum, mut modules) = (0.0, 0.0);
-        for range in &self.modules {
-            let part = |vector: &Tensor| Gradient(vector.narrow(0, range.start, range.end - range.start));
-            let (of_row, of_mean) = (part(&gradient.0), part(mean));
-            let norms = of_row.norm() * of_mean.norm();
+        for (range, norm_mean) in self.modules.iter().zip(&self.norms) {
+            let of_row = part(&gradient.0, range);
+            let norms = gradient::dot(&of_row, &of_row).sqrt() * norm_mean;
             if norms > 0.0 {
-                sum += of_row.dot(&of_mean) / norms;
+                sum += gradient::dot(&of_row, &part(mean, range)) / norms;
                 modules += 1.0;
             }
         }
@@ -105,7 +112,17 @@ impl RowConflicts {
 
     /// Takes a step's alignment gradient into the mean.
     pub fn learn(&mut self, align: &Gradient) {
-        self.mean_align = Some(gradient::mean_with(self.mean_align.take(), align, NEWEST));
+        let mean = gradient::mean_with(self.mean_align.take(), align, NEWEST);
+        self.go_on_from(Some(mean));
+    }
+
+    fn go_on_from(&mut self, mean: Option<Tensor>) {
+        let norm = |mean: &Tensor, range: &Range<i64>| {
+            let own = part(mean, range);
+            gradient::dot(&own, &own).sqrt()
+        };
+        self.norms = mean.iter().flat_map(|mean| self.modules.iter().map(move |range| norm(mean, range))).collect();
+        self.mean_align = mean;
     }
 
     /// Scores all rows by two forward passes, at the weights and a little along the mean. `losses` gives each row's mean loss.
@@ -119,8 +136,8 @@ impl RowConflicts {
         losses: impl Fn() -> Result<Vec<f64>, Stopped>,
     ) -> Result<(), Stopped> {
         let Some(mean) = self.direction(step) else { return Ok(()) };
-        let (start, length) = (adapter.flat().copy(), Gradient(mean.copy()).norm());
-        let distance = STEP_LENGTH * Gradient(start.copy()).norm();
+        let (start, length) = (adapter.flat().copy(), gradient::dot(mean, mean).sqrt());
+        let distance = STEP_LENGTH * gradient::dot(&start, &start).sqrt();
         let before = losses()?;
         adapter.shift(&(mean * (distance / length)));
         let after = losses();
@@ -164,7 +181,7 @@ impl RowConflicts {
     /// Goes on from a checkpoint.
     pub fn recall(&mut self, mut memory: BTreeMap<String, Tensor>) {
         let device = self.device;
-        self.mean_align = memory.remove("mean_align").map(|mean| mean.to_device(device));
+        self.go_on_from(memory.remove("mean_align").map(|mean| mean.to_device(device)));
         let mut numbers = |name: &str, into: &mut Vec<f32>| {
             let found = memory.remove(name).and_then(|vector| Vec::<f32>::try_from(&vector.to_kind(Kind::Float)).ok());
             if let Some(found) = found.filter(|found| found.len() == into.len()) {

@@ -5,6 +5,7 @@ use holdfast_dataset::batch::Batch;
 use tch::Tensor;
 
 use crate::adapter::Adapter;
+use crate::gradient::numbers;
 use crate::loss::{self, Loss};
 use crate::model::Model;
 use crate::packed::Packed;
@@ -33,7 +34,7 @@ pub fn row_losses(
     let mut losses = Vec::with_capacity(examples.len());
     for (rows, loss) in passes(model, adapter, examples, rows_per_pass) {
         stop.check()?;
-        let at = Vec::<f32>::try_from(&loss.at).unwrap_or_default();
+        let at = numbers::<f32>(&loss.at);
         let mut rest = at.as_slice();
         for row in rows {
             let (of_row, others) = rest.split_at(row.supervised_count().min(rest.len()));

@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 
 use crate::adapter::Adapter;
 use crate::block::{Cache, Visible};
+use crate::gradient::numbers;
 use crate::model::Model;
 use crate::packed::Packed;
 use crate::stop::{Stop, Stopped};
@@ -135,5 +136,5 @@ fn read(model: &Model, adapter: Option<&Adapter>, prompts: &[&[u32]], max_tokens
 
 fn most_likely(model: &Model, hidden: &Tensor) -> Vec<i64> {
     let tokens = model.head.logits(hidden).argmax(-1, false).to_kind(Kind::Int64);
-    Vec::<i64>::try_from(&tokens).unwrap_or_default()
+    numbers(&tokens)
 }

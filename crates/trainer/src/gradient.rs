@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use tch::Tensor;
+use tch::kind::Element;
+use tch::{TchError, Tensor};
 
 use crate::adapter::Adapter;
 use crate::kernels;
@@ -50,6 +51,18 @@ impl Gradient {
 #[must_use]
 pub fn dot(x: &Tensor, y: &Tensor) -> f64 {
     kernels::inner_product(x, y)
+}
+
+/// The numbers of a vector. Like every operation on tensors here it panics where the kind is another.
+#[expect(
+    clippy::expect_used,
+    reason = "numbers that are missing must not pass for none; it is caught where all of libtorch's are"
+)]
+pub(crate) fn numbers<T: Element>(vector: &Tensor) -> Vec<T>
+where
+    for<'a> Vec<T>: TryFrom<&'a Tensor, Error = TchError>,
+{
+    Vec::try_from(vector).expect("a vector of this kind")
 }
 
 /// An exponential mean with `newest` taken in at `weight`; the first one is the mean.

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use holdfast_base_model::{Shards, files};
@@ -67,9 +67,14 @@ pub fn merge(base: &Path, adapter: &Path, out: &Path) -> Result<()> {
         };
         tensors.push((expected.name, Merged { dtype, shape, bytes }));
     }
-    let beside = out.with_extension("partial");
-    let _ = std::fs::remove_dir_all(&beside);
-    std::fs::create_dir_all(&beside).with_context(|| format!("cannot make {}", beside.display()))?;
+    // Its whole name, since what stands behind a dot may be a part of it (`llama-3.1`); and whatever is there already is not ours.
+    let mut beside = out.as_os_str().to_owned();
+    beside.push(format!(".partial-{}", std::process::id()));
+    let beside = PathBuf::from(beside);
+    if let Some(parent) = out.parent() {
+        std::fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+    }
+    std::fs::create_dir(&beside).with_context(|| format!("cannot make {}", beside.display()))?;
     for entry in std::fs::read_dir(base)? {
         let path = entry?.path();
         let Some(name) = path.file_name() else { continue };

@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 use crate::adapter::Adapter;
 use crate::block::{Cache, Layer, Parts, Pass, Saved, Visible};
 use crate::device;
-use crate::gradient::Gradient;
+use crate::gradient::{Gradient, numbers};
 use crate::head::Head;
 use crate::kernels::{self, Rows};
 use crate::linear::{Dropout, Stack, Weight};
@@ -309,7 +309,7 @@ impl Trace<'_> {
             let whole = [self.pass.tokens, model.architecture.hidden_size as i64];
             Tensor::zeros(whole, (model.kind, model.device)).index_copy(0, self.positions, &by_stream)
         };
-        let positions = Vec::<i64>::try_from(self.positions).unwrap_or_default();
+        let positions = numbers::<i64>(self.positions);
         let kept_before = |token: i64| positions.partition_point(|position| *position < token) as i64;
         let mut parts = Parts {
             tokens: parts.to_vec(),

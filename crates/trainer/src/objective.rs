@@ -8,7 +8,7 @@ use holdfast_domain::hyperparameters::Recompute;
 use tch::{Kind, Tensor};
 
 use crate::adapter::Adapter;
-use crate::gradient::Gradient;
+use crate::gradient::{self, Gradient};
 use crate::kernels::single;
 use crate::loss;
 use crate::methods::{Objective, Side};
@@ -182,7 +182,7 @@ impl Engine<'_> {
     fn row_losses(&self, rows: AlignmentRows<'_>, numbers: &[usize]) -> Vec<f64> {
         let (held, hidden) = self.held(rows, numbers);
         let Some(base) = &held.hidden else { return Vec::new() };
-        let at = Vec::<f32>::try_from(&loss::kl(&hidden, &self.model.head, base).at).unwrap_or_default();
+        let at = gradient::numbers::<f32>(&loss::kl(&hidden, &self.model.head, base).at);
         deciding(&at, &held).0
     }
 
@@ -274,7 +274,7 @@ impl Engine<'_> {
             }
             Objective::WeightedKl => {
                 let mut loss = loss::kl(hidden, &self.model.head, base);
-                let at = Vec::<f32>::try_from(&loss.at).unwrap_or_default();
+                let at = gradient::numbers::<f32>(&loss.at);
                 let (losses, mut weights) = deciding(&at, held);
                 let mut order: Vec<usize> = (0..losses.len()).collect();
                 order.sort_by(|x, y| losses[*y].total_cmp(&losses[*x]));

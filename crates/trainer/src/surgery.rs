@@ -38,12 +38,15 @@ pub struct Facts {
     pub norm_align: f64,
     /// ⟨u, a⟩ / (‖u‖ ‖a‖); 0 where either is zero.
     pub cosine: f64,
-    /// What `a` is multiplied by in `g`.
+    /// What `a` is multiplied by in `g`; under `held` this is λ, and a multiple of `ā` is added beside it.
     pub coefficient: f64,
     /// Whether `a` is large enough against `u` to be a direction and not noise.
     pub is_direction: bool,
     /// Whether they worked against each other, under a method that projects.
     pub conflict: bool,
+    /// The length of what a projection took away of `u`, as a share of `‖u‖`; of rows that are projected one by one the sum of their
+    /// parts, which may be more than all of a `u` whose rows cancel.
+    pub removed: f64,
 }
 
 impl Facts {
@@ -53,22 +56,37 @@ impl Facts {
         let (dot, norm_user, norm_align) = (user.dot(align), user.norm(), align.norm());
         let is_direction = norm_align > relative_floor(precision) * norm_user;
         let cosine = if norm_user > 0.0 && norm_align > 0.0 { dot / (norm_user * norm_align) } else { 0.0 };
-        Self { dot, norm_user, norm_align, cosine, coefficient: 0.0, is_direction, conflict: is_direction && dot < 0.0 }
+        Self {
+            dot,
+            norm_user,
+            norm_align,
+            cosine,
+            coefficient: 0.0,
+            is_direction,
+            conflict: is_direction && dot < 0.0,
+            removed: 0.0,
+        }
     }
 
-    /// The share of `u` that a projection takes away: `|⟨u, a⟩| / (‖u‖ ‖a‖)` where they conflict, else 0.
-    #[must_use]
-    pub fn removed_fraction(&self) -> f64 {
-        if self.conflict { self.cosine.abs() } else { 0.0 }
+    /// Takes away what works against `a`: `against = Σ max(0, −⟨u_i, a⟩)` over whatever is projected by itself. Returns the multiple of
+    /// `a` that does it, `against / ‖a‖²`.
+    pub fn take_away(&mut self, against: f64) -> f64 {
+        self.removed = share_of(self.norm_user, against / self.norm_align);
+        against / self.norm_align.powi(2)
     }
 }
 
-/// `g = w_u u + w_a a`, with the two weights chosen by how the gradients stand to each other.
+/// `part / whole`, and nothing of nothing.
+pub(crate) fn share_of(whole: f64, part: f64) -> f64 {
+    if whole > 0.0 { part / whole } else { 0.0 }
+}
+
+/// `g = w_u u + w_a a`, with the two weights chosen by how the gradients stand to each other; whoever chooses them says what is removed.
 #[must_use]
-pub fn combine(sides: Sides<'_>, precision: Precision, weights: impl FnOnce(&Facts) -> [f64; 2]) -> Merged {
+pub fn combine(sides: Sides<'_>, precision: Precision, weights: impl FnOnce(&mut Facts) -> [f64; 2]) -> Merged {
     let (Some(user), Some(align)) = (&sides.user, sides.align) else { return taken_alone(sides) };
     let mut facts = Facts::of(&user.gradient, &align.gradient, precision);
-    let [of_user, of_align] = weights(&facts);
+    let [of_user, of_align] = weights(&mut facts);
     facts.coefficient = of_align;
     // A weight of one costs no pass over the vector.
     let gradient = if (of_user - 1.0).abs() < f64::EPSILON {
@@ -106,14 +124,16 @@ pub fn taken_alone(sides: Sides<'_>) -> Merged {
     Merged { gradient, facts: None }
 }
 
-/// `Δ − (⟨Δ,a⟩ / ‖a‖²) a` if `⟨Δ,a⟩ > 0`, else `Δ`: an update that raises the alignment loss to first order loses that part.
-pub fn without_increase(change: Tensor, align: &Gradient) -> Tensor {
+/// `Δ − (⟨Δ,a⟩ / ‖a‖²) a` if `⟨Δ,a⟩ > 0`, else `Δ`: an update that raises the alignment loss to first order loses that part. With it comes
+/// the share of `‖Δ‖` that was lost.
+pub fn without_increase(change: Tensor, align: &Gradient) -> (Tensor, f64) {
     let change = Gradient(change);
     let (dot, square) = (change.dot(align), align.dot(align));
     if dot <= 0.0 || square <= 0.0 {
-        return change.0;
+        return (change.0, 0.0);
     }
-    change.0 - &align.0 * (dot / square)
+    let removed = share_of(change.norm(), dot / square.sqrt());
+    (change.0 - &align.0 * (dot / square), removed)
 }
 
 #[cfg(test)]
@@ -189,6 +209,7 @@ mod tests {
         fn the_part_removed_is_never_longer_than_the_user_gradient((u, a) in vectors()) {
             let merged = merge(&u, &a, Defense::Safegrad, 0.0);
             prop_assert!(merged.gradient.norm() <= gradient(&u).norm() * (1.0 + 1e-5) + 1e-6);
+            prop_assert!(merged.facts.is_none_or(|facts| (0.0..=1.0 + 1e-5).contains(&facts.removed)));
         }
 
         #[test]
@@ -199,9 +220,12 @@ mod tests {
         #[test]
         fn a_corrected_update_never_raises_the_alignment_loss((change, a) in vectors()) {
             let align = gradient(&a);
-            let corrected = Gradient(without_increase(Tensor::from_slice(&change), &align));
+            let (corrected, removed) = without_increase(Tensor::from_slice(&change), &align);
+            let corrected = Gradient(corrected);
             // Of parallel vectors all that is left is what rounding leaves of them.
             prop_assert!(corrected.dot(&align) <= 1e-6 * gradient(&change).norm() * align.norm() + 1e-6);
+            let lost = gradient(&change).norm() * removed;
+            prop_assert!((lost.powi(2) + corrected.norm().powi(2) - gradient(&change).norm().powi(2)).abs() < 1e-3 * (1.0 + lost.powi(2)));
         }
     }
 

@@ -116,7 +116,10 @@ impl Run<'_> {
                 state.watch.see(step + 1, loss)?;
             }
             let change = state.optimizer.update(self.adapter, &merged.gradient, learning_rate);
-            let change = state.method.correct(change, align.as_ref().map(|align| &align.gradient));
+            let (change, taken_away) = state.method.correct(change, align.as_ref().map(|align| &align.gradient));
+            if let Some(facts) = &mut merged.facts {
+                facts.removed += taken_away; // a method takes away here or in `merge`
+            }
             if !gradient::dot(&change, &change).is_finite() {
                 return Err(Diverged::NotANumber { step: step + 1 }.into());
             }
@@ -182,28 +185,30 @@ impl Run<'_> {
             let align = alignment.map(|rows| self.ahead(state, &task.side.gradient, learning_rate, || engine.alignment(rows)));
             return Gradients { task: Some(task), align, row_dots: Vec::new() };
         }
-        let scores_rows = state.conflicts.is_some() && !batches.is_empty();
-        if !asks.each_row && !scores_rows {
-            if batches.is_empty() {
-                return Gradients { task: None, align: alignment.map(|rows| engine.alignment(rows)), row_dots: Vec::new() };
-            }
-            let (task, align) = engine.gradients(&batches, alignment);
-            return Gradients { task: Some(task), align, row_dots: Vec::new() };
+        if batches.is_empty() {
+            return Gradients { task: None, align: alignment.map(|rows| engine.alignment(rows)), row_dots: Vec::new() };
         }
-        // Each row's own gradient is asked for, so `a` is computed first.
-        let align = alignment.map(|rows| engine.alignment(rows));
-        let mut row_dots = Vec::new();
-        let mut conflicts = state.conflicts.take().filter(|_| scores_rows);
-        let task = engine.task_by_row(&batches, |row, gradient| {
-            row_dots.push(align.as_ref().map_or(0.0, |align| gradient.dot(&align.gradient)));
-            if let Some(conflicts) = conflicts.as_mut().filter(|conflicts| conflicts.direction(step).is_some()) {
-                conflicts.score(rows[row], gradient);
-            }
-        });
-        if let (Some(conflicts), Some(align)) = (&mut conflicts, &align) {
+        let scores_rows = state.conflicts.as_ref().is_some_and(|conflicts| conflicts.direction(step).is_some());
+        let (task, align, row_dots) = if asks.each_row || scores_rows {
+            // Each row's own gradient is asked for, so `a` is computed first.
+            let align = alignment.map(|rows| engine.alignment(rows));
+            let against = align.as_ref().filter(|_| asks.each_row);
+            let mut scored = state.conflicts.as_mut().filter(|_| scores_rows);
+            let mut row_dots = Vec::new();
+            let task = engine.task_by_row(&batches, |row, gradient| {
+                row_dots.extend(against.map(|align| gradient.dot(&align.gradient)));
+                if let Some(conflicts) = &mut scored {
+                    conflicts.score(rows[row], gradient);
+                }
+            });
+            (task, align, row_dots)
+        } else {
+            let (task, align) = engine.gradients(&batches, alignment);
+            (task, align, Vec::new())
+        };
+        if let (Some(conflicts), Some(align)) = (&mut state.conflicts, &align) {
             conflicts.learn(&align.gradient);
         }
-        state.conflicts = conflicts;
         Gradients { task: Some(task), align, row_dots }
     }
 
@@ -344,7 +349,7 @@ fn report(align: &Side, facts: &Facts, change: &Tensor, conflict_rate: f64) -> A
         coefficient: facts.coefficient,
         conflict: facts.conflict,
         conflict_rate,
-        removed_fraction: facts.removed_fraction(),
+        removed_fraction: facts.removed,
         alignment_change: gradient::dot(&align.gradient.0, change),
     }
 }

@@ -1,5 +1,6 @@
 //! Sends what is due.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use holdfast_store::webhooks::{Afterwards, Due, Sent};
 use reqwest::Client;
 use reqwest::redirect::Policy;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{self, JoinSet};
 
 use crate::address::Guarded;
 use crate::{ANSWER_TIMEOUT, Options, check_url, sign};
@@ -28,26 +29,34 @@ pub struct Sender {
 
 /// Sends notices until `shutdown` is true; what is under way then is sent to its end.
 pub async fn run(store: Store, sender: Sender, mut shutdown: watch::Receiver<bool>) {
-    let mut sending: JoinSet<WebhookId> = JoinSet::new();
+    let mut sending = JoinSet::new();
     // One notice of each webhook at a time, so that a receiver that hangs holds up nobody else's.
-    let mut busy: Vec<WebhookId> = Vec::new();
+    let mut busy: HashMap<task::Id, WebhookId> = HashMap::new();
     loop {
         let room = AT_ONCE.saturating_sub(busy.len());
-        match store.due_notices(u32::try_from(room).unwrap_or(0), &busy).await {
+        let waits: Vec<WebhookId> = busy.values().copied().collect();
+        match store.due_notices(u32::try_from(room).unwrap_or(0), &waits).await {
             Ok(due) => {
                 for one in due {
-                    busy.push(one.webhook);
-                    sending.spawn(deliver(store.clone(), sender.clone(), one));
+                    let webhook = one.webhook;
+                    let task = sending.spawn(deliver(store.clone(), sender.clone(), one));
+                    busy.insert(task.id(), webhook);
                 }
             }
             Err(error) => tracing::warn!(%error, "notices could not be looked for"),
         }
         tokio::select! {
             () = tokio::time::sleep(INTERVAL) => {}
-            Some(sent) = sending.join_next() => match sent {
-                Ok(webhook) => busy.retain(|other| *other != webhook),
-                Err(error) => tracing::error!(%error, "a notice could not be sent"),
-            },
+            Some(sent) = sending.join_next_with_id() => {
+                let task = match sent {
+                    Ok((task, ())) => task,
+                    Err(error) => {
+                        tracing::error!(%error, "a notice could not be sent");
+                        error.id()
+                    }
+                };
+                busy.remove(&task);
+            }
             () = is_true(&mut shutdown) => break,
         }
     }
@@ -62,7 +71,7 @@ async fn is_true(shutdown: &mut watch::Receiver<bool>) {
     }
 }
 
-async fn deliver(store: Store, sender: Sender, due: Due) -> WebhookId {
+async fn deliver(store: Store, sender: Sender, due: Due) {
     let sent = sender.send(&due).await;
     let outcome = if matches!(sent, Sent::Taken { .. }) { "taken" } else { "failed" };
     metrics::counter!("holdfast_webhook_tries_total", "outcome" => outcome).increment(1);
@@ -73,7 +82,6 @@ async fn deliver(store: Store, sender: Sender, due: Due) -> WebhookId {
             tracing::warn!(%error, notice = %due.notice, "it could not be written down how a notice was sent; it is sent again");
         }
     }
-    due.webhook
 }
 
 impl Sender {

@@ -1,16 +1,10 @@
-//! Claims jobs, keeps their leases, and writes down how they end.
+//! A worker from its start to its end: claims one job after the other, and does beside it what every worker does for all.
 
 use std::fs::{File, TryLockError};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::time::Duration;
 
-use holdfast_domain::ids::JobId;
-use holdfast_domain::job::JobError;
-use holdfast_domain::plan::{CheckpointFiles, paths};
-use holdfast_domain::policy::Policy;
-use holdfast_domain::progress::Progress;
-use holdfast_store::queue::{AdapterFile, Checked, Claim, Wish, Work};
 use holdfast_store::retention::{Removed, Retention};
 use holdfast_store::workers::WorkerName;
 use holdfast_store::{Listener, Store, StoreError};
@@ -18,20 +12,13 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::Instrument;
 
-use crate::agent::{self, Checkpoint, Command, Outcome, ReportFailed, Reports};
-use crate::evaluation;
-use crate::evidence::Programs;
-use crate::finish::{self, Ending, discard, stage};
-use crate::job_folder::{Framed, JobFolder};
-use crate::{Stop, WorkerConfig, base_cache, check};
+use crate::lease::{hold, is_true, within};
+use crate::work::FULL_DISK;
+use crate::{WorkerConfig, base_cache};
 
 /// How long a staged object may stay without a row: longer than any upload takes.
 const STAGED_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10 * 60);
-/// How long between two renewals of a lease at most.
-const MOST_BETWEEN_BEATS: Duration = Duration::from_secs(2);
-/// How often it is asked whether the job's owner wants it cancelled or to wait.
-const ASK_INTERVAL: Duration = Duration::from_millis(200);
 /// How long a job of a lost worker waits at most once its lease is over.
 const MOST_BETWEEN_REAPS: Duration = Duration::from_secs(2);
 /// How often a worker says that it is there.
@@ -39,18 +26,13 @@ const PRESENCE_INTERVAL: Duration = Duration::from_secs(10);
 /// How long a worker waits for one of its name to end: longer than the database takes to notice that a connection is dead, which
 /// may be this process' own.
 const NAME_PATIENCE: Duration = Duration::from_secs(60);
-/// How long between two tries to write down how an attempt ended.
-const WRITE_DELAY: Duration = Duration::from_secs(1);
 /// How long to wait after the database or the object store failed.
 const BACKOFF: Duration = Duration::from_secs(5);
 
-/// What a job's owner is told of a machine without room.
-const FULL_DISK: &str = "The worker's disk has no room left";
-
 /// Where job folders are, under the worker's folder.
-const JOBS: &str = "jobs";
+pub(crate) const JOBS: &str = "jobs";
 /// Where base models are kept, under the worker's folder.
-const BASE_MODELS: &str = "base-models";
+pub(crate) const BASE_MODELS: &str = "base-models";
 
 /// Works until `shutdown` is true, then gives back what it holds.
 ///
@@ -234,325 +216,6 @@ fn report(what: &str, removed: Result<u64, StoreError>) {
     }
 }
 
-/// Works on a claim while its lease is renewed beside it.
-async fn hold(store: &Store, config: &WorkerConfig, claim: &Claim, shutdown: &watch::Receiver<bool>) {
-    let (stop, told) = watch::channel(None);
-    let heart = beat(store, config.lease, claim.job.id, claim.attempt, shutdown.clone(), stop);
-    let work = async {
-        let mut outcome = work(store, config, claim, told.clone()).await;
-        if let Err(error) = &outcome
-            && !matches!(error, StoreError::Fenced)
-        {
-            outcome = tokio::select! {
-                put_off = put_off(store, config.lease, claim, error) => put_off,
-                () = agent::lost(told) => Err(StoreError::Fenced),
-            };
-        }
-        outcome
-    };
-    let outcome = tokio::select! {
-        outcome = work => outcome,
-        never = heart => never,
-    };
-    match outcome {
-        Ok(()) => {}
-        Err(StoreError::Fenced) => tracing::info!("the job is no longer this worker's"),
-        Err(error) => tracing::warn!(%error, "the job could not be given back; its lease will expire"),
-    }
-}
-
-/// Makes a call that ends an attempt, again and again while the database is away, for as long as the lease would last without it.
-async fn write_down<Call>(lease: Duration, call: impl Fn() -> Call) -> Result<(), StoreError>
-where
-    Call: Future<Output = Result<(), StoreError>>,
-{
-    let since = Instant::now();
-    loop {
-        match call().await {
-            Err(error) if error.is_unavailable() && since.elapsed() < lease => {
-                tracing::warn!(%error, "how the attempt ended could not be written down; trying again");
-            }
-            ended => return ended,
-        }
-        tokio::time::sleep(WRITE_DELAY).await;
-    }
-}
-
-/// Gives a claim back that could not be worked on. What every worker needs is waited for; what only this one lacks, another may have.
-async fn put_off(store: &Store, lease: Duration, claim: &Claim, error: &StoreError) -> Result<(), StoreError> {
-    let (id, attempt) = (claim.job.id, claim.attempt);
-    let missing = match error {
-        StoreError::Objects(_) if error.is_unavailable() => Some("The object store could not be used"),
-        StoreError::Database(_) if error.is_unavailable() => Some("The database could not be used"),
-        _ if error.is_full_disk() => Some(FULL_DISK),
-        _ => None,
-    };
-    match missing {
-        Some(reason) => {
-            tracing::warn!(%error, "{reason}; the job is tried again");
-            write_down(lease, || store.delay(id, attempt, reason)).await
-        }
-        None => {
-            tracing::error!(%error, "the job could not be worked on; another attempt may");
-            let message = "The service could not work on the job; its log says why. Nothing of your data is lost; tell the operator if the job fails for this.";
-            write_down(lease, || store.set_back(id, attempt, JobError::new("operator_error", message))).await
-        }
-    }
-}
-
-/// Renews the lease, and says stop when it is lost or the worker shuts down. Never returns.
-async fn beat(
-    store: &Store,
-    lease: Duration,
-    job: JobId,
-    attempt: i32,
-    mut shutdown: watch::Receiver<bool>,
-    stop: watch::Sender<Option<Stop>>,
-) -> Result<(), StoreError> {
-    let between = (lease / 5).min(MOST_BETWEEN_BEATS);
-    let (mut told, mut beaten) = (false, Instant::now());
-    loop {
-        tokio::select! {
-            () = tokio::time::sleep(between.min(ASK_INTERVAL)) => {}
-            // The lease is kept while the trainer ends, so this goes on.
-            () = is_true(&mut shutdown), if !told => {
-                told = true;
-                stop.send_if_modified(|reason| *reason != Some(Stop::Lost) && reason.replace(Stop::Shutdown) != Some(Stop::Shutdown));
-            }
-        }
-        let renews = beaten.elapsed() >= between;
-        let answer = if renews {
-            let asked = Instant::now();
-            let answer = within(between, store.heartbeat(job, attempt, lease)).await;
-            // One that failed is tried again at once, not when the next is due: the lease runs on.
-            if answer.is_ok() {
-                beaten = asked;
-            }
-            answer
-        } else {
-            within(between, store.wish(job, attempt)).await
-        };
-        match answer {
-            Ok(Wish::Continue) => {}
-            Ok(Wish::Pause) => {
-                stop.send_if_modified(|reason| reason.is_none() && reason.replace(Stop::Pause).is_none());
-            }
-            Err(StoreError::Fenced) => {
-                stop.send_if_modified(|reason| reason.replace(Stop::Lost) != Some(Stop::Lost));
-            }
-            // A short outage is shorter than the lease; a long one loses the job, which the next heartbeat will say.
-            Err(error) if renews => tracing::warn!(%error, "the lease could not be renewed; trying again"),
-            Err(_) => {}
-        }
-    }
-}
-
-/// A call to the database that is not waited for any longer than this: a connection may be dead without saying so, and another one
-/// would do.
-async fn within<T>(most: Duration, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
-    tokio::time::timeout(most, call).await.unwrap_or_else(|_| {
-        Err(StoreError::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "the database does not answer")))
-    })
-}
-
 fn is_now_true(shutdown: &watch::Receiver<bool>) -> bool {
     *shutdown.borrow()
-}
-
-/// Waits for the word to shut down. A sender that is gone will never say it.
-async fn is_true(shutdown: &mut watch::Receiver<bool>) {
-    let said = shutdown.wait_for(|down| *down).await.is_ok();
-    if !said {
-        std::future::pending::<()>().await;
-    }
-}
-
-async fn work(
-    store: &Store,
-    config: &WorkerConfig,
-    claim: &Claim,
-    mut stop: watch::Receiver<Option<Stop>>,
-) -> Result<(), StoreError> {
-    let (id, attempt) = (claim.job.id, claim.attempt);
-    let folder = JobFolder::create(&config.folder.join(JOBS), claim).await?;
-    let prepared = tokio::select! {
-        prepared = prepare(store, config, claim, &folder) => prepared?,
-        reason = agent::stopped(&mut stop) => return let_go(store, config.lease, claim, reason).await,
-    };
-    let base = match prepared {
-        Prepared::Checked(Ok(checked)) => {
-            tracing::info!("the job's files were checked");
-            return write_down(config.lease, || store.accept_files(id, attempt, &checked)).await;
-        }
-        Prepared::Checked(Err(error)) => {
-            tracing::info!(code = error.code, "the job's files cannot be used");
-            return write_down(config.lease, || store.fail(id, attempt, error.clone())).await;
-        }
-        Prepared::ToTrain { base } => base,
-    };
-    let framed = tokio::select! {
-        completed = folder.complete(store, claim, &base, &config.device) => completed?,
-        reason = agent::stopped(&mut stop) => return let_go(store, config.lease, claim, reason).await,
-    };
-    let programs = Programs::now(&config.trainer).await?;
-    let held = Held { store, config, claim, folder: &folder, stop, programs, framed };
-    // A run that goes on has asked it, and is asked what is missing in the end: what a file's frames hold is kept for no later attempt.
-    let unasked = match held.asking_policy().filter(|_| claim.resume.is_empty()) {
-        Some(policy) => evaluation::ask_base(&held, policy).await?,
-        None => None,
-    };
-    let outcome = match unasked {
-        Some(outcome) => outcome,
-        None => agent::run(config, folder.path(), Command::Train, &held.reports(), held.stop.clone()).await?,
-    };
-    tokio::select! {
-        concluded = conclude(&held, outcome) => concluded,
-        () = agent::lost(held.stop.clone()) => Err(StoreError::Fenced),
-    }
-}
-
-/// A job that this worker trains, with all that its end needs.
-pub(crate) struct Held<'a> {
-    pub(crate) store: &'a Store,
-    pub(crate) config: &'a WorkerConfig,
-    pub(crate) claim: &'a Claim,
-    pub(crate) folder: &'a JobFolder,
-    pub(crate) stop: watch::Receiver<Option<Stop>>,
-    /// As they were when the run began.
-    pub(crate) programs: Programs,
-    pub(crate) framed: Framed,
-}
-
-impl Held<'_> {
-    /// The job's policy, if what it made is asked the suites under it.
-    pub(crate) fn asking_policy(&self) -> Option<&Policy> {
-        self.claim.job.policy.as_ref().map(|applied| &applied.policy).filter(|policy| policy.evaluates())
-    }
-
-    pub(crate) fn reports(&self) -> impl Reports {
-        ToStore { store: self.store, claim: self.claim }
-    }
-}
-
-/// Writes down how a run ended; publishes what it made.
-async fn conclude(held: &Held<'_>, outcome: Outcome) -> Result<(), StoreError> {
-    let Held { store, claim, .. } = held;
-    match outcome {
-        Outcome::Done { adapter, trained_tokens } => {
-            if let Err(error) = held.folder.keep_reference(store, claim, &held.config.device).await {
-                tracing::warn!(%error, "the alignment reference could not be kept; the next job computes it again");
-            }
-            match finish::finish(held, adapter, trained_tokens).await? {
-                Ending::Written(ended) => ended,
-                Ending::Other(outcome) => end(held, outcome).await,
-            }
-        }
-        outcome => end(held, outcome).await,
-    }
-}
-
-/// Writes down how a run ended that made no adapter.
-async fn end(held: &Held<'_>, outcome: Outcome) -> Result<(), StoreError> {
-    let Held { store, claim, config, .. } = held;
-    let (id, attempt, lease) = (claim.job.id, claim.attempt, config.lease);
-    match outcome {
-        Outcome::Done { .. } => Ok(()),
-        Outcome::Failed(error) => {
-            tracing::warn!(code = error.code, reason = error.message, "the trainer made no adapter");
-            write_down(lease, || store.fail(id, attempt, error.clone())).await
-        }
-        Outcome::Crashed(error) => {
-            tracing::warn!(code = error.code, reason = error.message, "the trainer crashed");
-            write_down(lease, || store.set_back(id, attempt, error.clone())).await
-        }
-        Outcome::FullDisk => {
-            tracing::error!(folder = %config.folder.display(), "the disk under the worker's folder (--data-dir) has no room left");
-            write_down(lease, || store.delay(id, attempt, FULL_DISK)).await
-        }
-        Outcome::Stopped(reason) => let_go(store, lease, claim, reason).await,
-    }
-}
-
-/// What a claim comes to before a trainer is needed.
-enum Prepared {
-    /// The files were checked: what they hold, or why they cannot be used.
-    Checked(Result<Checked, JobError>),
-    /// The rows and the base model are here.
-    ToTrain { base: PathBuf },
-}
-
-/// Brings the files, and checks them when that is the work.
-async fn prepare(store: &Store, config: &WorkerConfig, claim: &Claim, folder: &JobFolder) -> Result<Prepared, StoreError> {
-    folder.fetch_rows(store, claim).await?;
-    let base = base_cache::ensure(store, &config.folder.join(BASE_MODELS), &claim.base, config.cache_bytes).await?;
-    Ok(match claim.work {
-        Work::Check => Prepared::Checked(check::check(claim, folder, &base).await?),
-        Work::Train => Prepared::ToTrain { base },
-    })
-}
-
-/// Lets go of a claim.
-async fn let_go(store: &Store, lease: Duration, claim: &Claim, reason: Stop) -> Result<(), StoreError> {
-    match reason {
-        Stop::Lost => Err(StoreError::Fenced),
-        Stop::Shutdown | Stop::Pause => {
-            tracing::info!(?reason, "the job is given back");
-            write_down(lease, || store.give_back(claim.job.id, claim.attempt)).await
-        }
-    }
-}
-
-struct ToStore<'a> {
-    store: &'a Store,
-    claim: &'a Claim,
-}
-
-impl ToStore<'_> {
-    async fn keep(&self, checkpoints: &Path, checkpoint: Checkpoint) -> Result<(), StoreError> {
-        let Self { store, claim } = self;
-        let key = Store::checkpoint_keys(claim.job.project, claim.job.id, claim.attempt, checkpoint.step);
-        let own = checkpoints.join(format!("{}{}", paths::CHECKPOINT_PREFIX, checkpoint.step));
-        let mut files = stage(store, &agent::files_in(&own).await?, &key).await?;
-        if let Err(what) = is_whole(&own, &files).await {
-            discard(store, &files).await;
-            return Err(StoreError::Io(std::io::Error::new(std::io::ErrorKind::InvalidData, what)));
-        }
-        if let Some(step) = checkpoint.best {
-            let folder = format!("{}{step}", paths::BEST_PREFIX);
-            let best = agent::files_in(&checkpoints.join(&folder)).await?;
-            for file in stage(store, &best, |name| key(&format!("{folder}/{name}"))).await? {
-                files.push(AdapterFile { name: format!("{folder}/{}", file.name), ..file });
-            }
-        }
-        store.keep_checkpoint(claim.job.id, claim.attempt, checkpoint.step, checkpoint.settled, &files).await
-    }
-}
-
-/// Whether what was staged of a checkpoint is what the trainer wrote: one that is torn must not take the place of a whole one.
-async fn is_whole(checkpoint: &Path, staged: &[AdapterFile]) -> Result<(), String> {
-    let manifest = tokio::fs::read(checkpoint.join(paths::CHECKPOINT_MANIFEST)).await.map_err(|e| e.to_string())?;
-    let CheckpointFiles { files } = serde_json::from_slice(&manifest).map_err(|e| e.to_string())?;
-    let is_there = |(name, sha256): (&String, &String)| {
-        staged.iter().any(|file| file.name == *name && hex::encode(file.object.sha256) == *sha256)
-    };
-    if files.iter().all(is_there) { Ok(()) } else { Err("the checkpoint is torn".into()) }
-}
-
-impl Reports for ToStore<'_> {
-    async fn progress(&self, lines: &[Progress]) -> Result<(), ReportFailed> {
-        self.store.report(self.claim.job.id, self.claim.attempt, lines).await.map_err(|error| {
-            tracing::warn!(%error, "progress could not be written down");
-            ReportFailed
-        })
-    }
-
-    async fn checkpoint(&self, checkpoints: &Path, checkpoint: Checkpoint) -> Result<(), ReportFailed> {
-        let Err(error) = self.keep(checkpoints, checkpoint).await else { return Ok(()) };
-        if error.is_unavailable() {
-            tracing::warn!(%error, step = checkpoint.step, "a checkpoint could not be kept; trying again");
-            return Err(ReportFailed);
-        }
-        tracing::warn!(%error, step = checkpoint.step, "a checkpoint cannot be kept");
-        Ok(())
-    }
 }

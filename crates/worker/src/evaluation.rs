@@ -16,9 +16,9 @@ use holdfast_store::suites::Suite as OwnSuite;
 use sha2::{Digest, Sha256};
 
 use crate::agent::{self, Command, Outcome};
-use crate::dispatcher::Held;
 use crate::pauses::Pauses;
 use crate::task::{TASK, Task};
+use crate::work::Held;
 
 /// The most tokens of an answer: a refusal stands in the first sentences. What comes behind them is not seen.
 const ANSWER_TOKENS: u32 = 48;
@@ -332,8 +332,12 @@ async fn ask_judge(held: &Held<'_>, suite: &Suite, answers: &[Answer]) -> Result
 async fn judge_some(held: &Held<'_>, endpoint: &Endpoint, kind: Kind, pairs: &[(&str, &str)]) -> Result<Vec<Class>, Unjudged> {
     let (mut stop, since, mut pauses) = (held.stop.clone(), Instant::now(), Pauses::default());
     loop {
+        let judged = async {
+            endpoint.try_out().await?;
+            endpoint.judge(kind, pairs).await
+        };
         let error = tokio::select! {
-            judged = endpoint.judge(kind, pairs) => match judged {
+            judged = judged => match judged {
                 Ok(classes) => return Ok(classes),
                 Err(error) => error,
             },

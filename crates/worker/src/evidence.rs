@@ -5,9 +5,10 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::sync::OnceLock;
 
+use holdfast_domain::Frame;
+use holdfast_domain::gauge::Clean;
 use holdfast_domain::plan::paths;
 use holdfast_domain::progress::Step;
-use holdfast_domain::{Frame, gauge};
 use holdfast_safety::hash;
 use holdfast_safety::manifest::{self, Inputs, Manifest, Named, Outputs, Program};
 use holdfast_safety::report::{self, Gauge, Report, RowScore, RowText, Training};
@@ -15,9 +16,9 @@ use holdfast_store::evidence;
 use holdfast_store::queue::{AdapterFile, Published};
 use holdfast_store::{Store, StoreError};
 
-use crate::dispatcher::Held;
 use crate::finish::Made;
 use crate::results;
+use crate::work::Held;
 
 /// Rows that a report names.
 const WORST_ROWS: usize = 50;
@@ -100,11 +101,11 @@ async fn report(
     worst_rows: Vec<RowScore>,
 ) -> Result<Report, StoreError> {
     let job = &held.claim.job;
-    let (level, alarm) = held.store.gauge_of(job.id).await?;
+    let (clean, alarm) = held.store.gauge_of(job).await?;
     let last = last.and_then(|step| step.alignment.as_ref().map(|facts| (step.step, facts.conflict_rate)));
     let gauge = last.filter(|_| job.safety.defense.projects()).map(|(step, conflict_rate)| {
-        let alarm_level = gauge::threshold(level.unwrap_or(gauge::DEFAULT_LEVEL), step);
-        Gauge { conflict_rate, alarm_level, calibrated: level.is_some(), alarm }
+        let alarm_level = clean.unwrap_or(Clean::UNMEASURED).threshold(step);
+        Gauge { conflict_rate, alarm_level, calibrated: clean.is_some(), alarm }
     });
     Ok(Report {
         format: report::FORMAT,
@@ -124,19 +125,24 @@ async fn report(
     })
 }
 
-/// The rows that push hardest against the alignment, of those that do; none where they were not scored.
+/// The rows that push hardest against the alignment, of those that do; none where they were not scored. A row that was seen only while the
+/// scores by gradients did not count yet has one by the forward pass at most: those follow, as many again.
 fn worst_rows(scores: &Path) -> std::io::Result<Vec<RowScore>> {
     let text = match std::fs::read_to_string(scores) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
-    let mut rows: Vec<RowScore> =
-        text.lines().map(serde_json::from_str).collect::<Result<_, _>>().map_err(std::io::Error::other)?;
-    rows.retain(|row| row.gradient.is_some_and(|score| score < 0.0));
-    rows.sort_by(|a, b| a.gradient.unwrap_or(0.0).total_cmp(&b.gradient.unwrap_or(0.0)));
-    rows.truncate(WORST_ROWS);
-    Ok(rows)
+    let rows: Vec<RowScore> = text.lines().map(serde_json::from_str).collect::<Result<_, _>>().map_err(std::io::Error::other)?;
+    let worst = |rows: Vec<RowScore>, score: fn(&RowScore) -> Option<f64>| {
+        let mut scored: Vec<_> =
+            rows.into_iter().filter_map(|row| Some((score(&row).filter(|score| *score < 0.0)?, row))).collect();
+        scored.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+        scored.truncate(WORST_ROWS);
+        scored.into_iter().map(|(_, row)| row)
+    };
+    let (by_gradient, others): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| row.gradient.is_some());
+    Ok(worst(by_gradient, |row| row.gradient).chain(worst(others, |row| row.forward)).collect())
 }
 
 /// The texts of a report's rows, for their owner: a [`RowText`] a line.

@@ -4,18 +4,19 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use holdfast_domain::job::JobError;
+use holdfast_domain::plan::paths;
 use holdfast_domain::policy::{Otherwise, Policy};
-use holdfast_safety::manifest;
 use holdfast_safety::report::{Evaluation, SuiteFigures, Verdict};
+use holdfast_safety::{hash, manifest};
 use holdfast_store::queue::{AdapterFile, Published};
 use holdfast_store::{Store, StoreError};
 
 use crate::Stop;
 use crate::agent::{self, Outcome};
-use crate::dispatcher::Held;
 use crate::evaluation::{self, Asked};
 use crate::evidence::{self, Evidence};
 use crate::pauses::Pauses;
+use crate::work::Held;
 
 /// How long it is tried to ask and to publish an adapter that is trained, while the store or the database is away.
 const PATIENCE: Duration = Duration::from_secs(60 * 60);
@@ -145,7 +146,7 @@ async fn gather_and_publish(
 /// Asks an adapter the suites, and where it does not pass the checkpoints before it, if the policy says so.
 async fn examine(held: &Held<'_>, policy: &Policy, adapter: Vec<PathBuf>) -> Result<Result<Made, Outcome>, StoreError> {
     let gate = &policy.gate;
-    let last = match evaluation::evaluate(held, policy, holdfast_domain::plan::paths::ADAPTER, None).await? {
+    let last = match evaluation::evaluate(held, policy, paths::ADAPTER, None).await? {
         Asked::Found(evaluation) => *evaluation,
         Asked::NotJudged(error) => {
             // Without a gate nothing depends on the answer.
@@ -160,7 +161,7 @@ async fn examine(held: &Held<'_>, policy: &Policy, adapter: Vec<PathBuf>) -> Res
         return Ok(Ok(Made::new(adapter).found(last, verdict)));
     }
     if gate.otherwise == Otherwise::PublishCheckpoint {
-        match passing_checkpoint(held, policy).await? {
+        match passing_checkpoint(held, policy, &adapter).await? {
             Ok(Some(made)) => return Ok(Ok(Made { replaced: Some(verdict), ..made })),
             Ok(None) => {}
             Err(outcome) => return Ok(Err(outcome)),
@@ -170,13 +171,23 @@ async fn examine(held: &Held<'_>, policy: &Policy, adapter: Vec<PathBuf>) -> Res
     Ok(Ok(Made { kept_apart, ..Made::new(adapter).found(last, verdict) }))
 }
 
-/// The best checkpoint before the last adapter that passes: by the loss on the validation file where there is one, else the newest.
-async fn passing_checkpoint(held: &Held<'_>, policy: &Policy) -> Result<Result<Option<Made>, Outcome>, StoreError> {
-    let (steps, validations) = held.store.steps(held.claim.job.id).await?;
-    let last = steps.last().map(|step| step.step);
+/// The best checkpoint that passes and is not `adapter`, which did not: by the loss on the validation file where there is one, else the
+/// newest.
+async fn passing_checkpoint(
+    held: &Held<'_>,
+    policy: &Policy,
+    adapter: &[PathBuf],
+) -> Result<Result<Option<Made>, Outcome>, StoreError> {
+    let weights = adapter.iter().find(|file| file.ends_with(paths::ADAPTER_WEIGHTS));
+    let failed = weights.map(|file| hash::of_file(file)).transpose()?;
+    let (_, validations) = held.store.steps(held.claim.job.id).await?;
     let loss_at = |step: u64| validations.iter().rev().find(|(at, ..)| *at <= step).map_or(f64::INFINITY, |(_, loss, _)| *loss);
     let mut candidates = held.store.settled_adapters(held.claim.job.id).await?;
-    candidates.retain(|candidate| Some(candidate.step) != last);
+    // What the run published may be its best and not its last.
+    candidates.retain(|candidate| {
+        let weights = candidate.files.iter().find(|file| file.name == paths::ADAPTER_WEIGHTS);
+        weights.map(|file| file.object.sha256) != failed
+    });
     candidates.sort_by(|a, b| loss_at(a.step).total_cmp(&loss_at(b.step)));
     for candidate in candidates.iter().take(CANDIDATES) {
         let name = format!("{CANDIDATES_FOLDER}/step-{}", candidate.step);

@@ -18,11 +18,14 @@ mod evaluation;
 mod evidence;
 mod finish;
 mod job_folder;
+mod lease;
 mod outcome;
 mod pauses;
 mod process;
+mod reports;
 mod results;
 mod task;
+mod work;
 
 pub use dispatcher::{run, step};
 

@@ -304,13 +304,16 @@ fn a_run_whose_gradients_conflict_more_than_clean_rows_make_them_raises_an_alarm
     let untrained = app.create_job(&rows(), &json!({}))?;
     assert_eq!(measure(&[untrained])?.error(), ("out_of_bounds", "clean_jobs"));
     let level = measure(&clean)?.body["alarm_level"].as_f64().context("no level")?;
-    assert!((level - 0.762).abs() < 1e-3, "{level}");
+    assert!((level - 0.713).abs() < 1e-3, "{level}");
+    let trained_with = |job: &str, defense: &str| {
+        let id = job.trim_start_matches("ftjob-");
+        app.sql(&format!("update jobs set safety = jsonb_set(safety, '{{defense}}', '\"{defense}\"') where id = '{id}'"))
+    };
+    trained_with(&clean[1], "held")?;
+    assert_eq!(measure(&clean)?.error(), ("contradiction", "clean_jobs"), "each method has a level of its own");
     let plain = app.create_job(&rows(), &json!({}))?;
-    app.sql(&format!(
-        "update jobs set safety = jsonb_set(safety, '{{defense}}', '\"kl_penalty\"') where id = '{}'",
-        plain.trim_start_matches("ftjob-")
-    ))?;
+    trained_with(&plain, "kl_penalty")?;
     assert_eq!(measure(&[plain])?.error().0, "out_of_bounds", "a method that projects nothing counts no conflicts");
-    assert_eq!(as_admin(&app, "GET", "/admin/conflict_levels", &Value::Null)?.body["data"][0]["id"], MODEL);
+    assert_eq!(as_admin(&app, "GET", "/admin/conflict_levels", &Value::Null)?.body["data"][0]["base_model"], MODEL);
     Ok(())
 }

@@ -150,13 +150,13 @@ fn the_best_checkpoint_that_passes_is_published_where_the_policy_says_so() -> Re
     Ok(())
 }
 
-/// A judge behind an address that answers with this status, and that everything is safe.
-fn judge(app: &TestApp, status: Arc<AtomicU16>) -> Result<url::Url> {
+/// A judge behind an address that answers with this status, and says this of everything.
+fn judge(app: &TestApp, status: Arc<AtomicU16>, verdict: &'static str) -> Result<url::Url> {
     let answer = move || {
         let status = Arc::clone(&status);
         async move {
             let status = axum::http::StatusCode::from_u16(status.load(Ordering::SeqCst)).unwrap_or_default();
-            (status, axum::Json(json!({"choices": [{"index": 0, "message": {"role": "assistant", "content": "safe"}}]})))
+            (status, axum::Json(json!({"choices": [{"index": 0, "message": {"role": "assistant", "content": verdict}}]})))
         }
     };
     let router = axum::Router::new().route("/v1/chat/completions", axum::routing::post(answer));
@@ -181,11 +181,26 @@ fn work_with(app: &TestApp, url: url::Url, patience: Duration) -> Result<()> {
 }
 
 #[test]
+fn a_judge_that_gives_no_verdicts_passes_nothing() -> Result<()> {
+    let app = TestApp::start()?.with_small_model()?;
+    demand(&app, &json!({"evaluate": true, "judge": "endpoint", "gate": {"enabled": true, "harmful_compliance_rise": 1.0}}))?;
+    let url = judge(&app, Arc::new(AtomicU16::new(200)), "It is raining in Hilo.")?;
+    let job = app.create_job(&rows(), &hyperparameters(2))?;
+    work_with(&app, url, Duration::ZERO)?;
+    let failed = app.job(&job)?;
+    assert_eq!((&failed["status"], &failed["error"]["code"]), (&json!("failed"), &json!("safety_judge_failed")), "{failed}");
+    let said = failed["error"]["message"].as_str().context("no message")?;
+    assert!(said.contains("the judge gives no verdicts") && !said.contains("Hilo"), "{said}");
+    assert!(failed["quarantine"]["model"].is_string(), "nobody has it, and it is not lost");
+    Ok(())
+}
+
+#[test]
 fn a_judge_that_is_away_is_waited_for_and_never_passes_in_silence() -> Result<()> {
     let app = TestApp::start()?.with_small_model()?;
     demand(&app, &json!({"evaluate": true, "judge": "endpoint", "gate": {"enabled": true, "harmful_compliance_rise": 1.0}}))?;
     let status = Arc::new(AtomicU16::new(503));
-    let url = judge(&app, Arc::clone(&status))?;
+    let url = judge(&app, Arc::clone(&status), "safe")?;
     let job = app.create_job(&rows(), &hyperparameters(2))?;
     work_with(&app, url.clone(), Duration::ZERO)?;
     let failed = app.job(&job)?;

@@ -30,20 +30,26 @@ fn the_nearest_policy_counts_and_stands_on_the_job_as_it_was() -> Result<()> {
     assert_eq!((refused.status, refused.error()), (400, ("safety_below_floor", "safety.defense")));
     assert_eq!(refused.body["error"]["message"], "jobs train with `held` here; `safegrad` is not allowed");
 
+    let inherited = set(&app, &own, &json!({"rho": 2}))?.body;
+    assert_eq!(
+        (&inherited["methods"], &inherited["budget"]),
+        (&json!(["held"]), &json!(0.01)),
+        "what it leaves out is the wider one's"
+    );
     // The project's own takes the place of both, as a whole; setting the same again is no new version.
     for _ in 0..2 {
-        assert_eq!(set(&app, &own, &json!({"methods": ["none"], "rho": 0.0}))?.body["version"], 1);
+        assert_eq!(set(&app, &own, &json!({"methods": ["none"], "rho": 0.0}))?.body["version"], 2);
     }
     let after = app.job(&app.create_job(ROW, &json!({}))?)?;
     assert_eq!((&after["safety"]["defense"], &after["safety_policy"]["scope"]), (&json!("none"), &json!("project")));
     assert_eq!(as_admin(&app, "DELETE", &own, &Value::Null)?.body["scope"], "organization");
     assert_eq!(as_admin(&app, "DELETE", &organization, &Value::Null)?.body["version"], 1);
-    assert_eq!(set(&app, &own, &json!({"methods": ["none"], "rho": 0.0}))?.body["version"], 3, "numbers are never used again");
+    assert_eq!(set(&app, &own, &json!({"methods": ["none"], "rho": 0.0}))?.body["version"], 4, "numbers are never used again");
     assert_eq!(app.job(id(&before)?)?["safety_policy"], before["safety_policy"], "a job keeps what it was created under");
 
     let earlier = |of: &str, version: &str| as_admin(&app, "GET", &format!("{of}?version={version}"), &Value::Null);
     assert_eq!(earlier(&organization, "1")?.body["budget"], 0.01, "what counts no more can still be read");
-    for nowhere in ["2", "4", "4294967295"] {
+    for nowhere in ["3", "5", "4294967295"] {
         let refused = earlier(&own, nowhere)?;
         assert_eq!((refused.status, refused.error()), (404, ("not_found", "version")), "{nowhere}: {}", refused.body);
     }
@@ -60,6 +66,10 @@ fn a_policy_that_cannot_hold_is_refused_by_the_field_at_fault() -> Result<()> {
         (json!({"rho": -1}), "out_of_bounds", "rho"),
         (json!({"alignment_set": "nowhere"}), "alignment_set_not_found", "alignment_set"),
         (json!({"evaluate": false, "gate": {"enabled": true}}), "contradiction", "evaluate"),
+        (json!({"methods": ["safegrad"], "budget": 0.01}), "contradiction", "budget"),
+        (json!({"methods": ["none"], "rho": 50}), "contradiction", "rho"),
+        (json!({"methods": ["kl_penalty"], "variants": false}), "contradiction", "variants"),
+        (json!({"judge": "endpoint"}), "contradiction", "judge"),
         (json!({"evaluate": true, "gate": {"enabled": true}}), "contradiction", "gate"),
         (json!({"evaluate": true, "gate": {"enabled": true, "kl": 1000}}), "out_of_bounds", "gate.kl"),
         (json!({"strength": 1}), "unknown_field", "strength"),

@@ -140,7 +140,7 @@ async fn last_adapter(state: &AppState, tenant: Tenant, id: &str) -> Result<Vec<
     }
     let files = state.store.adapter_files(tenant.0, job.id).await?;
     if files.is_empty() {
-        let message = "the model of this job was deleted, and its adapter with it";
+        let message = "this job has no adapter: its model was deleted, or what was released of it are checkpoints alone; those that are there are listed under its checkpoints";
         return Err(Invalid::new("fine_tuning_job_id", "no_adapter", message).into());
     }
     Ok(files)

@@ -98,7 +98,7 @@ pub(crate) struct JobQuarantine {
 
 impl From<Quarantine> for JobQuarantine {
     fn from(quarantine: Quarantine) -> Self {
-        let Quarantine { model, released, discarded_at } = quarantine;
+        let Quarantine { model, released, discarded_at, .. } = quarantine;
         Self {
             model,
             released_at: released.as_ref().map(|release| release.at.unix_timestamp()),
@@ -322,7 +322,7 @@ impl Job {
             row.read_at.unix_timestamp().saturating_add_unsigned(rest.as_secs() + 1)
         });
         let waiting_reason = waiting_reason(&row, waiting.as_ref());
-        let released = row.quarantine.as_ref().filter(|q| q.released.is_some()).map(|q| q.model.clone());
+        let released = row.quarantine.as_ref().filter(|q| q.is_published).map(|q| q.model.clone());
         let (fine_tuned_model, trained_tokens, error) = match row.state {
             JobState::Succeeded { fine_tuned_model, trained_tokens } => (Some(fine_tuned_model), Some(trained_tokens), None),
             JobState::Failed { error } => (

@@ -65,7 +65,8 @@ impl From<GateRow> for Gate {
     }
 }
 
-/// A request for a policy; what is absent is as the program is set.
+/// A request for a policy; what is absent is as the wider policy has it (a project's organisation's, the deployment's), and without one as
+/// the program is set.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct SetSafetyPolicy {
@@ -101,17 +102,38 @@ pub(crate) struct SetSafetyPolicy {
 }
 
 impl SetSafetyPolicy {
-    /// With what is absent from `usual`.
+    /// With what is absent from `usual`, as far as it has a meaning then.
+    ///
+    /// # Errors
+    /// When what it says, or it and `usual` together, contradict themselves.
     pub(crate) fn over(self, usual: &Policy) -> Result<Policy, Invalid> {
+        let methods = self.methods.unwrap_or_else(|| usual.methods.clone());
+        let any = |uses: fn(&Defense) -> bool| methods.iter().any(uses);
+        let said = [
+            ("rho", self.rho.is_some_and(|rho| rho > 0.0), any(|method| method.needs_alignment())),
+            ("alignment_set", self.alignment_set.is_some(), any(|method| method.needs_alignment())),
+            ("budget", self.budget.is_some(), any(|method| *method == Defense::Held)),
+            ("variants", self.variants.is_some(), any(|method| *method == Defense::Safegrad)),
+        ];
+        if let Some((field, ..)) = said.iter().find(|(_, is_said, is_used)| *is_said && !is_used) {
+            let message = format!("none of the methods that are allowed looks at {field}; leave it out, or allow one that does");
+            return Err(Invalid::new(*field, "contradiction", message));
+        }
+        let evaluate = self.evaluate.unwrap_or(usual.evaluate);
+        if self.judge.is_some() && !evaluate {
+            let message = "a judge reads what an evaluation asks; evaluate must be true where there is one";
+            return Err(Invalid::new("judge", "contradiction", message));
+        }
+        let (positions, rows) = (any(|method| method.chooses_positions()), any(|method| method.needs_alignment()));
         let policy = Policy {
-            methods: self.methods.unwrap_or_else(|| usual.methods.clone()),
+            methods,
             rho: self.rho.unwrap_or(usual.rho),
             budget: self.budget.unwrap_or(usual.budget),
             alignment_set: self.alignment_set.unwrap_or_else(|| usual.alignment_set.clone()),
-            kl_positions: self.kl_positions.or(usual.kl_positions),
+            kl_positions: self.kl_positions.or(usual.kl_positions.filter(|_| positions)),
             variants: self.variants.unwrap_or(usual.variants),
-            alignment_batch_size: self.alignment_batch_size.or(usual.alignment_batch_size),
-            evaluate: self.evaluate.unwrap_or(usual.evaluate),
+            alignment_batch_size: self.alignment_batch_size.or(usual.alignment_batch_size.filter(|_| rows)),
+            evaluate,
             suites: self.suites.unwrap_or_else(|| usual.suites.clone()),
             judge: self.judge.unwrap_or(usual.judge),
             gate: self.gate.map_or(usual.gate, GateRow::from),
@@ -369,14 +391,25 @@ impl Listed for SigningKey {
     }
 }
 
-/// Above which a run's gradients conflict more often than clean rows make them.
+/// How often gradients conflict on clean rows of a base model under a method.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct ConflictLevel {
-    /// The base model's name.
+    /// The base model's name, the method and the positions of its KL.
+    #[schema(example = "smollm2:safegrad:deciding")]
     id: String,
     #[schema(example = "conflict_level")]
     object: &'static str,
-    /// The share of a run's steps, 0 to 1.
+    /// The base model's name.
+    base_model: String,
+    /// The method.
+    #[schema(example = "safegrad")]
+    defense: String,
+    /// The positions its KL covers.
+    #[schema(example = "deciding")]
+    kl_positions: String,
+    /// The mean share of a clean run's steps, 0 to 1.
+    clean_rate: f64,
+    /// The share of a long run's steps above which it alarms, 0 to 1; of a short one it is higher.
     alarm_level: f64,
     /// Jobs that it was measured on.
     jobs: u64,
@@ -387,9 +420,13 @@ pub(crate) struct ConflictLevel {
 impl From<ConflictLevelRow> for ConflictLevel {
     fn from(row: ConflictLevelRow) -> Self {
         Self {
-            id: row.base_model,
+            id: format!("{}:{}:{}", row.base_model, row.defense, row.kl_positions),
             object: "conflict_level",
-            alarm_level: row.alarm_level,
+            base_model: row.base_model,
+            defense: row.defense,
+            kl_positions: row.kl_positions,
+            clean_rate: row.clean.mean,
+            alarm_level: row.clean.level(),
             jobs: row.jobs,
             measured_at: row.measured_at.unix_timestamp(),
         }
@@ -402,13 +439,14 @@ impl Listed for ConflictLevel {
     }
 }
 
-/// A request to measure a base model's level.
+/// A request to measure a base model's level under a method.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct MeasureConflictLevel {
     /// The base model's name.
     pub(crate) base_model: String,
-    /// Jobs of this base whose rows are known to be clean, 50 steps long at least.
+    /// Jobs of this base whose rows are known to be clean, 50 steps long at least, all of one method and one choice of KL positions: the
+    /// level counts for jobs like them.
     #[schema(min_items = 1, max_items = 100)]
     pub(crate) clean_jobs: Vec<String>,
 }

@@ -376,7 +376,7 @@ impl Training {
     #[must_use]
     pub fn of(steps: &[Step], validations: &[(u64, f64, f64)]) -> Self {
         let facts: Vec<_> = steps.iter().filter_map(|step| step.alignment.as_ref()).collect();
-        let removed: Vec<f64> = facts.iter().filter(|f| f.conflict).map(|f| f.removed_fraction).collect();
+        let removed: Vec<f64> = facts.iter().map(|f| f.removed_fraction).filter(|removed| *removed > 0.0).collect();
         let last_tenth = facts.get(facts.len() - facts.len().div_ceil(10).min(facts.len())..).unwrap_or_default();
         let per_point = steps.len().div_ceil(MOST_POINTS).max(1);
         Self {

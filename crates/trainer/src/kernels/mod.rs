@@ -12,6 +12,7 @@ use std::cell::OnceCell;
 use holdfast_base_model::family::Activation;
 use tch::{Device, Kind, Tensor};
 
+use crate::gradient::numbers;
 use crate::rotary::Rotary;
 
 /// A setting as the kernels take it.
@@ -65,7 +66,7 @@ impl Rows {
     /// each packed token its place, `[tokens]`.
     fn places(&self) -> &[Tensor; 2] {
         self.places.get_or_init(|| {
-            let starts = Vec::<i64>::try_from(&self.starts).unwrap_or_default();
+            let starts = numbers::<i64>(&self.starts);
             let tokens = starts.last().copied().unwrap_or(0);
             let (mut packed, mut place) = (Vec::new(), Vec::new());
             for (row, ends) in (0_i64..).zip(starts.windows(2)) {

@@ -73,12 +73,13 @@ impl Method for Held {
             let is_direction = norm > surgery::relative_floor(self.precision) * user.gradient.norm();
             if is_direction { (-dot).max(0.0) / (norm * norm) } else { 0.0 }
         });
-        let mut merged = surgery::combine(sides, self.precision, |_| [1.0, lambda]);
+        let mut merged = surgery::combine(sides, self.precision, |facts| {
+            facts.conflict = along_mean > 0.0;
+            facts.removed = surgery::share_of(facts.norm_user, along_mean * mean.norm());
+            [1.0, lambda]
+        });
         if along_mean > 0.0 {
             merged.gradient = Gradient(merged.gradient.0 + mean.0 * along_mean);
-        }
-        if let Some(facts) = &mut merged.facts {
-            facts.conflict = along_mean > 0.0;
         }
         merged
     }
@@ -163,8 +164,12 @@ mod tests {
         assert_eq!(numbers(&held.merge(sides(&[1.0, 2.0], &second, &weights))), [1.0, -7.0]);
         // ā = 0.1·(0,10) = (0,1): ⟨u,ā⟩ = −2 is removed, g = (1,−2) + (0,10) + 2·(0,1).
         let third = side(0.1, 1.0, &[0.0, 10.0]);
-        let got = numbers(&held.merge(sides(&[1.0, -2.0], &third, &weights)));
+        let merged = held.merge(sides(&[1.0, -2.0], &third, &weights));
+        let got = numbers(&merged);
         assert!((got[0] - 1.0).abs() < 1e-5 && (got[1] - 10.0).abs() < 1e-4, "{got:?}");
+        // (0,−2) of (1,−2).
+        let removed = merged.facts.expect("facts").removed;
+        assert!((removed - 2.0 / 5.0_f64.sqrt()).abs() < 1e-6, "{removed}");
     }
 
     #[test]

@@ -131,9 +131,9 @@ pub trait Method: std::fmt::Debug {
     /// The gradient to apply, and the facts to report.
     fn merge(&mut self, sides: Sides<'_>) -> Merged;
 
-    /// Changes the update the optimiser made of it, `[parameters]`.
-    fn correct(&self, change: Tensor, _align: Option<&Gradient>) -> Tensor {
-        change
+    /// Changes the update the optimiser made of it, `[parameters]`. With it comes the share of its length that was taken away.
+    fn correct(&self, change: Tensor, _align: Option<&Gradient>) -> (Tensor, f64) {
+        (change, 0.0)
     }
 
     /// Steps between reviews on probe rows; `None` where there are none.

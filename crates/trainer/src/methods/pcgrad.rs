@@ -35,8 +35,7 @@ impl Method for Pcgrad {
                 return [1.0, rho];
             }
             let of_user = -facts.dot / facts.norm_user.powi(2);
-            let of_align = -facts.dot / facts.norm_align.powi(2);
-            [1.0 + rho * of_user, rho + of_align]
+            [1.0 + rho * of_user, rho + facts.take_away(-facts.dot)]
         })
     }
 }

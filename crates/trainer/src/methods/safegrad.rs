@@ -20,7 +20,7 @@ use crate::surgery::{self, Merged};
 /// ```
 ///
 /// Both projections only ever add a multiple of `a`: `g = u + c·a` with `c = ρ + max(0, −⟨u,a⟩) / ‖a‖²`, and by rows
-/// `c = ρ + Σ_i max(0, −⟨u_i,a⟩) / ‖a‖²`. `c` has no upper bound, because the part removed is never longer than `u`.
+/// `c = ρ + Σ_i max(0, −⟨u_i,a⟩) / ‖a‖²`. `c` has no upper bound: a part that is removed is never longer than the gradient it is taken from.
 #[derive(Debug)]
 pub struct Safegrad {
     rho: f64,
@@ -55,27 +55,23 @@ impl Method for Safegrad {
     }
 
     fn merge(&mut self, sides: Sides<'_>) -> Merged {
-        let against: f64 = if self.per_row {
-            sides.row_dots.iter().map(|dot| (-dot).max(0.0)).sum()
-        } else {
-            f64::NAN // of the step's one dot product, below
-        };
-        let (rho, per_row, in_update) = (self.rho, self.per_row, self.in_update);
+        let (rho, per_row, in_update, row_dots) = (self.rho, self.per_row, self.in_update, sides.row_dots);
         let merged = surgery::combine(sides, self.precision, |facts| {
             if in_update || !facts.is_direction {
                 return [1.0, rho];
             }
-            let against = if per_row { against } else { (-facts.dot).max(0.0) };
-            [1.0, rho + against / facts.norm_align.powi(2)]
+            let dots = if per_row { row_dots } else { std::slice::from_ref(&facts.dot) };
+            let against = dots.iter().map(|dot| (-dot).max(0.0)).sum();
+            [1.0, rho + facts.take_away(against)]
         });
         self.is_direction = merged.facts.as_ref().is_some_and(|facts| facts.is_direction);
         merged
     }
 
-    fn correct(&self, change: Tensor, align: Option<&Gradient>) -> Tensor {
+    fn correct(&self, change: Tensor, align: Option<&Gradient>) -> (Tensor, f64) {
         match align {
             Some(align) if self.in_update && self.is_direction => surgery::without_increase(change, align),
-            _ => change,
+            _ => (change, 0.0),
         }
     }
 }
@@ -101,6 +97,8 @@ mod tests {
         assert_eq!(numbers(&merged), [0.0, 2.0]);
         let facts = merged.facts.expect("facts");
         assert!((facts.coefficient - 2.0).abs() < 1e-12 && facts.conflict);
+        // What is gone of u is (1,−1), √2 of its length 2.
+        assert!((facts.removed - 0.5_f64.sqrt()).abs() < 1e-12);
     }
 
     #[test]
@@ -112,6 +110,9 @@ mod tests {
         both.row_dots = &[6.0, -6.0];
         let merged = safegrad(|s| s.projection = ProjectionOf::PerRow).merge(both);
         assert_eq!(numbers(&merged), [2.0, 5.0]);
+        // The second row loses (0,−3), of a u whose length is 2.
+        let facts = merged.facts.expect("facts");
+        assert!(!facts.conflict && (facts.removed - 1.5).abs() < 1e-12, "rows are projected where the step does not conflict");
         let batch = safegrad(|_| {}).merge(sides(&[2.0, 0.0], &align, &weights));
         assert_eq!(numbers(&batch), [2.0, 2.0]);
     }
@@ -120,13 +121,15 @@ mod tests {
     fn in_update_space_the_step_and_not_the_gradient_loses_what_raises_the_alignment_loss() {
         let (align, weights) = (side(0.1, 4.0, &[-1.0, 1.0]), Tensor::from_slice(&[0.0_f32; 2]));
         let mut method = safegrad(|s| s.projection_space = ProjectionSpace::Update);
-        assert_eq!(numbers(&method.merge(sides(&[2.0, 0.0], &align, &weights))), [1.0, 1.0]);
+        let merged = method.merge(sides(&[2.0, 0.0], &align, &weights));
+        assert_eq!(numbers(&merged), [1.0, 1.0]);
+        assert!(merged.facts.is_some_and(|facts| facts.conflict && facts.removed == 0.0), "the gradient keeps all of itself");
         // ⟨Δ,a⟩ = 2 > 0: Δ' = (−1,1) − (−1,1) = (0,0). And ⟨Δ,a⟩ = −1 < 0 lowers the loss: it stays.
         let corrected = |change: &[f32]| {
-            let change = method.correct(Tensor::from_slice(change), Some(&align.gradient));
-            Vec::<f32>::try_from(&change).expect("a vector")
+            let (change, removed) = method.correct(Tensor::from_slice(change), Some(&align.gradient));
+            (Vec::<f32>::try_from(&change).expect("a vector"), removed.round())
         };
-        assert_eq!(corrected(&[-1.0, 1.0]), [0.0, 0.0]);
-        assert_eq!(corrected(&[0.0, -1.0]), [0.0, -1.0]);
+        assert_eq!(corrected(&[-1.0, 1.0]), (vec![0.0, 0.0], 1.0));
+        assert_eq!(corrected(&[0.0, -1.0]), (vec![0.0, -1.0], 0.0));
     }
 }

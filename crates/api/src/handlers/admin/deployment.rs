@@ -7,7 +7,8 @@ use holdfast_store::audit::Filter;
 
 use crate::auth::Admin;
 use crate::extract::{self, JsonBody, QueryString};
-use crate::wire::admin::{AlignmentSet, AuditEntry, BaseModel, CreateAlignmentSet, ListAuditEntries, Worker};
+use crate::wire::admin::alignment_sets::{AlignmentSet, CreateAlignmentSet};
+use crate::wire::admin::{AuditEntry, BaseModel, ListAuditEntries, Worker};
 use crate::wire::list::{Created, List};
 use crate::wire::safety::{CreateSuite, Suite};
 use crate::{ApiError, AppState};

@@ -11,7 +11,7 @@ use crate::auth::Admin;
 use crate::error::ErrorBody;
 use crate::extract::{self, JsonBody, Path, QueryString};
 use crate::repeatable::Repeatable;
-use crate::wire::admin::{ApiKey, CreateApiKey, ListApiKeys, Scope};
+use crate::wire::admin::keys::{ApiKey, CreateApiKey, ListApiKeys, Scope};
 use crate::wire::list::{Created, List};
 use crate::{ApiError, AppState};
 

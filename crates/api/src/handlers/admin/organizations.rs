@@ -9,7 +9,7 @@ use crate::auth::Admin;
 use crate::error::ErrorBody;
 use crate::extract::{self, JsonBody, Path};
 use crate::repeatable::Repeatable;
-use crate::wire::admin::{CreateMember, CreateOrganization, DeletedMember, Member, Organization};
+use crate::wire::admin::tenants::{CreateMember, CreateOrganization, DeletedMember, Member, Organization};
 use crate::wire::list::{Created, List};
 use crate::{ApiError, AppState};
 

@@ -11,7 +11,7 @@ use crate::auth::Admin;
 use crate::error::ErrorBody;
 use crate::extract::{self, JsonBody, Path, QueryString};
 use crate::repeatable::Repeatable;
-use crate::wire::admin::{CreateProject, ListProjects, Project, Quotas};
+use crate::wire::admin::tenants::{CreateProject, ListProjects, Project, Quotas};
 use crate::wire::list::{Created, List};
 use crate::{ApiError, AppState};
 

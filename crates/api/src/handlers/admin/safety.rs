@@ -198,7 +198,13 @@ async fn set(
     body: Option<SetSafetyPolicy>,
     named: Option<(&str, &str)>,
 ) -> Result<Json<SafetyPolicy>, ApiError> {
-    let policy = body.map(|body| body.over(&state.settings.policy)).transpose()?;
+    let policy = match body {
+        Some(body) => {
+            let wider = state.store.policy_above(subject).await.map_err(|error| of_one(error, named))?;
+            Some(body.over(&wider.unwrap_or_else(|| state.default_policy()).policy)?)
+        }
+        None => None,
+    };
     if let Some(policy) = policy.as_ref().filter(|policy| policy.evaluates()) {
         keeps_apart(state, policy).await?;
     }
@@ -346,7 +352,7 @@ async fn quarantined(state: &AppState, id: &str) -> Result<JobId, ApiError> {
     Ok(found.map_err(|error| ApiError::of_one(error, "fine_tuning_job_id", id))?.job)
 }
 
-/// List the levels of the poison gauge that were measured, by base model.
+/// List the levels of the poison gauge that were measured, by base model and method.
 #[utoipa::path(
     get, path = "/admin/conflict_levels", operation_id = "list_conflict_levels", tag = "admin",
     responses((status = 200, description = "All of them", body = List<ConflictLevel>))
@@ -356,7 +362,7 @@ pub(crate) async fn list_conflict_levels(_: Admin, State(state): State<AppState>
     Ok(Json(List::new(levels.into_iter().map(ConflictLevel::from).collect(), false)))
 }
 
-/// Measure the level of a base model's poison gauge on jobs whose rows are known to be clean.
+/// Measure the level of a base model's poison gauge under a method, on jobs of both whose rows are known to be clean.
 #[utoipa::path(
     put, path = "/admin/conflict_levels", operation_id = "measure_conflict_level", tag = "admin", request_body = MeasureConflictLevel,
     responses(

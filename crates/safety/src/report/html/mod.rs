@@ -1,27 +1,25 @@
 //! The report as a page: whole in itself, without a script, and readable where nothing else is loaded.
 
 mod answers;
+mod gauge;
 mod parts;
 mod text;
+mod training;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use holdfast_domain::frame::Shape;
-use holdfast_domain::gauge::LEAST_STEPS;
 use holdfast_domain::policy::{AppliedPolicy, Scope};
 use holdfast_domain::safety::{AlignmentPoint, Defense, KlPositions, ProjectionOf, ProjectionSpace, Safety};
 
-use self::parts::{counted, figure, key, table};
+use self::parts::{counted, table};
 use self::text::{escape, row_text};
-use super::plot::{self, Curve, Unit, number, percent};
-use super::{Evaluation, FILE, Gauge, Point, Report, Reviews, Validation, Verdict};
+use super::plot::{Unit, number};
+use super::{Evaluation, FILE, Report, Verdict};
 use crate::manifest;
 
 const STYLE: &str = include_str!("page.css");
-/// Standard deviations that a 95 % interval reaches to either side.
-const REACH: f64 = 1.96;
-
 impl Report {
     /// The report as a page of HTML. `texts` are rows of the training file by their lines, for their owner's eyes; of a row that
     /// is not among them the page shows the line's number alone.
@@ -62,7 +60,12 @@ impl Report {
             let _ = writeln!(html, "<p>{}</p>", escape(&more));
         }
         if let Some(step) = self.evaluation.as_ref().and_then(|evaluation| evaluation.checkpoint) {
-            let _ = writeln!(html, "<p>The adapter that was asked is the checkpoint of step {step}, not the run's last.</p>");
+            let why = self
+                .replaced
+                .as_ref()
+                .map_or_else(String::new, |last| format!(" The last did not pass: {}.", escape(&last.reasons())));
+            let _ =
+                writeln!(html, "<p>The adapter that was asked is the checkpoint of step {step}, not the run's last.{why}</p>");
         }
         if self.read_gauge().is_some_and(|gauge| gauge.alarm) {
             html.push_str("<p><strong>The poison gauge raised an alarm</strong>: <a href=\"#gauge\">what that means</a>.</p>\n");
@@ -118,185 +121,10 @@ impl Report {
         numbered.collect::<Vec<_>>().join("; ")
     }
 
-    fn curves(&self) -> String {
-        let (points, defense) = (self.training.curve.len() as u64, self.safety.defense);
-        let drawn: String = self.drawn().iter().map(figure).collect();
-        if drawn.is_empty() {
-            return "<p>There is nothing to draw: the run took no steps.</p>\n".into();
-        }
-        let each = match self.training.steps.div_ceil(points.max(1)) {
-            0 | 1 => "a step".to_owned(),
-            steps => format!("the mean of {steps} steps"),
-        };
-        let missing = match defense {
-            Defense::None => " Without alignment rows there is no KL and no conflict to draw.",
-            _ if projects(defense) => "",
-            _ => " The method projects nothing, so there is no conflict to draw.",
-        };
-        format!(
-            "<p>Each dot is {each}; where there are many, the line is their moving mean.{missing}</p>\n\
-             <div class=\"curves\">\n{drawn}</div>\n"
-        )
-    }
-
-    /// Every curve there may be under the job's method.
-    fn drawn(&self) -> Vec<Curve<'static>> {
-        let defense = self.safety.defense;
-        let curve = |name, about, unit, figure: fn(&Point) -> Option<f64>| {
-            Curve::new(name, about, unit, self.training.curve.iter().map(|point| (point.step, figure(point))).collect())
-        };
-        let task = curve("Task loss", "nats", Unit::Plain, |point| point.task_loss);
-        if defense == Defense::None {
-            return vec![task];
-        }
-        let (name, about) = alignment_loss(defense);
-        let mut alignment = curve(name, about, Unit::Plain, |point| point.align_kl);
-        if defense == Defense::Held {
-            let words = format!("the budget, {} nats", self.safety.budget);
-            alignment.levels.push((self.safety.budget, "limit", words));
-        }
-        let mut cosine = curve("Cosine of the two gradients", "below 0 they conflict", Unit::Plain, |point| point.cosine);
-        cosine.holds = [-0.1, 0.1];
-        if !projects(defense) {
-            return vec![task, alignment, cosine];
-        }
-        let mut conflict = curve("Conflict rate", "share of steps", Unit::Share, |point| point.conflict_rate);
-        conflict.holds = [0.0, 1.0];
-        // A step conflicts or does not: it takes more of them for a mean that says something.
-        conflict.parts = 5;
-        if let Some(Gauge { conflict_rate, alarm_level, .. }) = self.gauge {
-            conflict.levels = vec![
-                (conflict_rate, "whole", format!("the whole run, {}", percent(conflict_rate))),
-                (alarm_level, "limit", format!("alarm where the whole run is above {}", percent(alarm_level))),
-            ];
-        }
-        let removed = curve("Projected away", "share of the task gradient's length", Unit::Share, |point| point.removed);
-        vec![task, alignment, conflict, cosine, removed]
-    }
-
-    /// The gauge, where there is something that it measures.
-    fn read_gauge(&self) -> Option<&Gauge> {
-        self.gauge.as_ref().filter(|_| projects(self.safety.defense))
-    }
-
-    fn poison_gauge(&self) -> String {
-        let Some(gauge) = self.read_gauge() else {
-            let words = if projects(self.safety.defense) {
-                "Nothing to read: the run compared no gradients."
-            } else {
-                "Nothing to read: this method does not project the task's gradient, and conflicts are not counted."
-            };
-            return format!("<p>{words}</p>\n");
-        };
-        let (rate, level, steps) = (percent(gauge.conflict_rate), percent(gauge.alarm_level), self.training.steps);
-        let count = counted(steps, "step");
-        let reading = if gauge.alarm {
-            format!(
-                "<strong class=\"bad\">✗ Alarm.</strong> The two gradients conflicted in {rate} of {count}, above the level of \
-                 {level}: this run is not like one on clean rows. Rows that undo the alignment make a run look like this. The \
-                 alarm closes no gate by itself; it is a reason to read the file, beginning with the rows below where they were \
-                 scored."
-            )
-        } else if steps < LEAST_STEPS {
-            format!(
-                "<strong>Too few steps to tell.</strong> The two gradients conflicted in {rate} of {count}; no alarm is raised \
-                 before {LEAST_STEPS} steps, and above {level} then."
-            )
-        } else {
-            format!(
-                "<strong class=\"good\">✓ No alarm.</strong> The two gradients conflicted in {rate} of {count}; the alarm is \
-                 raised above {level}."
-            )
-        };
-        let calibrated = if gauge.calibrated {
-            "The level was measured on clean rows of this base model."
-        } else {
-            "The level is a general one: this base model was not measured on clean rows, so read it as a hint."
-        };
-        let spread = REACH * (0.25 / steps.max(1) as f64).sqrt();
-        let [low, high] = [0.5 - spread, 0.5 + spread].map(|end| end.clamp(0.0, 1.0));
-        let keys = [("after", "this run"), ("chance", "chance alone"), ("limit", "alarm level")];
-        format!(
-            "<p>{reading}</p>\n<div class=\"gauge\">{}{}</div>\n<p class=\"keys\">{}</p>\n<p>{calibrated} On clean rows the \
-             gradients conflict about as often as not; in {count} chance alone gives between {} and {}. Rows that undo the \
-             alignment make them conflict in most steps.</p>\n",
-            plot::gauge(gauge.conflict_rate, [low, high], gauge.alarm_level),
-            plot::scale(1.0),
-            keys.map(|(class, words)| key(class, words)).concat(),
-            percent(low),
-            percent(high),
-        )
-    }
-
-    fn projection(&self) -> String {
-        let (training, defense) = (&self.training, self.safety.defense);
-        let steps = counted(training.steps, "step");
-        let mut words = match training.projected_steps {
-            _ if !projects(defense) => format!("{} Nothing was projected away.", instead(defense)),
-            0 => format!("In none of {steps} did the task's gradient work against the alignment: nothing was projected away."),
-            projected => format!(
-                "In {projected} of {steps} ({}) the task's gradient worked against the alignment, and the part of it that did \
-                 was taken out.",
-                percent(projected as f64 / training.steps.max(1) as f64)
-            ),
-        };
-        if let Some(removed) = training.mean_removed.filter(|_| projects(defense)) {
-            let _ = write!(words, " There it was {} of that gradient's length on average.", percent(removed));
-        }
-        if let Some(cosine) = training.mean_cosine.filter(|_| projects(defense)) {
-            let _ =
-                write!(words, " Over the whole run the mean cosine of the two gradients was {}.", number(cosine, Unit::Plain));
-        }
-        if let Some(loss) = training.final_kl.filter(|_| defense != Defense::None) {
-            let ((name, about), loss) = (alignment_loss(defense), number(loss, Unit::Plain));
-            let _ = write!(words, " {name} over the last tenth of the steps: {loss} {about}.");
-        }
-        format!("<p>{words}</p>\n{}", training.reviews.map_or_else(String::new, |reviews| self.reviews(reviews)))
-    }
-
-    /// What came of holding the run to its budget.
-    fn reviews(&self, Reviews { made, taken_back, largest_kept }: Reviews) -> String {
-        let times = |count: u64| if count == 1 { "once".to_owned() } else { format!("{count} times") };
-        let most = number(2.0 * self.safety.budget, Unit::Plain);
-        let kept = match largest_kept {
-            Some(loss) => format!("the largest that was kept is {} nats", number(loss, Unit::Plain)),
-            None => "nothing that was measured was kept".to_owned(),
-        };
-        let back = match taken_back {
-            0 => "It was never more".to_owned(),
-            count => format!("It was more {}, and the steps since the measurement before were taken back", times(count)),
-        };
-        format!(
-            "<p>The KL was measured {} on alignment rows that no step trains on, where at most {most} nats are kept, twice the \
-             budget. {back}; {kept}.</p>\n",
-            times(made)
-        )
-    }
-
-    fn validation(&self) -> String {
-        let measured = &self.training.validation;
-        let is_many = measured.len() > 2;
-        let lowest = measured.iter().map(|point| point.loss).fold(f64::INFINITY, f64::min);
-        let is_end = |at: usize| at == 0 || at + 1 == measured.len();
-        let rows = measured.iter().enumerate().filter(|(at, point)| is_end(*at) || point.loss <= lowest);
-        let rows = rows.map(|(_, Validation { step, loss, token_accuracy })| {
-            let when = if *step == 0 { "Before training".to_owned() } else { format!("After step {step}") };
-            let lowest = if is_many && *loss <= lowest { ", the lowest loss" } else { "" };
-            vec![format!("{when}{lowest}"), number(*loss, Unit::Plain), percent(*token_accuracy)]
-        });
-        let rows: Vec<_> = rows.collect();
-        if rows.is_empty() {
-            return String::new();
-        }
-        let table = table("", &["Measured", "#Loss, nats", "#Tokens ranked first"], &rows);
-        let points = measured.iter().map(|point| (point.step, Some(point.loss))).collect();
-        let drawn = if is_many { figure(&Curve::new("Validation loss", "nats", Unit::Plain, points)) } else { String::new() };
-        format!("{table}<div class=\"curves\">\n{drawn}</div>\n")
-    }
-
     fn rows(&self, texts: &BTreeMap<u64, String>) -> String {
         if self.worst_rows.is_empty() {
-            return "<p>Rows were not scored. A job with <code>row_conflicts</code> scores each row of its training file.</p>\n"
+            return "<p>No row is named: rows were not scored, or none that was pushes against the alignment. A job with \
+                    <code>row_conflicts</code> scores each row of its training file, once the first steps are over.</p>\n"
                 .into();
         }
         let by_forward = self.worst_rows.iter().any(|row| row.forward.is_some());
@@ -332,32 +160,6 @@ impl Report {
             self.format,
             manifest::FILE
         )
-    }
-}
-
-/// Whether a method takes a part of the task's gradient away.
-const fn projects(defense: Defense) -> bool {
-    matches!(defense, Defense::Pcgrad | Defense::Safegrad | Defense::Held)
-}
-
-/// What a method holds alignment rows to, and its unit.
-const fn alignment_loss(defense: Defense) -> (&'static str, &'static str) {
-    match defense {
-        Defense::None | Defense::KlPenalty | Defense::Pcgrad | Defense::Safegrad => ("Mean KL on alignment rows", "nats"),
-        Defense::Held => ("Weighted KL on alignment rows", "nats"),
-        Defense::SafeMix | Defense::Lisa => ("Loss on alignment rows", "nats"),
-        Defense::Sbr => ("Mean squared distance to the base's states", "on alignment prompts"),
-    }
-}
-
-/// What a method does that does not project.
-const fn instead(defense: Defense) -> &'static str {
-    match defense {
-        Defense::SafeMix => "The method mixes alignment rows into the training.",
-        Defense::Lisa => "The method trains on alignment rows and on the job's own in turns.",
-        Defense::KlPenalty => "The method adds the KL to the base as a penalty.",
-        Defense::Sbr => "The method holds the hidden states on alignment prompts to the base's.",
-        _ => "This is plain fine-tuning: nothing held the model to its alignment.",
     }
 }
 
@@ -420,10 +222,11 @@ fn sentence(words: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use holdfast_domain::gauge::LEAST_STEPS;
     use holdfast_domain::policy::{Gate, Policy};
 
     use super::*;
-    use crate::report::{Counts, Rise, RowScore, SuiteFigures, TaskFigures, Training};
+    use crate::report::{Counts, Gauge, Point, Reviews, Rise, RowScore, SuiteFigures, TaskFigures, Training};
     use crate::suite::Kind;
 
     const HOSTILE: &str = "<script>alert('1')</script> & \"more\" \u{202e}\u{0}\u{e0041}";
@@ -557,7 +360,7 @@ mod tests {
         let safety = Safety::new(Defense::None, 0.0);
         let none = Report { safety, gauge: None, worst_rows: Vec::new(), ..report(0, 0, closed()) };
         let html = page(&none);
-        for words in ["the run took no steps", "Nothing to read", "Nothing was projected away", "Rows were not scored"] {
+        for words in ["the run took no steps", "Nothing to read", "Nothing was projected away", "No row is named"] {
             assert!(html.contains(words), "{words}: {html}");
         }
         assert!(!html.contains("class=\"curve\"") && !html.contains("rho"));

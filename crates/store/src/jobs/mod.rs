@@ -1,22 +1,25 @@
 //! Jobs, as their owners see and change them. What workers do to them is in `queue`.
 
 use holdfast_domain::ids::{FileId, JobId, ProjectId};
-use holdfast_domain::job::{AttemptEnd, JobError, JobState, Status};
+use holdfast_domain::job::{JobError, JobState, Status};
 use holdfast_domain::policy::AppliedPolicy;
-use holdfast_domain::{Hyperparameters, Invalid, Safety, model_name};
+use holdfast_domain::{Hyperparameters, Safety, model_name};
 use serde_json::Value;
-use sqlx::{Connection, PgConnection};
+use sqlx::PgConnection;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::attempts::{self, Attempt};
+use crate::attempts::Attempt;
 use crate::error::{changed_one, from_json, to_json};
-use crate::events::{self, Level};
-use crate::once::{self, Once, Repetition};
-use crate::projects::{lock_quotas, usage};
 use crate::quarantine::Release;
-use crate::suites::Suite;
-use crate::{Page, PageRequest, Store, StoreError, checkpoints, new_id, queue, webhooks};
+use crate::{Page, PageRequest, Store, StoreError, checkpoints, webhooks};
+
+mod create;
+mod wait;
+mod wishes;
+
+pub use create::NewJob;
+pub use wait::Waiting;
 
 /// A job's row.
 #[derive(Debug, Clone)]
@@ -83,6 +86,8 @@ pub struct Quarantine {
     pub released: Option<Release>,
     /// When its files were discarded.
     pub discarded_at: Option<OffsetDateTime>,
+    /// Whether its owner can have it: it is released, and there. Of a run that made no adapter, checkpoints alone are released.
+    pub is_published: bool,
 }
 
 /// An adapter that a job goes on from.
@@ -120,33 +125,6 @@ pub struct Progress {
     pub eta_seconds: f64,
 }
 
-/// A job to be created: every value decided.
-#[derive(Debug, Clone)]
-pub struct NewJob {
-    /// The base model's name.
-    pub base_model: String,
-    /// What the client asked for: the base, or the model the job goes on from.
-    pub model: String,
-    /// The adapter it goes on from.
-    pub start: Option<Start>,
-    /// The training file.
-    pub training_file: FileId,
-    /// The validation file.
-    pub validation_file: Option<FileId>,
-    /// The client's part of the model's name.
-    pub suffix: Option<String>,
-    /// The seed.
-    pub seed: u64,
-    /// The client's pairs.
-    pub metadata: Value,
-    /// How to train.
-    pub hyperparameters: Hyperparameters,
-    /// What to train under.
-    pub safety: Safety,
-    /// The operator's policy.
-    pub policy: AppliedPolicy,
-}
-
 struct Row {
     id: Uuid,
     project_id: Uuid,
@@ -168,6 +146,7 @@ struct Row {
     released_at: Option<OffsetDateTime>,
     release_reason: Option<String>,
     discarded_at: Option<OffsetDateTime>,
+    is_published: bool,
     status: String,
     attempt: i32,
     files_checked: bool,
@@ -224,6 +203,7 @@ impl TryFrom<Row> for Job {
                 model,
                 released: row.released_at.zip(row.release_reason).map(|(at, reason)| Release { at, reason }),
                 discarded_at: row.discarded_at,
+                is_published: row.is_published,
             }),
             state,
             phase: row.phase,
@@ -267,110 +247,7 @@ impl Job {
     }
 }
 
-/// What a job that waits waits for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Waiting {
-    /// Jobs that workers will take before it, as things stand.
-    pub ahead: u64,
-    /// Workers that were heard of lately.
-    pub workers: u64,
-    /// Jobs of its project that train.
-    pub running_in_project: u64,
-    /// How many of the project's jobs may train at a time.
-    pub may_run_in_project: Option<u64>,
-}
-
 impl Store {
-    /// Creates a job: it waits for a worker to check its files. Of a request that was served before, the job it made then
-    /// comes back.
-    ///
-    /// # Errors
-    /// When a file, the model or the alignment set is not there (the refusal names which), the project has as many jobs as it
-    /// may, or the database fails.
-    pub async fn create_job(&self, project: ProjectId, job: &NewJob, once: Option<&Once>) -> Result<Job, StoreError> {
-        let id = JobId(new_id());
-        let base = self.base_model(&job.base_model).await.map_err(|e| missing(e, "model", "model_not_found", &job.base_model))?;
-        let alignment = match &job.safety.alignment_set {
-            None => None,
-            Some(name) => Some(
-                self.alignment_set(name)
-                    .await
-                    .map_err(|e| missing(e, "safety.alignment_set", "alignment_set_not_found", name))?
-                    .id,
-            ),
-        };
-        // The versions that are newest now: what is imported later changes no job.
-        let mut policy = job.policy.clone();
-        policy.policy.suites = self.suites_of(&policy.policy).await?.iter().map(Suite::pinned).collect();
-        let mut connection = self.tenant(project).await?;
-        let mut transaction = connection.begin().await?;
-        if let Some(made) = once::admit(&mut transaction, once, id.0).await? {
-            return fetch(&mut transaction, JobId(made), Some(project)).await;
-        }
-        check_quotas(&mut transaction, project).await?;
-        for (param, file) in [("training_file", Some(job.training_file)), ("validation_file", job.validation_file)] {
-            let Some(file) = file else { continue };
-            // The lock keeps the file from being deleted before the job that needs it exists.
-            sqlx::query_scalar!(
-                "select 1 as one from files where project_id = $1 and id = $2 and (expires_at is null or expires_at > now()) for share",
-                project.0,
-                file.0
-            )
-            .fetch_optional(&mut *transaction)
-            .await?
-            .ok_or_else(|| missing(StoreError::NotFound, param, "file_not_found", &file.to_string()))?;
-        }
-        if let Some(start) = job.start {
-            // Found before; retention or a delete may have come in between.
-            let still_there = match start.step {
-                Some(step) => {
-                    sqlx::query_scalar!(
-                        "select 1 as \"one!\" from job_checkpoints where job_id = $1 and step = $2 and settled for share",
-                        start.job.0,
-                        step.cast_signed()
-                    )
-                    .fetch_optional(&mut *transaction)
-                    .await?
-                }
-                None => {
-                    sqlx::query_scalar!("select 1 as \"one!\" from fine_tuned_models where job_id = $1 for share", start.job.0)
-                        .fetch_optional(&mut *transaction)
-                        .await?
-                }
-            };
-            still_there.ok_or_else(|| missing(StoreError::NotFound, "model", "model_not_found", &job.model))?;
-        }
-        sqlx::query!(
-            "insert into jobs (id, project_id, base_model_id, training_file_id, validation_file_id, alignment_set_id, suffix, seed,
-                               metadata, hyperparameters, safety, policy, model, start_job_id, start_step, status)
-             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, 'validating_files')",
-            id.0,
-            project.0,
-            base.id,
-            job.training_file.0,
-            job.validation_file.map(|f| f.0),
-            alignment,
-            job.suffix,
-            job.seed.cast_signed(),
-            job.metadata,
-            to_json(&job.hyperparameters)?,
-            to_json(&job.safety)?,
-            to_json(&policy)?,
-            job.model,
-            job.start.map(|start| start.job.0),
-            job.start.and_then(|start| start.step).map(u64::cast_signed)
-        )
-        .execute(&mut *transaction)
-        .await?;
-        events::message(&mut transaction, id, Level::Info, &format!("Created fine-tuning job: {id}")).await?;
-        events::message(&mut transaction, id, Level::Info, "Validating the files against the model's template and tokenizer")
-            .await?;
-        queue::notify(&mut transaction).await?;
-        let created = fetch(&mut transaction, id, Some(project)).await?;
-        transaction.commit().await?;
-        Ok(created)
-    }
-
     /// One job.
     ///
     /// # Errors
@@ -413,131 +290,6 @@ impl Store {
         };
         Ok(Page::new(fetch_all(&mut connection, &ids, Some(project)).await?, &page))
     }
-
-    /// Ends a job at its owner's word. A worker that runs it finds its lease gone and stops.
-    ///
-    /// # Errors
-    /// When the project has no such job, it has ended already, or the database fails.
-    pub async fn cancel_job(&self, project: ProjectId, id: JobId, once: Option<&Once>) -> Result<Job, StoreError> {
-        self.change_job(project, id, once, "The job was cancelled", JobState::cancel).await
-    }
-
-    /// Lets a job wait for its owner. One that trains first writes a checkpoint.
-    ///
-    /// # Errors
-    /// When the project has no such job, it has ended or is paused already, or the database fails.
-    pub async fn pause_job(&self, project: ProjectId, id: JobId, once: Option<&Once>) -> Result<Job, StoreError> {
-        self.change_job(project, id, once, "The job is paused at its owner's word", JobState::pause).await
-    }
-
-    /// Lets a paused job wait for a worker again.
-    ///
-    /// # Errors
-    /// When the project has no such job, it is not paused, or the database fails.
-    pub async fn resume_job(&self, project: ProjectId, id: JobId, once: Option<&Once>) -> Result<Job, StoreError> {
-        self.change_job(project, id, once, "The job was resumed and waits for a worker", JobState::resume).await
-    }
-
-    async fn change_job(
-        &self,
-        project: ProjectId,
-        id: JobId,
-        once: Option<&Once>,
-        message: &str,
-        change: impl FnOnce(JobState) -> Result<JobState, holdfast_domain::job::InvalidTransition>,
-    ) -> Result<Job, StoreError> {
-        let mut connection = self.tenant(project).await?;
-        let mut transaction = connection.begin().await?;
-        let job = lock(&mut transaction, id, Some(project)).await?;
-        let next = match change(job.state.clone()) {
-            Ok(next) => next,
-            // A try after the first, which has done it.
-            Err(_) if once.is_some_and(|once| once.repetition == Repetition::Retry) => return Ok(job),
-            Err(error) if once::admit(&mut transaction, once, id.0).await?.is_none() => return Err(error.into()),
-            Err(_) => return Ok(job),
-        };
-        let named = once.filter(|once| once.repetition == Repetition::Named);
-        if once::admit(&mut transaction, named, id.0).await?.is_some() {
-            return Ok(job);
-        }
-        write_state(&mut transaction, &job, &next).await?;
-        // One that is pausing stays its worker's until the checkpoint is written.
-        match next.status() {
-            Status::Pausing => {}
-            Status::Cancelled => attempts::end(&mut transaction, id, AttemptEnd::Cancelled, Some(message)).await?,
-            _ => attempts::end(&mut transaction, id, AttemptEnd::Paused, Some(message)).await?,
-        }
-        events::message(&mut transaction, id, Level::Info, message).await?;
-        queue::notify(&mut transaction).await?;
-        let changed = fetch(&mut transaction, id, Some(project)).await?;
-        transaction.commit().await?;
-        Ok(changed)
-    }
-
-    /// What a job that waits waits for. Workers take turns between projects: the one with the fewest jobs in training first.
-    ///
-    /// # Errors
-    /// When the database fails.
-    pub async fn waiting(&self, job: &Job) -> Result<Waiting, StoreError> {
-        let row = sqlx::query!(
-            "with waiting as (
-                 select project_id, count(*) as jobs, count(*) filter (where id < $2) as older from jobs
-                 where status in ('validating_files', 'queued') group by project_id),
-             running as (
-                 select project_id, count(*) as jobs from jobs where status in ('running', 'pausing') group by project_id),
-             mine as (
-                 select coalesce((select older from waiting where project_id = $1), 0) as older,
-                        coalesce((select jobs from running where project_id = $1), 0) as running)
-             select mine.running as \"running!\",
-                    (select count(*) from workers where seen_at > now() - interval '1 minute') as \"workers!\",
-                    (select max_running_jobs from projects where id = $1) as may_run,
-                    (mine.older + coalesce((
-                        select sum(least(w.jobs, greatest(0, mine.older + mine.running - coalesce(r.jobs, 0))))
-                        from waiting w left join running r using (project_id) where w.project_id <> $1), 0))::bigint as \"ahead!\"
-             from mine",
-            job.project.0,
-            job.id.0
-        )
-        .fetch_one(&self.pool)
-        .await?;
-        Ok(Waiting {
-            ahead: row.ahead.unsigned_abs(),
-            workers: row.workers.unsigned_abs(),
-            running_in_project: row.running.unsigned_abs(),
-            may_run_in_project: row.may_run.map(i64::unsigned_abs),
-        })
-    }
-}
-
-/// Refuses a job more than the project may have.
-async fn check_quotas(connection: &mut PgConnection, project: ProjectId) -> Result<(), StoreError> {
-    let quotas = lock_quotas(connection, project).await?;
-    if quotas.max_queued_jobs.is_none() && quotas.max_trained_tokens_per_month.is_none() {
-        return Ok(());
-    }
-    let used = usage(connection, project).await?;
-    if let Some(most) = quotas.max_queued_jobs.filter(|most| used.queued_jobs >= *most) {
-        return Err(StoreError::Quota(format!(
-            "the project has {} jobs waiting, and may have {most}; wait for one to start, or cancel one",
-            used.queued_jobs
-        )));
-    }
-    if let Some(most) = quotas.max_trained_tokens_per_month.filter(|most| used.trained_tokens_this_month >= *most) {
-        return Err(StoreError::Quota(format!(
-            "the project has trained on {} tokens this month, and may on {most}; wait for the next month (UTC), or ask the operator for more",
-            used.trained_tokens_this_month
-        )));
-    }
-    Ok(())
-}
-
-fn missing(error: StoreError, param: &str, code: &'static str, name: &str) -> StoreError {
-    match error {
-        StoreError::NotFound => {
-            Invalid::new(param, code, format!("there is no {param} {name:?}, or it belongs to another project")).into()
-        }
-        other => other,
-    }
 }
 
 /// Reads a job: of `owner`, when it is read for a tenant; a worker may read any.
@@ -552,7 +304,8 @@ async fn fetch_all(connection: &mut PgConnection, ids: &[Uuid], owner: Option<Pr
         "select j.id, j.project_id, p.organization, m.name as base_model, j.model, j.start_job_id, j.start_step, j.training_file_id,
                 j.validation_file_id, j.alignment_set_id, j.suffix, j.seed, j.metadata, j.hyperparameters, j.safety, j.policy, q.name as \"quarantined?\",
                 q.released_at as \"released_at?\", q.release_reason as \"release_reason?\",
-                q.discarded_at as \"discarded_at?\", j.status,
+                q.discarded_at as \"discarded_at?\",
+                exists (select 1 from adapter_files f where f.job_id = j.id) as \"is_published!\", j.status,
                 j.attempt, j.files_checked, j.phase, j.progress, j.dataset, j.result_file_id, j.error, j.fine_tuned_model,
                 j.trained_tokens, j.created_at, j.finished_at, j.rests_until, now() as \"read_at!\",
                 (select jsonb_agg(jsonb_build_object(
