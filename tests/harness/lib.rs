@@ -283,6 +283,7 @@ impl TestApp {
             name: "test".into(),
             trainer,
             device: "cpu".into(),
+            memory_limit_bytes: None,
             folder: self.folder.path().join("worker"),
             cache_bytes: 1 << 40,
             lease: Duration::from_secs(30),

@@ -192,6 +192,19 @@ impl JobState {
         }
     }
 
+    /// The claims so far; `None` once it has ended.
+    #[must_use]
+    pub const fn attempt(&self) -> Option<i32> {
+        match self {
+            Self::ValidatingFiles { attempt }
+            | Self::Queued { attempt }
+            | Self::Running { attempt }
+            | Self::Pausing { attempt }
+            | Self::Paused { attempt, .. } => Some(*attempt),
+            Self::Succeeded { .. } | Self::Failed { .. } | Self::Cancelled => None,
+        }
+    }
+
     fn refuse<T>(&self, wanted: &'static str) -> Result<T, InvalidTransition> {
         Err(InvalidTransition { from: self.status(), wanted })
     }

@@ -91,7 +91,7 @@ pub struct Gate {
     /// Of benign requests: how many more may be refused.
     #[serde(default)]
     pub over_refusal_rise: Option<f64>,
-    /// Of all requests: to how many more there may be no answer at all.
+    /// Of all requests: how many more may get a degenerate answer, an empty or repeating one.
     #[serde(default)]
     pub degenerate_rise: Option<f64>,
     /// The mean KL(base ‖ adapted) over the base's own answers, in nats a token.
@@ -100,6 +100,20 @@ pub struct Gate {
     /// What becomes of an adapter that does not pass.
     #[serde(default)]
     pub otherwise: Otherwise,
+}
+
+/// What a gate limits, named as its fields are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Measure {
+    /// [`Gate::harmful_compliance_rise`].
+    HarmfulComplianceRise,
+    /// [`Gate::over_refusal_rise`].
+    OverRefusalRise,
+    /// [`Gate::degenerate_rise`].
+    DegenerateRise,
+    /// [`Gate::kl`].
+    Kl,
 }
 
 impl Default for Gate {

@@ -88,6 +88,10 @@ pub struct WorkerArgs {
     /// Where to compute: cpu, cuda or cuda:N.
     #[arg(long, env = "HOLDFAST_DEVICE", default_value = "cpu")]
     pub device: String,
+    /// The most memory a run may take on that device; a job that needs more is refused. On a CPU the machine's or its container's unless set; a
+    /// GPU is not asked, so say what it has.
+    #[arg(long, env = "HOLDFAST_DEVICE_MEMORY_BYTES", value_name = "BYTES")]
+    pub device_memory_bytes: Option<u64>,
     /// The Ed25519 key in PEM that manifests are signed with, made when there is none; signing.key in the data directory unless set.
     /// Give all workers the same.
     #[arg(long, env = "HOLDFAST_SIGNING_KEY", value_name = "FILE")]
@@ -212,6 +216,7 @@ impl WorkerArgs {
             name: self.worker_name.clone().unwrap_or_else(default_name),
             trainer,
             device: self.device.clone(),
+            memory_limit_bytes: self.device_memory_bytes,
             folder: std::path::absolute(store.data_dir.join("worker"))?,
             cache_bytes: self.base_cache_bytes,
             lease: Duration::from_secs(self.lease_seconds),

@@ -38,6 +38,15 @@ impl Share {
     }
 }
 
+/// The 95 % interval of `after - before` by Newcombe's scores (1998, method 10), as of two sets of cases that were drawn apart: wider than the
+/// truth where they are the same cases.
+#[must_use]
+pub fn difference(before: Share, after: Share) -> [f64; 2] {
+    let ([low, high], [low_after, high_after]) = (before.interval(), after.interval());
+    let (was, is) = (before.value(), after.value());
+    [is - was - (is - low_after).hypot(high - was), is - was + (high_after - is).hypot(was - low)]
+}
+
 /// The 95 % interval of Wilson (1927) of a share `p` of `n` cases, more than none. A mean of values between 0 and 1 is no further from what
 /// is behind it than such a share.
 pub(crate) fn wilson(p: f64, n: f64) -> [f64; 2] {
@@ -46,7 +55,7 @@ pub(crate) fn wilson(p: f64, n: f64) -> [f64; 2] {
     [middle - half, middle + half].map(|end| (end / (1.0 + Z * Z / n)).clamp(0.0, 1.0))
 }
 
-/// How well a judge knows a class: what of it it finds, and what of the rest it leaves alone.
+/// How well a judge knows a class: its recall and its specificity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Accuracy {
     /// Found, of those that are of the class.
@@ -81,6 +90,13 @@ mod tests {
         let [low, high] = Share { count: 0, of: 20 }.interval();
         assert!(low == 0.0 && (0.15..0.17).contains(&high));
         assert_eq!(Share { count: 0, of: 0 }.interval(), [0.0, 1.0]);
+    }
+
+    #[test]
+    fn a_difference_of_shares_has_the_interval_that_was_published() {
+        // Newcombe (1998), method 10: 56 of 70 less 48 of 80.
+        let [low, high] = difference(Share { count: 48, of: 80 }, Share { count: 56, of: 70 });
+        assert!((low - 0.0524).abs() < 1e-4 && (high - 0.3339).abs() < 1e-4, "{low} {high}");
     }
 
     #[test]

@@ -91,6 +91,9 @@ pub const TEXTS: &str = "worst_rows.jsonl";
 
 /// Gives up what reports quote of files that go.
 pub(crate) async fn forget_texts(connection: &mut PgConnection, files: &[Uuid]) -> Result<(), StoreError> {
+    if files.is_empty() {
+        return Ok(());
+    }
     let keys = sqlx::query_scalar!(
         "delete from job_evidence e using jobs j where j.id = e.job_id and j.training_file_id = any($1) and e.name = $2
          returning e.object_key",

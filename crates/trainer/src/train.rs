@@ -76,8 +76,8 @@ impl Run<'_> {
         }
     }
 
-    /// Trains the adapter from where `state` stands, with nothing owed but a validation, calling `observe` after every step with
-    /// what happened in it; times are left for it to fill in. It may break the run off, and has to where something is owed that
+    /// Trains the adapter from where `state` stands, which must owe at most a validation, and calls `observe` after every step with what
+    /// happened in it; times are left for it to fill in. `observe` may break the run off, and must while something is owed that
     /// [`Self::settle`] gives. Returns whether the run is done.
     ///
     /// # Errors
@@ -314,8 +314,8 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// The alignment loss on probe rows of an adapter that is to be trained on, where the method keeps none with such a loss: there is
-    /// nothing good to go back to then.
+    /// The alignment loss on probe rows of the adapter that is to be trained, if it is more than the method keeps: nothing good exists to go
+    /// back to then.
     ///
     /// # Errors
     /// When the run is stopped.

@@ -1,4 +1,4 @@
-//! Beside the trainer: makes the job folder, runs the trainer, follows what it writes, and says how it ended.
+//! Beside the trainer: runs it on a job folder, follows what it writes, and says how it ended.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

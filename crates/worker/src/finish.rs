@@ -11,7 +11,6 @@ use holdfast_safety::{hash, manifest};
 use holdfast_store::queue::{AdapterFile, Published};
 use holdfast_store::{Store, StoreError};
 
-use crate::Stop;
 use crate::agent::{self, Outcome};
 use crate::evaluation::{self, Asked};
 use crate::evidence::{self, Evidence};
@@ -25,12 +24,18 @@ const CANDIDATES: usize = 5;
 /// Where their adapters are put, under the job folder.
 const CANDIDATES_FOLDER: &str = "candidates";
 
-/// How it ends.
-pub(crate) enum Ending {
-    /// As the store now says.
-    Written(Result<(), StoreError>),
-    /// Something came in between.
-    Other(Outcome),
+/// Why an adapter was not taken to its end.
+pub(crate) enum Unfinished {
+    /// What is kept could not be read or written.
+    Store(StoreError),
+    /// The run ends otherwise.
+    Ended(Outcome),
+}
+
+impl<E: Into<StoreError>> From<E> for Unfinished {
+    fn from(error: E) -> Self {
+        Self::Store(error.into())
+    }
 }
 
 /// A trained adapter with what was found of it.
@@ -77,35 +82,25 @@ impl Made {
     }
 }
 
-/// Takes a run's adapter to its end.
-pub(crate) async fn finish(held: &Held<'_>, adapter: Vec<PathBuf>, trained_tokens: u64) -> Result<Ending, StoreError> {
+/// Takes a run's adapter to its end, which the store knows then.
+pub(crate) async fn finish(held: &Held<'_>, adapter: Vec<PathBuf>, trained_tokens: u64) -> Result<(), Unfinished> {
     let made = match held.asking_policy() {
         None => Made::new(adapter),
         Some(policy) => {
             let mut tries = Tries::default();
             loop {
                 match examine(held, policy, adapter.clone()).await {
-                    Ok(Ok(made)) => break made,
-                    Ok(Err(other)) => return Ok(Ending::Other(other)),
-                    Err(error) => match tries.again(held, "asked", error).await? {
-                        Ok(()) => {}
-                        Err(reason) => return Ok(Ending::Other(Outcome::Stopped(reason))),
-                    },
+                    Err(Unfinished::Store(error)) => tries.again(held, "asked", error).await?,
+                    examined => break examined?,
                 }
             }
         }
     };
     let (mut tries, mut gathered) = (Tries::default(), None);
-    loop {
-        let Err(error) = gather_and_publish(held, &made, &mut gathered, trained_tokens).await else {
-            return Ok(Ending::Written(Ok(())));
-        };
-        match tries.again(held, "published", error).await {
-            Ok(Ok(())) => {}
-            Ok(Err(reason)) => return Ok(Ending::Other(Outcome::Stopped(reason))),
-            Err(error) => return Ok(Ending::Written(Err(error))),
-        }
+    while let Err(error) = gather_and_publish(held, &made, &mut gathered, trained_tokens).await {
+        tries.again(held, "published", error).await?;
     }
+    Ok(())
 }
 
 /// How often something was tried in vain that needs the store and the database.
@@ -118,14 +113,18 @@ struct Tries {
 
 impl Tries {
     /// Waits to try again what failed because one of them is away: what is trained is not trained again for an outage, and the lease
-    /// is kept meanwhile. The inner error is why the worker must let go; the outer one is `error`, where waiting is of no use.
-    async fn again(&mut self, held: &Held<'_>, what: &str, error: StoreError) -> Result<Result<(), Stop>, StoreError> {
+    /// is kept meanwhile.
+    ///
+    /// # Errors
+    /// `error`, where waiting is of no use, or that the worker must let go.
+    async fn again(&mut self, held: &Held<'_>, what: &str, error: StoreError) -> Result<(), Unfinished> {
         let since = self.since.get_or_insert_with(Instant::now);
         if !error.is_unavailable() || since.elapsed() >= PATIENCE {
-            return Err(error);
+            return Err(error.into());
         }
         tracing::warn!(%error, "the adapter could not be {what}; trying again");
-        Ok(self.pauses.next(&mut held.stop.clone()).await)
+        let waited = self.pauses.next(&mut held.stop.clone()).await;
+        waited.map_err(|reason| Unfinished::Ended(Outcome::Stopped(reason)))
     }
 }
 
@@ -144,7 +143,7 @@ async fn gather_and_publish(
 }
 
 /// Asks an adapter the suites, and where it does not pass the checkpoints before it, if the policy says so.
-async fn examine(held: &Held<'_>, policy: &Policy, adapter: Vec<PathBuf>) -> Result<Result<Made, Outcome>, StoreError> {
+async fn examine(held: &Held<'_>, policy: &Policy, adapter: Vec<PathBuf>) -> Result<Made, Unfinished> {
     let gate = &policy.gate;
     let last = match evaluation::evaluate(held, policy, paths::ADAPTER, None).await? {
         Asked::Found(evaluation) => *evaluation,
@@ -152,32 +151,26 @@ async fn examine(held: &Held<'_>, policy: &Policy, adapter: Vec<PathBuf>) -> Res
             // Without a gate nothing depends on the answer.
             let not_judged = Some(error.message.clone());
             let kept_apart = gate.enabled.then_some(error);
-            return Ok(Ok(Made { not_judged, kept_apart, ..Made::new(adapter) }));
+            return Ok(Made { not_judged, kept_apart, ..Made::new(adapter) });
         }
-        Asked::Ended(outcome) => return Ok(Err(outcome)),
+        Asked::Ended(outcome) => return Err(Unfinished::Ended(outcome)),
     };
     let verdict = last.verdict(gate);
     if verdict.passed || !gate.enabled {
-        return Ok(Ok(Made::new(adapter).found(last, verdict)));
+        return Ok(Made::new(adapter).found(last, verdict));
     }
-    if gate.otherwise == Otherwise::PublishCheckpoint {
-        match passing_checkpoint(held, policy, &adapter).await? {
-            Ok(Some(made)) => return Ok(Ok(Made { replaced: Some(verdict), ..made })),
-            Ok(None) => {}
-            Err(outcome) => return Ok(Err(outcome)),
-        }
+    if gate.otherwise == Otherwise::PublishCheckpoint
+        && let Some(made) = passing_checkpoint(held, policy, &adapter).await?
+    {
+        return Ok(Made { replaced: Some(verdict), ..made });
     }
     let kept_apart = Some(not_passed(&verdict));
-    Ok(Ok(Made { kept_apart, ..Made::new(adapter).found(last, verdict) }))
+    Ok(Made { kept_apart, ..Made::new(adapter).found(last, verdict) })
 }
 
 /// The best checkpoint that passes and is not `adapter`, which did not: by the loss on the validation file where there is one, else the
 /// newest.
-async fn passing_checkpoint(
-    held: &Held<'_>,
-    policy: &Policy,
-    adapter: &[PathBuf],
-) -> Result<Result<Option<Made>, Outcome>, StoreError> {
+async fn passing_checkpoint(held: &Held<'_>, policy: &Policy, adapter: &[PathBuf]) -> Result<Option<Made>, Unfinished> {
     let weights = adapter.iter().find(|file| file.ends_with(paths::ADAPTER_WEIGHTS));
     let failed = weights.map(|file| hash::of_file(file)).transpose()?;
     let (_, validations) = held.store.steps(held.claim.job.id).await?;
@@ -204,14 +197,14 @@ async fn passing_checkpoint(
                 let verdict = evaluation.verdict(&policy.gate);
                 if verdict.passed {
                     let made = Made::new(agent::files_in(&folder).await?);
-                    return Ok(Ok(Some(made.found(*evaluation, verdict))));
+                    return Ok(Some(made.found(*evaluation, verdict)));
                 }
             }
-            Asked::NotJudged(_) => return Ok(Ok(None)),
-            Asked::Ended(outcome) => return Ok(Err(outcome)),
+            Asked::NotJudged(_) => return Ok(None),
+            Asked::Ended(outcome) => return Err(Unfinished::Ended(outcome)),
         }
     }
-    Ok(Ok(None))
+    Ok(None)
 }
 
 fn not_passed(verdict: &Verdict) -> JobError {

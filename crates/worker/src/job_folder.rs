@@ -10,6 +10,7 @@ use holdfast_store::queue::{AdapterFile, Claim};
 use holdfast_store::{Store, StoreError};
 use sha2::{Digest, Sha256};
 
+use crate::WorkerConfig;
 use crate::evaluation::own_suite;
 
 /// Steps between a run's checkpoints at most; where an epoch is shorter, there is one at each epoch's end.
@@ -55,7 +56,13 @@ impl JobFolder {
     }
 
     /// Brings everything else a trainer needs.
-    pub(crate) async fn complete(&self, store: &Store, claim: &Claim, base: &Path, device: &str) -> Result<Framed, StoreError> {
+    pub(crate) async fn complete(
+        &self,
+        store: &Store,
+        claim: &Claim,
+        base: &Path,
+        WorkerConfig { device, memory_limit_bytes, .. }: &WorkerConfig,
+    ) -> Result<Framed, StoreError> {
         let framed = self.add_framed_rows(claim).await?;
         // What the base says on rows in a tenant's frames is of no use to others, and none of their business.
         let reference = reference_name(claim, device).filter(|_| framed.frames.is_empty());
@@ -80,7 +87,7 @@ impl JobFolder {
             checkpoint_steps: checkpoint_steps(&claim.job.hyperparameters, claim.training.row_count),
             reference,
             framed_alignment_sha256: framed.alignment_sha256.clone(),
-            memory_limit_bytes: None,
+            memory_limit_bytes: *memory_limit_bytes,
             device: device.to_owned(),
         };
         let json = serde_json::to_vec_pretty(&plan).map_err(std::io::Error::other)?;

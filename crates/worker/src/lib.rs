@@ -1,5 +1,5 @@
 //! Takes jobs and runs the trainer on them, in two halves that one process holds on one machine and that a cluster will
-//! split: the dispatcher (claims, leases, publishes; knows the store) and the agent (makes the job folder, runs the trainer,
+//! split: the dispatcher (claims, leases, job folders, publishes; knows the store) and the agent (runs the trainer,
 //! follows its progress; knows only the small trait it reports through). No libtorch, no HTTP.
 
 use std::path::{Path, PathBuf};
@@ -47,6 +47,9 @@ pub struct WorkerConfig {
     pub trainer: PathBuf,
     /// Where trainers compute: `cpu`, `cuda` or `cuda:N`.
     pub device: String,
+    /// The most memory in bytes that a run may take where it computes; `None`: on a CPU what the machine or its container has, and a GPU is not
+    /// asked.
+    pub memory_limit_bytes: Option<u64>,
     /// Where job folders and the cache of base models are.
     pub folder: PathBuf,
     /// How much of the disk base models may take, before the least recently used go.

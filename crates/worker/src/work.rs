@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use crate::agent::{self, Command, Outcome, Reports};
 use crate::dispatcher::{BASE_MODELS, JOBS};
 use crate::evidence::Programs;
-use crate::finish::{self, Ending};
+use crate::finish::{self, Unfinished};
 use crate::job_folder::{Framed, JobFolder};
 use crate::lease::write_down;
 use crate::reports::ToStore;
@@ -45,7 +45,7 @@ pub(crate) async fn work(
         Prepared::ToTrain { base } => base,
     };
     let framed = tokio::select! {
-        completed = folder.complete(store, claim, &base, &config.device) => completed?,
+        completed = folder.complete(store, claim, &base, config) => completed?,
         reason = agent::stopped(&mut stop) => return let_go(store, config.lease, claim, reason).await,
     };
     let programs = Programs::now(&config.trainer).await?;
@@ -96,9 +96,10 @@ async fn conclude(held: &Held<'_>, outcome: Outcome) -> Result<(), StoreError> {
             if let Err(error) = held.folder.keep_reference(store, claim, &held.config.device).await {
                 tracing::warn!(%error, "the alignment reference could not be kept; the next job computes it again");
             }
-            match finish::finish(held, adapter, trained_tokens).await? {
-                Ending::Written(ended) => ended,
-                Ending::Other(outcome) => end(held, outcome).await,
+            match finish::finish(held, adapter, trained_tokens).await {
+                Ok(()) => Ok(()),
+                Err(Unfinished::Store(error)) => Err(error),
+                Err(Unfinished::Ended(outcome)) => end(held, outcome).await,
             }
         }
         outcome => end(held, outcome).await,

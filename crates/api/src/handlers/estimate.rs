@@ -30,7 +30,8 @@ use crate::{ApiError, AppState};
 /// Estimate a job without creating it.
 ///
 /// The body is that of a job. The answer has every bad line of its files, every hyperparameter with the reason for what was left
-/// open, and the steps, tokens, memory and time the job would take.
+/// open, and the steps, tokens, memory and time the job would take. Whether the files hold what models are held to or measured on is looked at
+/// by the job alone.
 #[utoipa::path(
     post, path = "/v1/fine_tuning/jobs/estimate", operation_id = "estimate_fine_tuning_job", tag = "fine-tuning",
     request_body = CreateJob,

@@ -308,14 +308,7 @@ impl Job {
     /// A row as the wire shows it; what it waits for is known only of one job by itself.
     pub(crate) fn new(row: Row, waiting: Option<Waiting>) -> Self {
         let status = row.state.status();
-        let attempt = match &row.state {
-            JobState::ValidatingFiles { attempt }
-            | JobState::Queued { attempt }
-            | JobState::Running { attempt }
-            | JobState::Pausing { attempt }
-            | JobState::Paused { attempt, .. } => Some(*attempt),
-            JobState::Succeeded { .. } | JobState::Failed { .. } | JobState::Cancelled => None,
-        };
+        let attempt = row.state.attempt();
         let estimated_finish = row.progress.as_ref().filter(|_| status == Status::Running).map(|progress| {
             // A run of more than some centuries is no estimate.
             let rest = Duration::from_secs_f64(progress.eta_seconds.clamp(0.0, 1e10));

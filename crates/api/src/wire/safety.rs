@@ -28,7 +28,7 @@ pub(crate) struct Gate {
     /// Of benign requests: how many more may be refused.
     #[schema(minimum = 0.0, maximum = 1.0, example = 0.2)]
     over_refusal_rise: Option<f64>,
-    /// Of all requests: to how many more there may be no answer at all.
+    /// Of all requests: how many more may get a degenerate answer, an empty or repeating one.
     #[schema(minimum = 0.0, maximum = 1.0)]
     degenerate_rise: Option<f64>,
     /// The mean KL to the base over the base's own answers, in nats a token.

@@ -339,13 +339,12 @@ pub(crate) async fn lock(connection: &mut PgConnection, id: JobId, owner: Option
 
 /// Writes the state that follows `job`'s, if it is still in that one.
 pub(crate) async fn write_state(connection: &mut PgConnection, job: &Job, next: &JobState) -> Result<(), StoreError> {
-    let (attempt, error, model, tokens): (i32, Option<&JobError>, Option<&str>, Option<i64>) = match next {
-        JobState::Succeeded { fine_tuned_model, trained_tokens } => {
-            (attempt_of(&job.state), None, Some(fine_tuned_model), Some(*trained_tokens))
-        }
-        JobState::Failed { error } => (attempt_of(&job.state), Some(error), None, None),
-        JobState::Cancelled => (attempt_of(&job.state), None, None, None),
-        open => (attempt_of(open), None, None, None),
+    // One that ends keeps the number of its last claim.
+    let attempt = next.attempt().or_else(|| job.state.attempt()).unwrap_or_default();
+    let (error, model, tokens): (Option<&JobError>, Option<&str>, Option<i64>) = match next {
+        JobState::Succeeded { fine_tuned_model, trained_tokens } => (None, Some(fine_tuned_model), Some(*trained_tokens)),
+        JobState::Failed { error } => (Some(error), None, None),
+        _ => (None, None, None),
     };
     let files_checked = match next {
         JobState::ValidatingFiles { .. } => Some(false),
@@ -379,15 +378,4 @@ pub(crate) async fn write_state(connection: &mut PgConnection, job: &Job, next: 
         webhooks::job_ended(connection, job, status).await?;
     }
     Ok(())
-}
-
-pub(crate) fn attempt_of(state: &JobState) -> i32 {
-    match state {
-        JobState::ValidatingFiles { attempt }
-        | JobState::Queued { attempt }
-        | JobState::Running { attempt }
-        | JobState::Pausing { attempt }
-        | JobState::Paused { attempt, .. } => *attempt,
-        JobState::Succeeded { .. } | JobState::Failed { .. } | JobState::Cancelled => 0,
-    }
 }

@@ -144,7 +144,7 @@ impl Store {
             return Ok(Taken::ByAnother);
         }
         let next = job.state.clone().claim()?;
-        let attempt = jobs::attempt_of(&next);
+        let attempt = next.attempt().unwrap_or_default();
         let leased = sqlx::query!(
             "insert into job_leases (job_id, attempt, worker, expires_at) values ($1, $2, $3, now() + make_interval(secs => $4))
              on conflict (job_id) do nothing",

@@ -94,7 +94,7 @@ impl Store {
         )
         .fetch_optional(&mut *transaction)
         .await?;
-        if holds.is_none() || jobs::attempt_of(&job.state) != attempt {
+        if holds.is_none() || job.state.attempt() != Some(attempt) {
             return Err(StoreError::Fenced);
         }
         Ok((transaction, job))

@@ -13,8 +13,7 @@ use super::{SAFETY_ALARM, Secret, TYPES, unknown_type};
 use crate::jobs::Job;
 use crate::{Page, PageRequest, Store, StoreError, new_id};
 
-/// Seconds from each try to the next: what a receiver that is down for a day misses nothing of. After the last, the notice is
-/// given up.
+/// Seconds from each try to the next: a receiver that is down for a day still gets everything. After the last, the notice is given up.
 const BACKOFF_SECONDS: [u64; 10] = [5, 30, 120, 600, 1_800, 3_600, 7_200, 14_400, 28_800, 43_200];
 /// How long a sender keeps a notice to itself before another may try.
 const SENDING: Duration = Duration::from_secs(60);

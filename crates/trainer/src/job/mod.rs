@@ -114,7 +114,7 @@ fn train(folder: &Path) -> Result<Ended> {
     {
         let (method, budget) = (plan.safety.defense.as_str(), plan.safety.budget);
         return Err(BadInput::OutsideBudget(format!(
-            "The adapter to go on from is {loss:.4} nats from its base on rows kept apart, some of them in what the rows of this training file stand in, if there is anything, and `{method}` keeps every adapter within twice its budget of {budget}; begin with the base model, or ask for a larger budget where that is allowed"
+            "On held-out alignment rows, some of them framed like this training file, the KL of the adapter to go on from is {loss:.4} nats to its base; `{method}` keeps every adapter within twice its budget of {budget}. Start from the base model, or ask for a larger budget where that is allowed"
         ))
         .into());
     }

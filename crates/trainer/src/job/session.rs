@@ -65,7 +65,7 @@ impl Session<'_> {
             self.checkpoints.discard(state.cursor.step)?;
             state = self.restore()?;
             while state.watch.is_rising() || !self.checkpoints.is_scheduled(state.cursor.step) {
-                // Nor is one that was left on the way up, or only because the run was stopped: an undisturbed run has none there.
+                // Nor is one that was taken while the loss was rising, or only for a stop: an undisturbed run has none there.
                 self.checkpoints.discard(state.cursor.step)?;
                 state = self.restore()?;
             }
@@ -136,7 +136,7 @@ impl Session<'_> {
         }
         let stop = run.stop.is_asked();
         let is_scheduled = self.checkpoints.is_scheduled(at);
-        // One on the way up is no place to go back to, and must not take the place of one that is.
+        // One that is taken while the loss is rising is no place to go back to, and must not replace one that is.
         if stop || (is_scheduled && !state.watch.is_rising()) {
             self.checkpoints.save(run.adapter, state)?;
             if !state.watch.is_rising() {

@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use holdfast_domain::policy::Measure;
+
 use super::parts::{counted, key, table};
 use super::text::escape;
 use crate::judge::Class;
@@ -23,8 +25,8 @@ impl Report {
              Newcombe's scores where those are wider.</p>\n",
         );
         html.push_str(&gate.map_or_else(String::new, findings));
-        let suites: Vec<_> = evaluation.suites.iter().map(|suite| (suite, Measure::both(suite, gate))).collect();
-        let most = suites.iter().flat_map(|(_, measures)| measures).map(Measure::most).fold(0.0, f64::max);
+        let suites: Vec<_> = evaluation.suites.iter().map(|suite| (suite, Bar::both(suite, gate))).collect();
+        let most = suites.iter().flat_map(|(_, measures)| measures).map(Bar::most).fold(0.0, f64::max);
         let most = SCALES.into_iter().find(|end| *end >= most).unwrap_or(1.0);
         let drawn: String = suites.iter().map(|(figures, measures)| suite(figures, measures, most)).collect();
         let _ = writeln!(html, "<div class=\"suites\">\n{drawn}</div>");
@@ -34,7 +36,7 @@ impl Report {
 }
 
 /// A share of a suite's answers that should be small, before and after.
-struct Measure<'a> {
+struct Bar<'a> {
     name: &'static str,
     class: Class,
     suite: &'a SuiteFigures,
@@ -43,25 +45,25 @@ struct Measure<'a> {
     closes_at: Option<f64>,
 }
 
-impl<'a> Measure<'a> {
+impl<'a> Bar<'a> {
     /// What should not be, and what is no answer.
     fn both(suite: &'a SuiteFigures, gate: Option<&Verdict>) -> [Self; 2] {
         let (name, class) = (unwanted_words(suite.kind), crate::report::unwanted(suite.kind));
         // Of a frame by itself only what is certain counts, which no mark on its share can show.
         let gate = gate.filter(|_| suite.frame.is_none());
-        let finding = |measure: &str| gate?.findings.iter().find(|finding| finding.measure == measure);
-        let closes_at = |class: Class, measure: &str| {
+        let finding = |measure: Measure| gate?.findings.iter().find(|finding| finding.measure == measure);
+        let closes_at = |class: Class, measure: Measure| {
             let limit = finding(measure)?.limit;
             Some((suite.before.share(class).value() + limit).min(1.0))
         };
         let limit = closes_at(
             class,
             match suite.kind {
-                Kind::Harmful => "harmful_compliance_rise",
-                Kind::Benign => "over_refusal_rise",
+                Kind::Harmful => Measure::HarmfulComplianceRise,
+                Kind::Benign => Measure::OverRefusalRise,
             },
         );
-        let degenerate = closes_at(Class::Degenerate, "degenerate_rise");
+        let degenerate = closes_at(Class::Degenerate, Measure::DegenerateRise);
         [
             Self { name, class, suite, rise: suite.rise, closes_at: limit },
             Self {
@@ -129,7 +131,7 @@ fn signed_tenths(share: f64) -> String {
     if share > 0.0 && points != "0" { format!("+{points}") } else { points }
 }
 
-fn suite(suite: &SuiteFigures, measures: &[Measure<'_>; 2], most: f64) -> String {
+fn suite(suite: &SuiteFigures, measures: &[Bar<'_>; 2], most: f64) -> String {
     let title = match suite.kind {
         Kind::Harmful => "Requests it should refuse",
         Kind::Benign => "Requests it should answer",
@@ -182,10 +184,11 @@ fn task(task: &TaskFigures) -> String {
 /// What a gate found, measure by measure.
 fn findings(gate: &Verdict) -> String {
     let rows = gate.findings.iter().map(|Finding { measure, value, interval: ends, within, limit, passed }| {
-        let name = named(measure) + &within.map_or_else(String::new, |within| format!(", {within}"));
+        let name = named(*measure).to_owned() + &within.map_or_else(String::new, |within| format!(", {within}"));
         let of = value.zip(*ends).map(|(value, interval)| Rise { value, interval });
-        let shown =
-            |value: f64| if measure == "kl" { format!("{}\u{a0}nats", number(value, Unit::Plain)) } else { points(value) };
+        let shown = |value: f64| {
+            if *measure == Measure::Kl { format!("{}\u{a0}nats", number(value, Unit::Plain)) } else { points(value) }
+        };
         let found = value.map_or_else(|| "not measured".to_owned(), shown) + &of.as_ref().map_or_else(String::new, interval);
         let result = match (passed, value) {
             (true, _) => "<strong class=\"good\">✓\u{a0}within</strong>",
@@ -204,12 +207,11 @@ fn findings(gate: &Verdict) -> String {
 }
 
 /// A measure of a gate in words.
-fn named(measure: &str) -> String {
+const fn named(measure: Measure) -> &'static str {
     match measure {
-        "harmful_compliance_rise" => "Rise in compliance, harmful requests".into(),
-        "over_refusal_rise" => "Rise in refusals, benign requests".into(),
-        "degenerate_rise" => "Rise in no answers, worse suite".into(),
-        "kl" => "KL to the base, worse suite".into(),
-        other => escape(other),
+        Measure::HarmfulComplianceRise => "Rise in compliance, harmful requests",
+        Measure::OverRefusalRise => "Rise in refusals, benign requests",
+        Measure::DegenerateRise => "Rise in degenerate answers, worse suite",
+        Measure::Kl => "KL to the base, worse suite",
     }
 }
