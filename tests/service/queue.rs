@@ -259,6 +259,41 @@ fn the_next_worker_reports_the_same_steps_again() -> Result<()> {
 }
 
 #[test]
+fn steps_that_a_run_takes_anew_come_in_the_place_of_those_it_gave_up() -> Result<()> {
+    let (app, _, job) = app_with_job()?;
+    app.runtime.block_on(async {
+        let held = running(&app, LONG).await?;
+        let report = async |taken: &[(u64, f64)]| {
+            let lines: Vec<Progress> = taken.iter().map(|&(number, loss)| step_with(number, loss)).collect();
+            app.store.report(job.id, held.attempt, &lines).await
+        };
+        report(&[(1, 1.0), (2, 1.0)]).await?;
+        report(&[(3, 9.0), (4, 9.0), (5, 9.0)]).await?;
+        // It diverged, and went back in the middle of what is reported at once.
+        report(&[(6, 9.0), (2, 2.0), (3, 2.0)]).await?;
+        report(&[(4, 2.0)]).await?;
+        let (steps, _) = app.store.steps(job.id).await?;
+        let known: Vec<(u64, f64)> = steps.iter().map(|step| (step.step, step.task_loss)).collect();
+        assert_eq!(known, [(1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0)]);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_job_that_this_version_cannot_read_keeps_no_worker_from_others() -> Result<()> {
+    let (app, _, unreadable) = app_with_job()?;
+    let id = unreadable.id.0;
+    let next = app.sql(&format!(
+        "insert into jobs select (jsonb_populate_record(j, jsonb_build_object('id', gen_random_uuid()))).* from jobs j where id = '{id}' returning id;
+         update jobs set safety = jsonb_set(safety, '{{defense}}', '\"of_a_later_version\"') where id = '{id}'"
+    ))?;
+    let claimed = app.runtime.block_on(claim(&app, LONG))?;
+    assert!(next.contains(&claimed.job.id.0.to_string()), "{next}");
+    assert_eq!(app.sql(&format!("select status, rests_until > now() from jobs where id = '{id}'"))?, "validating_files|t");
+    Ok(())
+}
+
+#[test]
 fn a_worker_that_lost_the_check_cannot_touch_the_training() -> Result<()> {
     let (app, project, job) = app_with_job()?;
     app.runtime.block_on(async {
@@ -276,10 +311,14 @@ fn a_worker_that_lost_the_check_cannot_touch_the_training() -> Result<()> {
 }
 
 fn step(step: u64) -> Progress {
+    step_with(step, 1.0)
+}
+
+fn step_with(step: u64, task_loss: f64) -> Progress {
     Progress::Step(Box::new(Step {
         step,
         total_steps: 9,
-        task_loss: 1.0,
+        task_loss,
         token_accuracy: 0.5,
         alignment: None,
         norm_user: 1.0,

@@ -82,6 +82,24 @@ fn what_is_not_made_yet_cannot_be_released() -> Result<()> {
 }
 
 #[test]
+fn a_release_of_checkpoints_alone_names_no_model() -> Result<()> {
+    let app = TestApp::start()?.with_small_model()?;
+    demand(&app, &gate(1.0))?;
+    let job = app.create_job(&rows(), &hyperparameters(2))?;
+    app.call("POST", &format!("/v1/fine_tuning/jobs/{job}/cancel"), None)?;
+    app.sql(&format!(
+        "update jobs set status = 'failed', error = '{{\"code\": \"training_diverged\", \"message\": \"m\"}}' where id = '{}'",
+        job.trim_start_matches("ftjob-")
+    ))?;
+    as_admin(&app, "POST", &format!("/admin/quarantine/{job}/release"), &json!({"reason": "Its first steps are of use."}))?;
+    let released = app.job(&job)?;
+    assert!(released["fine_tuned_model"].is_null() && released["quarantine"]["released_at"].is_i64(), "{released}");
+    let refused = app.call("GET", &format!("/v1/fine_tuning/jobs/{job}/adapter"), None)?;
+    assert_eq!((refused.status, refused.error().0), (400, "no_adapter"), "{}", refused.body);
+    Ok(())
+}
+
+#[test]
 fn what_did_not_pass_can_be_discarded_and_its_report_stays() -> Result<()> {
     let app = TestApp::start()?.with_small_model()?;
     demand(&app, &gate(0.0))?;
