@@ -6,7 +6,6 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use holdfast_domain::Frame;
-use holdfast_domain::gauge::Clean;
 use holdfast_domain::plan::paths;
 use holdfast_domain::progress::Step;
 use holdfast_safety::hash;
@@ -102,11 +101,6 @@ async fn report(
 ) -> Result<Report, StoreError> {
     let job = &held.claim.job;
     let (clean, alarm) = held.store.gauge_of(job).await?;
-    let last = last.and_then(|step| step.alignment.as_ref().map(|facts| (step.step, facts.conflict_rate)));
-    let gauge = last.filter(|_| job.safety.defense.projects()).map(|(step, conflict_rate)| {
-        let alarm_level = clean.unwrap_or(Clean::UNMEASURED).threshold(step);
-        Gauge { conflict_rate, alarm_level, calibrated: clean.is_some(), alarm }
-    });
     Ok(Report {
         format: report::FORMAT,
         job: job.id.to_string(),
@@ -115,8 +109,9 @@ async fn report(
         safety: job.safety.clone(),
         frames: held.framed.frames.iter().map(Frame::shape).collect(),
         policy: job.policy.clone(),
+        unfinished: None,
         training,
-        gauge,
+        gauge: Gauge::after(last, &job.safety, clean, alarm),
         evaluation: made.evaluation.clone(),
         not_judged: made.not_judged.clone(),
         gate: made.verdict.clone(),

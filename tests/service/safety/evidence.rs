@@ -298,6 +298,11 @@ fn a_run_whose_gradients_conflict_more_than_clean_rows_make_them_raises_an_alarm
     let told = "select count(*) from webhook_deliveries where type = 'fine_tuning.job.safety_alarm'";
     assert_eq!(app.sql(told)?, "1");
 
+    // They were cancelled on their way: what their training did until then can be looked at.
+    let report = app.call("GET", &format!("/v1/fine_tuning/jobs/{}/safety_report", clean[0]), None)?.body;
+    assert_eq!((&report["unfinished"], &report["training"]["steps"]), (&json!("the job was cancelled"), &json!(60)), "{report}");
+    assert_eq!((&report["gauge"]["conflict_rate"], &report["gauge"]["calibrated"]), (&json!(0.5), &json!(false)));
+
     let measure =
         |jobs: &[String]| as_admin(&app, "PUT", "/admin/conflict_levels", &json!({"base_model": MODEL, "clean_jobs": jobs}));
     assert_eq!(measure(&[])?.error(), ("missing", "clean_jobs"));

@@ -8,8 +8,10 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use holdfast_domain::Invalid;
 use holdfast_domain::ids::JobId;
+use holdfast_domain::job::JobState;
 use holdfast_safety::manifest;
-use holdfast_safety::report::{self, Report, RowText};
+use holdfast_safety::report::{self, Gauge, Report, RowText, Training};
+use holdfast_store::jobs::Job;
 use holdfast_store::{ObjectRef, StoreError, evidence};
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
@@ -30,7 +32,8 @@ const PAGE_POLICY: &str =
 ///
 /// There is one once the job has trained, passed or not: what the training did, what the model answers before and after to requests
 /// that it should refuse and to such as only look like them, and the rows that push hardest against the alignment, by their lines.
-/// With `Accept: text/html` it comes as a page to look at, which also shows these rows.
+/// With `Accept: text/html` it comes as a page to look at, which also shows these rows. Of a job that failed or was cancelled on its way
+/// it says what the training did until then, and nothing of it is signed.
 #[utoipa::path(
     get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/safety_report", operation_id = "get_safety_report", tag = "fine-tuning",
     params(
@@ -50,7 +53,10 @@ pub(crate) async fn get_safety_report(
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let job = state.store.job(tenant.0, job_id(&id)?).await.map_err(|e| not_found(e, &id))?;
-    let object = state.store.evidence(tenant.0, job.id, report::FILE).await.map_err(|error| missing(error, job.id))?;
+    let object = match state.store.evidence(tenant.0, job.id, report::FILE).await {
+        Err(StoreError::NotFound) => return show_unfinished(&state, &job, &headers).await,
+        object => object?,
+    };
     show_report(&state, object, &headers, async {
         match state.store.evidence(tenant.0, job.id, evidence::TEXTS).await {
             Ok(texts) => state.store.objects().read_whole(&texts).await,
@@ -115,6 +121,36 @@ pub(crate) fn missing(error: StoreError, job: JobId) -> ApiError {
     }
 }
 
+/// What is known of a job that ended without an adapter after it had begun to train.
+async fn show_unfinished(state: &AppState, job: &Job, headers: &HeaderMap) -> Result<Response, ApiError> {
+    let how = match &job.state {
+        JobState::Failed { error } => error.message.clone(),
+        JobState::Cancelled => "the job was cancelled".to_owned(),
+        _ => return Err(missing(StoreError::NotFound, job.id)),
+    };
+    let (steps, validations) = state.store.steps(job.id).await?;
+    let Some(last) = steps.last() else { return Err(missing(StoreError::NotFound, job.id)) };
+    let (clean, alarm) = state.store.gauge_of(job).await?;
+    let report = Report {
+        format: report::FORMAT,
+        job: job.id.to_string(),
+        attempt: job.attempts.last().map_or(0, |attempt| attempt.attempt),
+        base_model: job.base_model.clone(),
+        safety: job.safety.clone(),
+        policy: job.policy.clone(),
+        frames: Vec::new(),
+        unfinished: Some(how),
+        training: Training::of(&steps, &validations),
+        gauge: Gauge::after(Some(last), &job.safety, clean, alarm),
+        evaluation: None,
+        not_judged: None,
+        gate: None,
+        replaced: None,
+        worst_rows: Vec::new(),
+    };
+    if wants_page(headers) { show_page(&report, &BTreeMap::new()) } else { Ok(Json(report).into_response()) }
+}
+
 /// A report as it was written, or as a page, which shows the texts of rows: lines of [`RowText`], read only where they are shown.
 pub(crate) async fn show_report(
     state: &AppState,
@@ -128,7 +164,9 @@ pub(crate) async fn show_report(
     let texts = texts.await?;
     let texts = serde_json::Deserializer::from_slice(&texts).into_iter::<RowText>();
     let texts = texts.map(|row| row.map(|row| (row.line, row.text))).collect::<Result<_, _>>();
-    page(&state.store.objects().read_whole(&object).await?, &texts.map_err(|e| ApiError::internal(&e))?)
+    let report = state.store.objects().read_whole(&object).await?;
+    let report = serde_json::from_slice(&report).map_err(|e| ApiError::internal(&e))?;
+    show_page(&report, &texts.map_err(|e| ApiError::internal(&e))?)
 }
 
 fn wants_page(headers: &HeaderMap) -> bool {
@@ -145,8 +183,7 @@ fn file(state: &AppState, object: ObjectRef, name: &str, headers: &HeaderMap) ->
     download.answer(state.store.objects(), headers)
 }
 
-fn page(json: &[u8], texts: &BTreeMap<u64, String>) -> Result<Response, ApiError> {
-    let report: Report = serde_json::from_slice(json).map_err(|e| ApiError::internal(&e))?;
+fn show_page(report: &Report, texts: &BTreeMap<u64, String>) -> Result<Response, ApiError> {
     let headers = [
         (header::CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8")),
         (header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(PAGE_POLICY)),

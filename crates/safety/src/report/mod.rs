@@ -1,7 +1,9 @@
 //! The safety report of a job: what its training did, what its model answers before and after, and whether it passed.
 
 use holdfast_domain::frame::Shape;
+use holdfast_domain::gauge::Clean;
 use holdfast_domain::policy::AppliedPolicy;
+use holdfast_domain::progress::Step;
 use holdfast_domain::safety::Safety;
 use serde::{Deserialize, Serialize};
 
@@ -39,6 +41,9 @@ pub struct Report {
     /// suites, where any was asked, were asked in each.
     #[serde(default)]
     pub frames: Vec<Shape>,
+    /// How the job ended, where it made no adapter: nothing was asked then, and no manifest has the report's hash.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unfinished: Option<String>,
     /// What the training did.
     pub training: Training,
     /// Whether the gradients conflicted more often than clean rows make them; absent under methods without an alignment gradient.
@@ -68,6 +73,18 @@ pub struct Gauge {
     pub calibrated: bool,
     /// Whether the run passed the level.
     pub alarm: bool,
+}
+
+impl Gauge {
+    /// Read after a run's last step; `clean` is what was measured of runs like it, and `alarm` whether it raised one. `None` where the method
+    /// counts no conflicts.
+    #[must_use]
+    pub fn after(last: Option<&Step>, safety: &Safety, clean: Option<Clean>, alarm: bool) -> Option<Self> {
+        let step = last.filter(|_| safety.defense.projects())?;
+        let conflict_rate = step.alignment.as_ref()?.conflict_rate;
+        let alarm_level = clean.unwrap_or(Clean::UNMEASURED).threshold(step.step);
+        Some(Self { conflict_rate, alarm_level, calibrated: clean.is_some(), alarm })
+    }
 }
 
 /// How hard a row pushes against the alignment, see the trainer's `conflicts`.

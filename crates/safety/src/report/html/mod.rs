@@ -80,6 +80,9 @@ impl Report {
 
     /// Its tone, its words, and what there is to add.
     fn verdict(&self) -> (&'static str, &'static str, String) {
+        if let Some(how) = &self.unfinished {
+            return ("bad", "The job made no adapter", sentence(how));
+        }
         match (&self.gate, &self.evaluation, &self.policy) {
             (Some(gate), ..) if gate.enabled && gate.passed => ("good", "Passed the safety gate", within_limits(gate)),
             (Some(gate), ..) if gate.enabled => ("bad", "Did not pass the safety gate", sentence(&gate.reasons())),
@@ -160,6 +163,11 @@ impl Report {
     }
 
     fn foot(&self) -> String {
+        if self.unfinished.is_some() {
+            return "<footer>\n<p>Drawn from what the job's steps reported. Nothing of it is signed: there is no adapter that a manifest \
+                    could be about.</p>\n</footer>\n"
+                .into();
+        }
         format!(
             "<footer>\n<p>Drawn from <code>{FILE}</code>, format {}. Its hash stands in the signed <code>{}</code> beside the \
              adapter. With this report's JSON put there too, to check it and every file of the adapter:</p>\n\
@@ -274,6 +282,7 @@ mod tests {
             |step| Point { step, task_loss: figure, align_kl: figure, cosine: None, conflict_rate: figure, removed: figure };
         Report {
             format: 1,
+            unfinished: None,
             job: "ftjob-1".into(),
             attempt: 1,
             base_model: HOSTILE.into(),
@@ -345,6 +354,15 @@ mod tests {
         }
         assert!(page(&report).contains("asked in frame 2 of the training file"));
         assert!(!page(&Report { frames: Vec::new(), ..report }).contains("frames"));
+    }
+
+    #[test]
+    fn a_job_that_made_no_adapter_shows_what_its_training_did() {
+        let unfinished = Some("the loss was no number in step 7".to_owned());
+        let broken = Report { unfinished, evaluation: None, gate: None, worst_rows: Vec::new(), ..report(7, 0, closed()) };
+        let html = page(&broken);
+        assert!(html.contains("The job made no adapter") && html.contains("<p>The loss was no number in step 7.</p>"), "{html}");
+        assert!(html.contains("class=\"curve\"") && !html.contains("holdfast verify"));
     }
 
     #[test]
