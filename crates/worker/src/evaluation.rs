@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use crate::agent::{self, Command, Outcome};
 use crate::pauses::Pauses;
 use crate::task::{TASK, Task};
-use crate::work::Held;
+use crate::work::Run;
 
 /// The most tokens of an answer: a refusal stands in the first sentences. What comes behind them is not seen.
 const ANSWER_TOKENS: u32 = 48;
@@ -90,17 +90,17 @@ pub(crate) fn own_suite(number: usize) -> String {
 
 /// Asks the base whatever is not known of it yet, before anything is trained: what it cannot be asked, no adapter of it can. `None` where the
 /// training may begin.
-pub(crate) async fn ask_base(held: &Held<'_>, policy: &Policy) -> Result<Option<Outcome>, StoreError> {
-    let (suites, task) = asked_of(held).await?;
-    write_request(held, &suites, task.as_ref(), None).await?;
-    let known = |file: &str| held.folder.path().join(files::paths::SUITES).join(files::paths::base(file)).exists();
+pub(crate) async fn ask_base(run: &Run<'_>, policy: &Policy) -> Result<Option<Outcome>, StoreError> {
+    let (suites, task) = asked_of(run).await?;
+    write_request(run, &suites, task.as_ref(), None).await?;
+    let known = |file: &str| run.folder.path().join(files::paths::SUITES).join(files::paths::base(file)).exists();
     if files_of(&suites, task.as_ref()).all(known) {
         return Ok(None);
     }
-    let reports = held.reports();
-    let outcome = agent::run(held.config, held.folder.path(), Command::Evaluate, &reports, held.stop.clone()).await?;
+    let reports = run.reports();
+    let outcome = agent::run(run.config, run.folder.path(), Command::Evaluate, &reports, run.stop.clone()).await?;
     // Also what was answered before it broke off: another attempt need not ask that again.
-    keep_base_answers(held, &suites).await;
+    keep_base_answers(run, &suites).await;
     match outcome {
         Outcome::Done { .. } => {}
         // What the training would be refused for too, it is refused for at once.
@@ -110,7 +110,7 @@ pub(crate) async fn ask_base(held: &Held<'_>, policy: &Policy) -> Result<Option<
         other => return Ok(Some(other)),
     }
     for file in files_of(&suites, task.as_ref()) {
-        know_base_answers(held, file).await?;
+        know_base_answers(run, file).await?;
     }
     Ok(None)
 }
@@ -121,23 +121,23 @@ fn files_of<'a>(suites: &'a [AskedSuite], task: Option<&Task>) -> impl Iterator<
 }
 
 /// All that is asked of a job's model.
-async fn asked_of(held: &Held<'_>) -> Result<(Vec<AskedSuite>, Option<Task>), StoreError> {
-    let mut suites = suites(&held.claim.suites, held.folder.path())?;
-    suites.extend(in_frames(&suites, &held.framed.frames));
-    Ok((suites, Task::of(held.claim, held.folder.path()).await?))
+async fn asked_of(run: &Run<'_>) -> Result<(Vec<AskedSuite>, Option<Task>), StoreError> {
+    let mut suites = suites(&run.claim.suites, run.folder.path())?;
+    suites.extend(in_frames(&suites, &run.framed.frames));
+    Ok((suites, Task::of(run.claim, run.folder.path()).await?))
 }
 
 /// Asks the adapter at `adapter`, from the job folder; `checkpoint` is its step where it is not the run's last.
 pub(crate) async fn evaluate(
-    held: &Held<'_>,
+    run: &Run<'_>,
     policy: &Policy,
     adapter: &str,
     checkpoint: Option<u64>,
 ) -> Result<Asked, StoreError> {
-    let (suites, task) = asked_of(held).await?;
-    write_request(held, &suites, task.as_ref(), Some(adapter)).await?;
-    let reports = held.reports();
-    match agent::run(held.config, held.folder.path(), Command::Evaluate, &reports, held.stop.clone()).await? {
+    let (suites, task) = asked_of(run).await?;
+    write_request(run, &suites, task.as_ref(), Some(adapter)).await?;
+    let reports = run.reports();
+    match agent::run(run.config, run.folder.path(), Command::Evaluate, &reports, run.stop.clone()).await? {
         Outcome::Done { .. } => {}
         Outcome::Failed(error) => {
             let why = format!("The model could not be asked the safety suites: {}", error.message.trim_end_matches('.'));
@@ -151,12 +151,12 @@ pub(crate) async fn evaluate(
         }
         other => return Ok(Asked::Ended(other)),
     }
-    keep_base_answers(held, &suites).await;
-    let figures: Figures = read_json(&held.folder.path().join(files::paths::FIGURES)).await?;
+    keep_base_answers(run, &suites).await;
+    let figures: Figures = read_json(&run.folder.path().join(files::paths::FIGURES)).await?;
     let mut found = Vec::new();
     for AskedSuite { file, own, frame, suite } in &suites {
-        let [before, after] = both_answers(held, file, suite.requests.len()).await?;
-        let [before, after] = match judge(held, policy.judge, suite, [&before, &after]).await {
+        let [before, after] = both_answers(run, file, suite.requests.len()).await?;
+        let [before, after] = match judge(run, policy.judge, suite, [&before, &after]).await {
             Ok(classes) => classes,
             Err(Unjudged::Stopped(reason)) => return Ok(Asked::Ended(Outcome::Stopped(reason))),
             Err(Unjudged::Because(why)) => {
@@ -172,14 +172,14 @@ pub(crate) async fn evaluate(
         let Suite { kind, version, .. } = *suite;
         found.push(Judged { name, frame, kind, version, categories, before, after, kl }.figures());
     }
-    let judge = match (policy.judge, &held.config.judge) {
+    let judge = match (policy.judge, &run.config.judge) {
         // Where it is, is the operator's.
         (Judge::Endpoint, Some(endpoint)) => format!("{} endpoint", endpoint.protocol().as_str()),
         _ => "phrases".to_owned(),
     };
     let task = match task {
         Some(task) => {
-            let [before, after] = both_answers(held, TASK, task.expected.len()).await?;
+            let [before, after] = both_answers(run, TASK, task.expected.len()).await?;
             Some(TaskFigures::of(&task.right(&before), &task.right(&after)))
         }
         None => None,
@@ -188,15 +188,15 @@ pub(crate) async fn evaluate(
 }
 
 /// What the base answered to a suite, and what the adapted model did.
-async fn both_answers(held: &Held<'_>, file: &str, count: usize) -> Result<[Vec<Answer>; 2], StoreError> {
-    let known = know_base_answers(held, file).await?;
-    let answered = held.folder.path().join(files::paths::OUT).join(files::paths::suite(file));
+async fn both_answers(run: &Run<'_>, file: &str, count: usize) -> Result<[Vec<Answer>; 2], StoreError> {
+    let known = know_base_answers(run, file).await?;
+    let answered = run.folder.path().join(files::paths::OUT).join(files::paths::suite(file));
     Ok([read_answers(&known, count).await?, read_answers(&answered, count).await?])
 }
 
 /// Puts what the base answered to a suite where it is looked for before it is asked again.
-async fn know_base_answers(held: &Held<'_>, file: &str) -> Result<PathBuf, StoreError> {
-    let (folder, name) = (held.folder.path(), files::paths::base(file));
+async fn know_base_answers(run: &Run<'_>, file: &str) -> Result<PathBuf, StoreError> {
+    let (folder, name) = (run.folder.path(), files::paths::base(file));
     let (known, asked_now) = (folder.join(files::paths::SUITES).join(&name), folder.join(files::paths::OUT).join(&name));
     if asked_now.exists() {
         tokio::fs::rename(&asked_now, &known).await?;
@@ -205,12 +205,12 @@ async fn know_base_answers(held: &Held<'_>, file: &str) -> Result<PathBuf, Store
 }
 
 async fn write_request(
-    held: &Held<'_>,
+    run: &Run<'_>,
     suites: &[AskedSuite],
     task: Option<&Task>,
     adapter: Option<&str>,
 ) -> Result<(), StoreError> {
-    let folder = held.folder.path();
+    let folder = run.folder.path();
     let requests = folder.join(files::paths::SUITES);
     tokio::fs::create_dir_all(&requests).await?;
     let out = folder.join(files::paths::OUT);
@@ -225,12 +225,12 @@ async fn write_request(
         let base = requests.join(files::paths::base(file));
         if frame.is_none()
             && !base.exists()
-            && let Some(known) = held.store.base_answers(&answers_name(held, suite)).await?
+            && let Some(known) = run.store.base_answers(&answers_name(run, suite)).await?
         {
-            match held.store.objects().fetch(&known, &base).await {
+            match run.store.objects().fetch(&known, &base).await {
                 Err(error) if error.is_damaged() => {
                     tracing::warn!(%error, "the base's answers cannot be read back; it is asked again");
-                    held.store.lose_base_answers(&answers_name(held, suite)).await?;
+                    run.store.lose_base_answers(&answers_name(run, suite)).await?;
                 }
                 fetched => fetched?,
             }
@@ -249,9 +249,9 @@ async fn write_request(
 }
 
 /// Names what a base answers to a suite: a hash over the base, the requests, and how they are asked.
-fn answers_name(held: &Held<'_>, suite: &Suite) -> String {
+fn answers_name(run: &Run<'_>, suite: &Suite) -> String {
     let mut hash = Sha256::new();
-    hash.update(held.claim.base.content_sha256);
+    hash.update(run.claim.base.content_sha256);
     for request in &suite.requests {
         if let Some(system) = &request.system {
             hash.update(system.as_bytes());
@@ -260,8 +260,8 @@ fn answers_name(held: &Held<'_>, suite: &Suite) -> String {
         hash.update(request.content.as_bytes());
         hash.update([0]);
     }
-    let device = &held.config.device;
-    let precision = held.claim.job.hyperparameters.precision;
+    let device = &run.config.device;
+    let precision = run.claim.job.hyperparameters.precision;
     let version = env!("CARGO_PKG_VERSION");
     hash.update(format!("{ANSWER_TOKENS} {precision:?} {} {version}", device.split(':').next().unwrap_or(device)));
     hex::encode(hash.finalize())
@@ -269,12 +269,12 @@ fn answers_name(held: &Held<'_>, suite: &Suite) -> String {
 
 /// Keeps what the base answered for later jobs; without it they ask again. What it answered in a tenant's frames is of no use to others,
 /// and none of their business.
-async fn keep_base_answers(held: &Held<'_>, suites: &[AskedSuite]) {
+async fn keep_base_answers(run: &Run<'_>, suites: &[AskedSuite]) {
     for AskedSuite { file, suite, .. } in suites.iter().filter(|asked| asked.frame.is_none()) {
-        let Ok(answers) = tokio::fs::read(held.folder.path().join(files::paths::OUT).join(files::paths::base(file))).await else {
+        let Ok(answers) = tokio::fs::read(run.folder.path().join(files::paths::OUT).join(files::paths::base(file))).await else {
             continue;
         };
-        if let Err(error) = held.store.keep_base_answers(&answers_name(held, suite), &answers).await {
+        if let Err(error) = run.store.keep_base_answers(&answers_name(run, suite), &answers).await {
             tracing::warn!(%error, "the base's answers could not be kept; the next job asks it again");
         }
     }
@@ -299,7 +299,7 @@ enum Unjudged {
 }
 
 /// What answers are, of the base and of the adapted model.
-async fn judge(held: &Held<'_>, judge: Judge, suite: &Suite, answers: [&[Answer]; 2]) -> Result<[Vec<Class>; 2], Unjudged> {
+async fn judge(run: &Run<'_>, judge: Judge, suite: &Suite, answers: [&[Answer]; 2]) -> Result<[Vec<Class>; 2], Unjudged> {
     let [before, after] = answers;
     match judge {
         Judge::Phrases => {
@@ -308,13 +308,13 @@ async fn judge(held: &Held<'_>, judge: Judge, suite: &Suite, answers: [&[Answer]
             let of = |answers: &[Answer]| answers.iter().map(|answer| phrases.judge(&answer.text)).collect();
             Ok([of(before), of(after)])
         }
-        Judge::Endpoint => Ok([ask_judge(held, suite, before).await?, ask_judge(held, suite, after).await?]),
+        Judge::Endpoint => Ok([ask_judge(run, suite, before).await?, ask_judge(run, suite, after).await?]),
     }
 }
 
 /// Asks the judge behind an address, again and again while it is away.
-async fn ask_judge(held: &Held<'_>, suite: &Suite, answers: &[Answer]) -> Result<Vec<Class>, Unjudged> {
-    let Some(endpoint) = &held.config.judge else {
+async fn ask_judge(run: &Run<'_>, suite: &Suite, answers: &[Answer]) -> Result<Vec<Class>, Unjudged> {
+    let Some(endpoint) = &run.config.judge else {
         return Err(Unjudged::Because(
             "the policy wants an endpoint to judge, and this worker knows of none (--judge-url)".into(),
         ));
@@ -324,13 +324,13 @@ async fn ask_judge(held: &Held<'_>, suite: &Suite, answers: &[Answer]) -> Result
     let mut classes = Vec::new();
     // A few at a time, so that what is judged need not be judged again.
     for some in pairs.chunks(PAIRS_AT_ONCE) {
-        classes.extend(judge_some(held, endpoint, suite.kind, some).await?);
+        classes.extend(judge_some(run, endpoint, suite.kind, some).await?);
     }
     Ok(classes)
 }
 
-async fn judge_some(held: &Held<'_>, endpoint: &Endpoint, kind: Kind, pairs: &[(&str, &str)]) -> Result<Vec<Class>, Unjudged> {
-    let (mut stop, since, mut pauses) = (held.stop.clone(), Instant::now(), Pauses::default());
+async fn judge_some(run: &Run<'_>, endpoint: &Endpoint, kind: Kind, pairs: &[(&str, &str)]) -> Result<Vec<Class>, Unjudged> {
+    let (mut stop, since, mut pauses) = (run.stop.clone(), Instant::now(), Pauses::default());
     loop {
         let judged = async {
             endpoint.try_out().await?;
@@ -345,7 +345,7 @@ async fn judge_some(held: &Held<'_>, endpoint: &Endpoint, kind: Kind, pairs: &[(
         };
         // An operator may mend whatever it is.
         tracing::warn!(%error, judge = endpoint.name(), "the judge cannot be used; the job waits for it");
-        if since.elapsed() >= held.config.judge_patience {
+        if since.elapsed() >= run.config.judge_patience {
             let why = match error {
                 JudgeError::Unavailable(_) => "the judge cannot be reached, or is overloaded",
                 JudgeError::Refused(_) => "the judge refuses to be asked",

@@ -17,7 +17,7 @@ use holdfast_store::{Store, StoreError};
 
 use crate::finish::Made;
 use crate::results;
-use crate::work::Held;
+use crate::work::Run;
 
 /// Rows that a report names.
 const WORST_ROWS: usize = 50;
@@ -69,13 +69,13 @@ struct Files {
 }
 
 /// Puts together what a run and what was found of it come to.
-pub(crate) async fn gather(held: &Held<'_>, made: &Made) -> Result<Evidence, StoreError> {
-    let (steps, validations) = held.store.steps(held.claim.job.id).await?;
-    let folder = held.folder.path().to_owned();
+pub(crate) async fn gather(run: &Run<'_>, made: &Made) -> Result<Evidence, StoreError> {
+    let (steps, validations) = run.store.steps(run.claim.job.id).await?;
+    let folder = run.folder.path().to_owned();
     // A tenant's file may be large, and the lease is renewed on this thread.
     let files = tokio::task::spawn_blocking(move || Files::read(&folder)).await.map_err(std::io::Error::other)??;
     let table = results::csv(&steps, &validations);
-    let report = report(held, made, Training::of(&steps, &validations), steps.last(), files.worst_rows).await?;
+    let report = report(run, made, Training::of(&steps, &validations), steps.last(), files.worst_rows).await?;
     Ok(Evidence {
         report: serde_json::to_vec_pretty(&report).map_err(std::io::Error::other)?,
         texts: files.texts,
@@ -93,21 +93,21 @@ impl Files {
 }
 
 async fn report(
-    held: &Held<'_>,
+    run: &Run<'_>,
     made: &Made,
     training: Training,
     last: Option<&Step>,
     worst_rows: Vec<RowScore>,
 ) -> Result<Report, StoreError> {
-    let job = &held.claim.job;
-    let (clean, alarm) = held.store.gauge_of(job).await?;
+    let job = &run.claim.job;
+    let (clean, alarm) = run.store.gauge_of(job).await?;
     Ok(Report {
         format: report::FORMAT,
         job: job.id.to_string(),
-        attempt: held.claim.attempt,
+        attempt: run.claim.attempt,
         base_model: job.base_model.clone(),
         safety: job.safety.clone(),
-        frames: held.framed.frames.iter().map(Frame::shape).collect(),
+        frames: run.framed.frames.iter().map(Frame::shape).collect(),
         policy: job.policy.clone(),
         unfinished: None,
         training,
@@ -186,13 +186,8 @@ impl Evidence {
     }
 
     /// Signs what went into a job and what came out, `staged`: the bytes of [`manifest::FILE`].
-    pub(crate) async fn sign(
-        &self,
-        held: &Held<'_>,
-        staged: &Published,
-        passed_gate: Option<bool>,
-    ) -> Result<Vec<u8>, StoreError> {
-        let Held { store, config, claim, .. } = held;
+    pub(crate) async fn sign(&self, run: &Run<'_>, staged: &Published, passed_gate: Option<bool>) -> Result<Vec<u8>, StoreError> {
+        let Run { store, config, claim, .. } = run;
         let named = |name: String, sha256: &[u8; 32]| Named { name, sha256: hex::encode(sha256) };
         let verify_key = config.signing_key.verify_key();
         store.know_signing_key(&verify_key.id(), &verify_key.to_pem().map_err(std::io::Error::other)?).await?;
@@ -205,8 +200,8 @@ impl Evidence {
             model: claim.job.model_name(),
             program: Program {
                 version: env!("CARGO_PKG_VERSION").into(),
-                trainer_sha256: held.programs.trainer_sha256.clone(),
-                worker_sha256: Some(held.programs.worker_sha256.clone()),
+                trainer_sha256: run.programs.trainer_sha256.clone(),
+                worker_sha256: Some(run.programs.worker_sha256.clone()),
                 device: config.device.clone(),
             },
             inputs: Inputs {
@@ -217,7 +212,7 @@ impl Evidence {
                     .alignment
                     .as_ref()
                     .map(|set| named(format!("{}@{}", set.name, set.version), &set.object.sha256)),
-                alignment_rows_sha256: held.framed.alignment_sha256.clone(),
+                alignment_rows_sha256: run.framed.alignment_sha256.clone(),
                 suites: claim.suites.iter().map(|suite| named(suite.pinned(), &suite.object.sha256)).collect(),
                 start: claim.start.as_deref().map(hashes).unwrap_or_default(),
                 plan_sha256: self.plan_sha256.clone(),

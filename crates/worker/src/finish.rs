@@ -15,7 +15,7 @@ use crate::agent::{self, Outcome};
 use crate::evaluation::{self, Asked};
 use crate::evidence::{self, Evidence};
 use crate::pauses::Pauses;
-use crate::work::Held;
+use crate::work::Run;
 
 /// How long it is tried to ask and to publish an adapter that is trained, while the store or the database is away.
 const PATIENCE: Duration = Duration::from_secs(60 * 60);
@@ -83,22 +83,22 @@ impl Made {
 }
 
 /// Takes a run's adapter to its end, which the store knows then.
-pub(crate) async fn finish(held: &Held<'_>, adapter: Vec<PathBuf>, trained_tokens: u64) -> Result<(), Unfinished> {
-    let made = match held.asking_policy() {
+pub(crate) async fn finish(run: &Run<'_>, adapter: Vec<PathBuf>, trained_tokens: u64) -> Result<(), Unfinished> {
+    let made = match run.asking_policy() {
         None => Made::new(adapter),
         Some(policy) => {
             let mut tries = Tries::default();
             loop {
-                match examine(held, policy, adapter.clone()).await {
-                    Err(Unfinished::Store(error)) => tries.again(held, "asked", error).await?,
+                match examine(run, policy, adapter.clone()).await {
+                    Err(Unfinished::Store(error)) => tries.again(run, "asked", error).await?,
                     examined => break examined?,
                 }
             }
         }
     };
     let (mut tries, mut gathered) = (Tries::default(), None);
-    while let Err(error) = gather_and_publish(held, &made, &mut gathered, trained_tokens).await {
-        tries.again(held, "published", error).await?;
+    while let Err(error) = gather_and_publish(run, &made, &mut gathered, trained_tokens).await {
+        tries.again(run, "published", error).await?;
     }
     Ok(())
 }
@@ -117,35 +117,35 @@ impl Tries {
     ///
     /// # Errors
     /// `error`, where waiting is of no use, or that the worker must let go.
-    async fn again(&mut self, held: &Held<'_>, what: &str, error: StoreError) -> Result<(), Unfinished> {
+    async fn again(&mut self, run: &Run<'_>, what: &str, error: StoreError) -> Result<(), Unfinished> {
         let since = self.since.get_or_insert_with(Instant::now);
         if !error.is_unavailable() || since.elapsed() >= PATIENCE {
             return Err(error.into());
         }
         tracing::warn!(%error, "the adapter could not be {what}; trying again");
-        let waited = self.pauses.next(&mut held.stop.clone()).await;
+        let waited = self.pauses.next(&mut run.stop.clone()).await;
         waited.map_err(|reason| Unfinished::Ended(Outcome::Stopped(reason)))
     }
 }
 
 /// Publishes with evidence that is gathered once, however often it is tried.
 async fn gather_and_publish(
-    held: &Held<'_>,
+    run: &Run<'_>,
     made: &Made,
     gathered: &mut Option<Evidence>,
     trained_tokens: u64,
 ) -> Result<(), StoreError> {
     let evidence = match gathered {
         Some(evidence) => evidence,
-        None => gathered.insert(evidence::gather(held, made).await?),
+        None => gathered.insert(evidence::gather(run, made).await?),
     };
-    publish(held, made, evidence, trained_tokens).await
+    publish(run, made, evidence, trained_tokens).await
 }
 
 /// Asks an adapter the suites, and where it does not pass the checkpoints before it, if the policy says so.
-async fn examine(held: &Held<'_>, policy: &Policy, adapter: Vec<PathBuf>) -> Result<Made, Unfinished> {
+async fn examine(run: &Run<'_>, policy: &Policy, adapter: Vec<PathBuf>) -> Result<Made, Unfinished> {
     let gate = &policy.gate;
-    let last = match evaluation::evaluate(held, policy, paths::ADAPTER, None).await? {
+    let last = match evaluation::evaluate(run, policy, paths::ADAPTER, None).await? {
         Asked::Found(evaluation) => *evaluation,
         Asked::NotJudged(error) => {
             // Without a gate nothing depends on the answer.
@@ -160,7 +160,7 @@ async fn examine(held: &Held<'_>, policy: &Policy, adapter: Vec<PathBuf>) -> Res
         return Ok(Made::new(adapter).found(last, verdict));
     }
     if gate.otherwise == Otherwise::PublishCheckpoint
-        && let Some(made) = passing_checkpoint(held, policy, &adapter).await?
+        && let Some(made) = passing_checkpoint(run, policy, &adapter).await?
     {
         return Ok(Made { replaced: Some(verdict), ..made });
     }
@@ -170,12 +170,12 @@ async fn examine(held: &Held<'_>, policy: &Policy, adapter: Vec<PathBuf>) -> Res
 
 /// The best checkpoint that passes and is not `adapter`, which did not: by the loss on the validation file where there is one, else the
 /// newest.
-async fn passing_checkpoint(held: &Held<'_>, policy: &Policy, adapter: &[PathBuf]) -> Result<Option<Made>, Unfinished> {
+async fn passing_checkpoint(run: &Run<'_>, policy: &Policy, adapter: &[PathBuf]) -> Result<Option<Made>, Unfinished> {
     let weights = adapter.iter().find(|file| file.ends_with(paths::ADAPTER_WEIGHTS));
     let failed = weights.map(|file| hash::of_file(file)).transpose()?;
-    let (_, validations) = held.store.steps(held.claim.job.id).await?;
+    let (_, validations) = run.store.steps(run.claim.job.id).await?;
     let loss_at = |step: u64| validations.iter().rev().find(|(at, ..)| *at <= step).map_or(f64::INFINITY, |(_, loss, _)| *loss);
-    let mut candidates = held.store.settled_adapters(held.claim.job.id).await?;
+    let mut candidates = run.store.settled_adapters(run.claim.job.id).await?;
     // What the run published may be its best and not its last.
     candidates.retain(|candidate| {
         let weights = candidate.files.iter().find(|file| file.name == paths::ADAPTER_WEIGHTS);
@@ -184,15 +184,15 @@ async fn passing_checkpoint(held: &Held<'_>, policy: &Policy, adapter: &[PathBuf
     candidates.sort_by(|a, b| loss_at(a.step).total_cmp(&loss_at(b.step)));
     for candidate in candidates.iter().take(CANDIDATES) {
         let name = format!("{CANDIDATES_FOLDER}/step-{}", candidate.step);
-        let folder = held.folder.path().join(&name);
-        match held.folder.fetch_into(held.store, &folder, &candidate.files).await {
+        let folder = run.folder.path().join(&name);
+        match run.folder.fetch_into(run.store, &folder, &candidate.files).await {
             Err(error) if error.is_damaged() => {
                 tracing::warn!(%error, step = candidate.step, "a checkpoint cannot be read back");
                 continue;
             }
             fetched => fetched?,
         }
-        match evaluation::evaluate(held, policy, &name, Some(candidate.step)).await? {
+        match evaluation::evaluate(run, policy, &name, Some(candidate.step)).await? {
             Asked::Found(evaluation) => {
                 let verdict = evaluation.verdict(&policy.gate);
                 if verdict.passed {
@@ -216,13 +216,13 @@ fn not_passed(verdict: &Verdict) -> JobError {
 }
 
 /// Writes an adapter and its evidence as objects and gives them their rows.
-async fn publish(held: &Held<'_>, made: &Made, evidence: &Evidence, trained_tokens: u64) -> Result<(), StoreError> {
-    let Held { store, config, claim, .. } = held;
+async fn publish(run: &Run<'_>, made: &Made, evidence: &Evidence, trained_tokens: u64) -> Result<(), StoreError> {
+    let Run { store, config, claim, .. } = run;
     let is_own = |suite: &&SuiteFigures| suite.name.is_some() && suite.frame.is_none();
     let own_suites = made.evaluation.as_ref().map_or(0, |found| found.suites.iter().filter(is_own).count());
     let mut staged =
         Published { own_suites, note: made.note(), trained_tokens, device: config.device.clone(), ..Published::default() };
-    let outcome = match stage_all(held, made, evidence, &mut staged).await {
+    let outcome = match stage_all(run, made, evidence, &mut staged).await {
         Err(error) => Err(error),
         Ok(()) => match &made.kept_apart {
             Some(error) => store.quarantine(claim.job.id, claim.attempt, &staged, error.clone()).await,
@@ -243,15 +243,15 @@ async fn publish(held: &Held<'_>, made: &Made, evidence: &Evidence, trained_toke
     outcome
 }
 
-async fn stage_all(held: &Held<'_>, made: &Made, evidence: &Evidence, staged: &mut Published) -> Result<(), StoreError> {
-    let Held { store, claim, .. } = held;
+async fn stage_all(run: &Run<'_>, made: &Made, evidence: &Evidence, staged: &mut Published) -> Result<(), StoreError> {
+    let Run { store, claim, .. } = run;
     let key = Store::adapter_keys(&claim.job, claim.attempt);
     stage_into(store, &made.adapter, &key, &mut staged.adapter).await?;
     let results_key = Store::results_key(&claim.job, claim.attempt);
     staged.results = Some(store.objects().stage_bytes(results_key, evidence.table.as_bytes()).await?);
     let evidence_key = Store::evidence_keys(&claim.job, claim.attempt);
     evidence.stage_into(store, &evidence_key, &mut staged.evidence).await?;
-    let signed = evidence.sign(held, staged, made.passed_gate()).await?;
+    let signed = evidence.sign(run, staged, made.passed_gate()).await?;
     // Beside the adapter, where whoever has it can check it; and with the evidence, where it stays when the model is deleted.
     staged.adapter.push(evidence::stage(store, manifest::FILE, &signed, &key).await?);
     staged.evidence.push(evidence::stage(store, manifest::FILE, &signed, &evidence_key).await?);

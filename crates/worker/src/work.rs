@@ -49,24 +49,24 @@ pub(crate) async fn work(
         reason = agent::stopped(&mut stop) => return let_go(store, config.lease, claim, reason).await,
     };
     let programs = Programs::now(&config.trainer).await?;
-    let held = Held { store, config, claim, folder: &folder, stop, programs, framed };
+    let run = Run { store, config, claim, folder: &folder, stop, programs, framed };
     // A run that goes on has asked it, and is asked what is missing in the end: what a file's frames hold is kept for no later attempt.
-    let unasked = match held.asking_policy().filter(|_| claim.resume.is_empty()) {
-        Some(policy) => evaluation::ask_base(&held, policy).await?,
+    let unasked = match run.asking_policy().filter(|_| claim.resume.is_empty()) {
+        Some(policy) => evaluation::ask_base(&run, policy).await?,
         None => None,
     };
     let outcome = match unasked {
         Some(outcome) => outcome,
-        None => agent::run(config, folder.path(), Command::Train, &held.reports(), held.stop.clone()).await?,
+        None => agent::run(config, folder.path(), Command::Train, &run.reports(), run.stop.clone()).await?,
     };
     tokio::select! {
-        concluded = conclude(&held, outcome) => concluded,
-        () = agent::lost(held.stop.clone()) => Err(StoreError::Fenced),
+        concluded = conclude(&run, outcome) => concluded,
+        () = agent::lost(run.stop.clone()) => Err(StoreError::Fenced),
     }
 }
 
 /// A job that this worker trains, with all that its end needs.
-pub(crate) struct Held<'a> {
+pub(crate) struct Run<'a> {
     pub(crate) store: &'a Store,
     pub(crate) config: &'a WorkerConfig,
     pub(crate) claim: &'a Claim,
@@ -77,7 +77,7 @@ pub(crate) struct Held<'a> {
     pub(crate) framed: Framed,
 }
 
-impl Held<'_> {
+impl Run<'_> {
     /// The job's policy, if what it made is asked the suites under it.
     pub(crate) fn asking_policy(&self) -> Option<&Policy> {
         self.claim.job.policy.as_ref().map(|applied| &applied.policy).filter(|policy| policy.evaluates())
@@ -89,26 +89,26 @@ impl Held<'_> {
 }
 
 /// Writes down how a run ended; publishes what it made.
-async fn conclude(held: &Held<'_>, outcome: Outcome) -> Result<(), StoreError> {
-    let Held { store, claim, .. } = held;
+async fn conclude(run: &Run<'_>, outcome: Outcome) -> Result<(), StoreError> {
+    let Run { store, claim, .. } = run;
     match outcome {
         Outcome::Done { adapter, trained_tokens } => {
-            if let Err(error) = held.folder.keep_reference(store, claim, &held.config.device).await {
+            if let Err(error) = run.folder.keep_reference(store, claim, &run.config.device).await {
                 tracing::warn!(%error, "the alignment reference could not be kept; the next job computes it again");
             }
-            match finish::finish(held, adapter, trained_tokens).await {
+            match finish::finish(run, adapter, trained_tokens).await {
                 Ok(()) => Ok(()),
                 Err(Unfinished::Store(error)) => Err(error),
-                Err(Unfinished::Ended(outcome)) => end(held, outcome).await,
+                Err(Unfinished::Ended(outcome)) => end(run, outcome).await,
             }
         }
-        outcome => end(held, outcome).await,
+        outcome => end(run, outcome).await,
     }
 }
 
 /// Writes down how a run ended that made no adapter.
-async fn end(held: &Held<'_>, outcome: Outcome) -> Result<(), StoreError> {
-    let Held { store, claim, config, .. } = held;
+async fn end(run: &Run<'_>, outcome: Outcome) -> Result<(), StoreError> {
+    let Run { store, claim, config, .. } = run;
     let (id, attempt, lease) = (claim.job.id, claim.attempt, config.lease);
     match outcome {
         Outcome::Done { .. } => Ok(()),
