@@ -206,8 +206,7 @@ impl Policy {
             if !given || self.methods.iter().any(uses) {
                 return Ok(());
             }
-            let message = format!("none of the methods that are allowed looks at {field}; leave it out, or allow one that does");
-            Err(Invalid::new(field, "contradiction", message))
+            Err(looked_at_by_none(field))
         };
         used_by("kl_positions", self.kl_positions.is_some(), &|method| method.chooses_positions())?;
         used_by("alignment_batch_size", self.alignment_batch_size.is_some(), &|method| method.needs_alignment())?;
@@ -247,6 +246,13 @@ impl Policy {
         }
         Ok(())
     }
+}
+
+/// What is wrong with a field that a policy names and none of its methods looks at.
+#[must_use]
+pub fn looked_at_by_none(field: &str) -> Invalid {
+    let message = format!("none of the methods that are allowed looks at {field}; leave it out, or allow one that does");
+    Invalid::new(field, "contradiction", message)
 }
 
 /// The name of a suite that a policy names, and its version where it says one: `name` or `name@version`.

@@ -65,8 +65,7 @@ impl Store {
     /// # Errors
     /// When there is no such project, or the database fails.
     pub async fn policy_of(&self, project: ProjectId) -> Result<Option<AppliedPolicy>, StoreError> {
-        let organization = self.project(project).await?.organization;
-        self.nearest(&[Subject::Project(project), Subject::Organization(organization), Subject::Deployment]).await
+        self.policy_for(&Subject::Project(project)).await
     }
 
     /// The policy that counts for a subject, as [`Self::policy_of`] has it for a project.
@@ -74,14 +73,8 @@ impl Store {
     /// # Errors
     /// When there is no such subject, or the database fails.
     pub async fn policy_for(&self, subject: &Subject) -> Result<Option<AppliedPolicy>, StoreError> {
-        match subject {
-            Subject::Project(project) => self.policy_of(*project).await,
-            Subject::Organization(name) => {
-                self.known(subject).await?;
-                self.nearest(&[Subject::Organization(name.clone()), Subject::Deployment]).await
-            }
-            Subject::Deployment => self.nearest(&[Subject::Deployment]).await,
-        }
+        let wider = self.wider(subject).await?;
+        self.nearest(&[std::slice::from_ref(subject), &wider].concat()).await
     }
 
     /// The policy that would count for a subject that had none of its own; `None` where no wider one is set.
@@ -89,17 +82,21 @@ impl Store {
     /// # Errors
     /// When there is no such subject, or the database fails.
     pub async fn policy_above(&self, subject: &Subject) -> Result<Option<AppliedPolicy>, StoreError> {
-        match subject {
+        self.nearest(&self.wider(subject).await?).await
+    }
+
+    /// Whose policies count where a subject has none, the nearest first.
+    async fn wider(&self, subject: &Subject) -> Result<Vec<Subject>, StoreError> {
+        Ok(match subject {
             Subject::Project(project) => {
-                let organization = self.project(*project).await?.organization;
-                self.nearest(&[Subject::Organization(organization), Subject::Deployment]).await
+                vec![Subject::Organization(self.project(*project).await?.organization), Subject::Deployment]
             }
             Subject::Organization(_) => {
                 self.known(subject).await?;
-                self.nearest(&[Subject::Deployment]).await
+                vec![Subject::Deployment]
             }
-            Subject::Deployment => Ok(None),
-        }
+            Subject::Deployment => Vec::new(),
+        })
     }
 
     async fn nearest(&self, subjects: &[Subject]) -> Result<Option<AppliedPolicy>, StoreError> {

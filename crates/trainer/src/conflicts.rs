@@ -99,7 +99,7 @@ impl RowConflicts {
         let (mut sum, mut modules) = (0.0, 0.0);
         for (range, norm_mean) in self.modules.iter().zip(&self.norms) {
             let of_row = part(&gradient.0, range);
-            let norms = gradient::dot(&of_row, &of_row).sqrt() * norm_mean;
+            let norms = gradient::norm(&of_row) * norm_mean;
             if norms > 0.0 {
                 sum += gradient::dot(&of_row, &part(mean, range)) / norms;
                 modules += 1.0;
@@ -117,11 +117,8 @@ impl RowConflicts {
     }
 
     fn go_on_from(&mut self, mean: Option<Tensor>) {
-        let norm = |mean: &Tensor, range: &Range<i64>| {
-            let own = part(mean, range);
-            gradient::dot(&own, &own).sqrt()
-        };
-        self.norms = mean.iter().flat_map(|mean| self.modules.iter().map(move |range| norm(mean, range))).collect();
+        let norms = |mean| self.modules.iter().map(move |range| gradient::norm(&part(mean, range)));
+        self.norms = mean.iter().flat_map(norms).collect();
         self.mean_align = mean;
     }
 
@@ -136,8 +133,8 @@ impl RowConflicts {
         losses: impl Fn() -> Result<Vec<f64>, Stopped>,
     ) -> Result<(), Stopped> {
         let Some(mean) = self.direction(step) else { return Ok(()) };
-        let (start, length) = (adapter.flat().copy(), gradient::dot(mean, mean).sqrt());
-        let distance = STEP_LENGTH * gradient::dot(&start, &start).sqrt();
+        let (start, length) = (adapter.flat().copy(), gradient::norm(mean));
+        let distance = STEP_LENGTH * gradient::norm(&start);
         let before = losses()?;
         adapter.shift(&(mean * (distance / length)));
         let after = losses();

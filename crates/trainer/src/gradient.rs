@@ -34,7 +34,7 @@ impl Gradient {
     /// ‖self‖, summed in float64.
     #[must_use]
     pub fn norm(&self) -> f64 {
-        self.dot(self).sqrt()
+        norm(&self.0)
     }
 
     /// Scales the gradient so that its norm is at most `max_norm`; returns the norm before. `max_norm` of 0 means no limit.
@@ -51,6 +51,12 @@ impl Gradient {
 #[must_use]
 pub fn dot(x: &Tensor, y: &Tensor) -> f64 {
     kernels::inner_product(x, y)
+}
+
+/// The norm of a float32 vector, summed in float64.
+#[must_use]
+pub fn norm(x: &Tensor) -> f64 {
+    dot(x, x).sqrt()
 }
 
 /// The numbers of a vector. Like every operation on tensors here it panics where the kind is another.

@@ -308,37 +308,40 @@ async fn judge(run: &Run<'_>, judge: Judge, suite: &Suite, answers: [&[Answer]; 
             let of = |answers: &[Answer]| answers.iter().map(|answer| phrases.judge(&answer.text)).collect();
             Ok([of(before), of(after)])
         }
-        Judge::Endpoint => Ok([ask_judge(run, suite, before).await?, ask_judge(run, suite, after).await?]),
+        Judge::Endpoint => {
+            let Some(endpoint) = &run.config.judge else {
+                return Err(Unjudged::Because(
+                    "the policy wants an endpoint to judge, and this worker knows of none (--judge-url)".into(),
+                ));
+            };
+            patiently(run, endpoint, || endpoint.try_out()).await?;
+            Ok([ask_judge(run, endpoint, suite, before).await?, ask_judge(run, endpoint, suite, after).await?])
+        }
     }
 }
 
-/// Asks the judge behind an address, again and again while it is away.
-async fn ask_judge(run: &Run<'_>, suite: &Suite, answers: &[Answer]) -> Result<Vec<Class>, Unjudged> {
-    let Some(endpoint) = &run.config.judge else {
-        return Err(Unjudged::Because(
-            "the policy wants an endpoint to judge, and this worker knows of none (--judge-url)".into(),
-        ));
-    };
+/// Asks the judge behind an address what answers are.
+async fn ask_judge(run: &Run<'_>, endpoint: &Endpoint, suite: &Suite, answers: &[Answer]) -> Result<Vec<Class>, Unjudged> {
     let pairs: Vec<(&str, &str)> =
         suite.requests.iter().zip(answers).map(|(request, answer)| (request.content.as_str(), answer.text.as_str())).collect();
     let mut classes = Vec::new();
     // A few at a time, so that what is judged need not be judged again.
     for some in pairs.chunks(PAIRS_AT_ONCE) {
-        classes.extend(judge_some(run, endpoint, suite.kind, some).await?);
+        classes.extend(patiently(run, endpoint, || endpoint.judge(suite.kind, some)).await?);
     }
     Ok(classes)
 }
 
-async fn judge_some(run: &Run<'_>, endpoint: &Endpoint, kind: Kind, pairs: &[(&str, &str)]) -> Result<Vec<Class>, Unjudged> {
+/// Calls the judge, again and again while it is of no use.
+async fn patiently<T, Call>(run: &Run<'_>, endpoint: &Endpoint, call: impl Fn() -> Call) -> Result<T, Unjudged>
+where
+    Call: Future<Output = Result<T, JudgeError>>,
+{
     let (mut stop, since, mut pauses) = (run.stop.clone(), Instant::now(), Pauses::default());
     loop {
-        let judged = async {
-            endpoint.try_out().await?;
-            endpoint.judge(kind, pairs).await
-        };
         let error = tokio::select! {
-            judged = judged => match judged {
-                Ok(classes) => return Ok(classes),
+            said = call() => match said {
+                Ok(said) => return Ok(said),
                 Err(error) => error,
             },
             reason = agent::stopped(&mut stop) => return Err(Unjudged::Stopped(reason)),

@@ -3,7 +3,7 @@
 use holdfast_domain::Invalid;
 use holdfast_domain::evaluation::Kind;
 use holdfast_domain::ids::{JobId, ProjectId};
-use holdfast_domain::policy::{AppliedPolicy, Gate as GateRow, Judge, Otherwise, Policy, Scope};
+use holdfast_domain::policy::{AppliedPolicy, Gate as GateRow, Judge, Otherwise, Policy, Scope, looked_at_by_none};
 use holdfast_domain::safety::{Defense, KlPositions};
 use holdfast_store::conflict_levels::ConflictLevel as ConflictLevelRow;
 use holdfast_store::evidence::SigningKey as SigningKeyRow;
@@ -108,31 +108,30 @@ impl SetSafetyPolicy {
     /// When what it says, or it and `usual` together, contradict themselves.
     pub(crate) fn over(self, usual: &Policy) -> Result<Policy, Invalid> {
         let methods = self.methods.unwrap_or_else(|| usual.methods.clone());
-        let any = |uses: fn(&Defense) -> bool| methods.iter().any(uses);
+        let is_aligned = methods.iter().any(|method| method.needs_alignment());
+        let chooses_positions = methods.iter().any(|method| method.chooses_positions());
         let said = [
-            ("rho", self.rho.is_some_and(|rho| rho > 0.0), any(|method| method.needs_alignment())),
-            ("alignment_set", self.alignment_set.is_some(), any(|method| method.needs_alignment())),
-            ("budget", self.budget.is_some(), any(|method| *method == Defense::Held)),
-            ("variants", self.variants.is_some(), any(|method| *method == Defense::Safegrad)),
+            ("rho", self.rho.is_some_and(|rho| rho > 0.0), is_aligned),
+            ("alignment_set", self.alignment_set.is_some(), is_aligned),
+            ("budget", self.budget.is_some(), methods.contains(&Defense::Held)),
+            ("variants", self.variants.is_some(), methods.contains(&Defense::Safegrad)),
         ];
         if let Some((field, ..)) = said.iter().find(|(_, is_said, is_used)| *is_said && !is_used) {
-            let message = format!("none of the methods that are allowed looks at {field}; leave it out, or allow one that does");
-            return Err(Invalid::new(*field, "contradiction", message));
+            return Err(looked_at_by_none(field));
         }
         let evaluate = self.evaluate.unwrap_or(usual.evaluate);
         if self.judge.is_some() && !evaluate {
             let message = "a judge reads what an evaluation asks; evaluate must be true where there is one";
             return Err(Invalid::new("judge", "contradiction", message));
         }
-        let (positions, rows) = (any(|method| method.chooses_positions()), any(|method| method.needs_alignment()));
         let policy = Policy {
             methods,
             rho: self.rho.unwrap_or(usual.rho),
             budget: self.budget.unwrap_or(usual.budget),
             alignment_set: self.alignment_set.unwrap_or_else(|| usual.alignment_set.clone()),
-            kl_positions: self.kl_positions.or(usual.kl_positions.filter(|_| positions)),
+            kl_positions: self.kl_positions.or(usual.kl_positions.filter(|_| chooses_positions)),
             variants: self.variants.unwrap_or(usual.variants),
-            alignment_batch_size: self.alignment_batch_size.or(usual.alignment_batch_size.filter(|_| rows)),
+            alignment_batch_size: self.alignment_batch_size.or(usual.alignment_batch_size.filter(|_| is_aligned)),
             evaluate,
             suites: self.suites.unwrap_or_else(|| usual.suites.clone()),
             judge: self.judge.unwrap_or(usual.judge),
