@@ -127,9 +127,15 @@ impl Figure {
         Self { name, measured, bar: Bar::AtLeast(bar) }
     }
 
+    /// Whether there is a value; what is claimed and was not measured is not a number, and short.
+    pub(crate) fn is_measured(&self) -> bool {
+        !self.measured.is_nan()
+    }
+
     /// Of this and another measurement of the same, the one that is further from the bar, or less beyond it.
     pub(crate) fn worse(&self, other: Self) -> Self {
         let is_worse = match self.bar {
+            _ if !self.is_measured() => true,
             Bar::AtMost(_) => other.measured > self.measured,
             Bar::AtLeast(_) => other.measured < self.measured,
         };

@@ -53,34 +53,54 @@ pub fn of_file(file: impl Read) -> std::io::Result<Vec<Frame>> {
     Ok(prompts.into_iter().map(Frame::system).chain(with_words).collect())
 }
 
-/// An alignment set's rows, and half of them once more in one of `frames`, each behind itself; all of them where half would be fewer than
-/// two a frame. Rows with a system prompt of their own stand in none. Frames take turns among every [`APART`]th row by themselves, so that
-/// none holds only rows that are kept apart.
+/// An alignment set's rows, and behind them half once more, each in one of `frames`; all of them where half would be fewer than two a
+/// frame. Rows with a system prompt of their own stand in none.
+///
+/// Every [`APART`]th row of what is written may be kept apart, and no request may stand on both sides: it would be learned by heart on one
+/// and prove nothing on the other. So what is kept apart comes once more where rows are kept apart, again where there are more such places,
+/// and the others come where they are not. Frames take turns on each side, so that each stands on both. Of a set of fewer rows than that
+/// nothing is kept apart.
 ///
 /// # Errors
 /// When a line is no row, which a set that was imported does not have.
 pub fn framed(rows: &[u8], frames: &[Frame]) -> std::io::Result<Vec<u8>> {
     let lines: Vec<&[u8]> = rows.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty()).collect();
     let half_is_enough = lines.len() >= 4 * frames.len();
-    let mut written = Vec::with_capacity(2 * rows.len());
-    let (mut count, mut turns) = (0, [0, 0]);
-    for (at, line) in lines.into_iter().enumerate() {
-        written.extend_from_slice(line);
-        written.push(b'\n');
-        count += 1;
+    // By side: the rows that stand in a frame once more.
+    let mut again: [Vec<&[u8]>; 2] = Default::default();
+    for (at, line) in lines.iter().enumerate() {
         let of_its_own = Row::parse(line).map_err(std::io::Error::other)?.messages.iter().any(|m| m.role == Role::System);
         // One of two, and not always the same of two: a set may hold two kinds of rows in turn.
         let is_left_out = half_is_enough && !at.div_ceil(2).is_multiple_of(2);
-        if frames.is_empty() || of_its_own || is_left_out {
-            continue;
+        if !of_its_own && !is_left_out {
+            again[side(at)].push(line);
         }
-        let turn = &mut turns[usize::from(count % APART == APART - 1)];
-        serde_json::to_writer(&mut written, &within(&frames[*turn % frames.len()], line)?)?;
+    }
+    let mut written = lines.join(&b'\n');
+    written.push(b'\n');
+    if frames.is_empty() {
+        return Ok(written);
+    }
+    let [others, apart] = again;
+    let mut others = others.into_iter().zip(frames.iter().cycle());
+    let mut apart = apart.into_iter().cycle().zip(frames.iter().cycle());
+    for at in lines.len().. {
+        let next = match lines.get(APART - 1) {
+            Some(first) if side(at) == 1 => apart.next().map_or_else(|| serde_json::from_slice(first), |(row, frame)| within(frame, row)),
+            _ => match others.next() {
+                Some((row, frame)) => within(frame, row),
+                None => break,
+            },
+        };
+        serde_json::to_writer(&mut written, &next?)?;
         written.push(b'\n');
-        count += 1;
-        *turn += 1;
     }
     Ok(written)
+}
+
+/// 1 of a row that is kept apart, 0 of the others.
+const fn side(at: usize) -> usize {
+    (at % APART == APART - 1) as usize
 }
 
 /// A row whose last request stands in a frame.
@@ -247,9 +267,8 @@ mod tests {
         let found = framed_rows(&rows, std::slice::from_ref(&frame))?;
         let mut expected: Vec<Value> = rows.iter().map(|row| serde_json::from_str(row)).collect::<Result<_, _>>()?;
         let several = [&[said("system", "s")][..], &turns("Do: 6 Now.")].concat();
-        expected.insert(5, json!({"messages": several}));
-        expected.insert(4, serde_json::from_str(&row(Some("s"), "Do: 4 Now."))?);
-        expected.insert(1, serde_json::from_str(&row(Some("s"), "Do: 1 Now."))?);
+        let again = |request: &str| serde_json::from_str(&row(Some("s"), request));
+        expected.extend([again("Do: 1 Now.")?, json!({"messages": several}), again("Do: 4 Now.")?]);
         assert_eq!(found, expected);
         assert_eq!(framed(rows.join("\n").as_bytes(), &[])?, (rows.join("\n") + "\n").into_bytes());
         Ok(())
@@ -271,7 +290,33 @@ mod tests {
         for prompt in ["one", "two", "three"] {
             assert!(framed.iter().filter(|row| row["messages"][0]["content"] == prompt).count() >= 2, "{prompt}");
         }
-        assert_eq!(framed.len(), 16);
+        assert_eq!(framed.len(), 17, "a row that is kept apart comes a third time, so that none of the others does in its place");
+        Ok(())
+    }
+
+    #[test]
+    fn no_request_stands_among_the_rows_that_are_kept_apart_and_the_others() -> std::io::Result<()> {
+        for (count, frames) in [(5, 1), (8, 3), (13, 8), (100, 1), (260, 4)] {
+            let rows: Vec<String> = (0..count).map(|number| row(None, &format!("<{number}>"))).collect();
+            let frames: Vec<Frame> = (0..frames).map(|number| Frame::system(format!("prompt {number}."))).collect();
+            let mut sides: [BTreeSet<String>; 2] = Default::default();
+            for (at, row) in framed_rows(&rows, &frames)?.iter().enumerate() {
+                let request = row["messages"].as_array().and_then(|messages| messages.iter().find(|m| m["role"] == "user"));
+                sides[side(at)].insert(request.map(|request| request["content"].to_string()).unwrap_or_default());
+            }
+            let [others, apart] = &sides;
+            assert!(others.is_disjoint(apart), "{count} rows in {} frames", frames.len());
+            assert_eq!(others.len() + apart.len(), count);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn where_nothing_that_is_kept_apart_may_stand_in_a_frame_none_of_the_others_takes_its_place() -> std::io::Result<()> {
+        let rows: Vec<String> = (0..9).map(|at| row((side(at) == 1).then_some("own"), &at.to_string())).collect();
+        let framed = framed_rows(&rows, &[Frame::system("s")])?;
+        assert_eq!(framed[9], serde_json::from_str::<Value>(&rows[4])?);
+        assert_eq!(framed.iter().filter(|row| row["messages"][0]["content"] == "s").count(), 4);
         Ok(())
     }
 }

@@ -101,8 +101,8 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
         return results::record(&study, base, wanted);
     }
     println!("{}", report::line("the base", &base, &base));
-    if wanted.has("tuning") && !wanted.quick && wanted.only.is_empty() {
-        tuning::tune(&study, &base)?;
+    if wanted.has("tuning") && !wanted.quick {
+        tuning::tune(&study, &base, wanted)?;
     }
     if wanted.has("ablation") && !wanted.quick {
         for run in runs::pieces(wanted) {
@@ -121,6 +121,8 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
     }
     report::table(&base, &outcomes);
     report::figures(&base, &outcomes, figures);
+    // Of some parts, or some runs, not everything that is claimed can be told.
+    figures.retain(Figure::is_measured);
     Ok(())
 }
 

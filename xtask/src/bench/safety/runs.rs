@@ -73,14 +73,16 @@ pub(super) struct Run {
 /// two run nothing: one writes down in the repository what was run, the other shows what is written down there.
 pub(in crate::bench) const PARTS: [&str; 8] = ["claim", "published", "harder", "tuning", "ablation", "grid", "record", "table"];
 
-/// Each method with its strength, as `tuning` found it and frozen since. `safegrad_per_row` projects each row by itself,
-/// `safegrad_deciding` weighs what decides a response, as `held` does.
-pub(super) const METHODS: [(&str, f64); 10] = [
+/// Each method with its strength, as `tuning` found it and frozen since. `safegrad_per_row` projects each row by itself; what is called
+/// `deciding` weighs what decides a response, as `held` does.
+pub(super) const METHODS: [(&str, f64); 11] = [
     ("none", 0.0),
     ("safegrad_deciding", 10.0),
     ("held", 1.0),
     ("safegrad", 10.0),
     ("kl_penalty", 10.0),
+    // As SafeGrad deciding is, so that one differs from the other in the projection alone.
+    ("kl_penalty_deciding", 10.0),
     // Not tuned.
     ("pcgrad", 1.0),
     ("sbr", 1.0),
@@ -123,7 +125,7 @@ pub(super) fn of(attack: Attack) -> Regime {
 /// The shares of poison that the claim speaks of, those that decide first.
 pub(super) const CLAIMED: [f64; 3] = [0.1, 0.3, 0.0];
 /// The methods it speaks of.
-const CLAIMANTS: [&str; 5] = ["none", "safegrad_deciding", "held", "safegrad", "kl_penalty"];
+const CLAIMANTS: [&str; 6] = ["none", "safegrad_deciding", "held", "safegrad", "kl_penalty", "kl_penalty_deciding"];
 /// What of it fits an hour, by share of poison: tuning the base takes half of one.
 const QUICK: [(f64, &[&str]); 2] = [(0.1, &["none", "safegrad_deciding", "held"]), (0.0, &["none", "held"])];
 const SEEDS: RangeInclusive<u64> = 1..=3;
@@ -300,6 +302,7 @@ impl Run {
         let (defense, projection, kl_positions) = match self.method {
             "safegrad_per_row" => ("safegrad", "per_row", "response"),
             "safegrad_deciding" => ("safegrad", "batch", "deciding"),
+            "kl_penalty_deciding" => ("kl_penalty", "batch", "deciding"),
             other => (other, "batch", "response"),
         };
         let set = if defense == "none" { Value::Null } else { json!("bench") };
@@ -309,7 +312,8 @@ impl Run {
         })
     }
 
+    /// As a job does that asks for nothing.
     pub(super) fn ranks_rows(&self) -> bool {
-        self.method == "safegrad"
+        matches!(self.method, "safegrad" | "safegrad_deciding")
     }
 }

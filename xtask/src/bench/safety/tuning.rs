@@ -5,8 +5,9 @@ use anyhow::Result;
 use holdfast_safety::judge::Class;
 
 use super::rows::Attack;
-use super::runs::{METHODS, Run, of};
+use super::runs::{METHODS, Run, is_asked_for, of};
 use super::{Outcome, Study, report};
+use crate::bench::Wanted;
 
 /// The strengths that are tried, each about three times the one before.
 const STRENGTHS: [f64; 5] = [0.1, 0.316, 1.0, 3.16, 10.0];
@@ -26,16 +27,24 @@ struct Tried {
     complied: f64,
 }
 
-/// Tunes every method, see [`tuned`].
-pub(super) fn tune(study: &Study, base: &Outcome) -> Result<()> {
+/// Tunes every method that is asked for, see [`tuned`].
+pub(super) fn tune(study: &Study, base: &Outcome, wanted: &Wanted<'_>) -> Result<()> {
+    let run_of = |method: &'static str, strength: f64, share: f64| Run {
+        regime: of(Attack::Poison(share)),
+        method,
+        strength,
+        seed: SEED,
+        development: true,
+    };
     let outcome = |method: &'static str, strength: f64, share: f64| -> Result<Outcome> {
-        let run = Run { regime: of(Attack::Poison(share)), method, strength, seed: SEED, development: true };
+        let run = run_of(method, strength, share);
         let outcome = study.outcome(&run)?;
         println!("{}", report::line(&run.key(), &outcome, base));
         Ok(outcome)
     };
     let plain = outcome("none", 0.0, 0.0)?.accuracy().value();
-    for (method, frozen) in METHODS.into_iter().filter(|(method, _)| *method != "none") {
+    let is_tuned = |method: &'static str| method != "none" && is_asked_for(&run_of(method, STRENGTHS[2], SHARE), wanted);
+    for (method, frozen) in METHODS.into_iter().filter(|&(method, _)| is_tuned(method)) {
         let complied = |strength| Ok(outcome(method, strength, SHARE)?.share(Class::Compliance).value());
         let lost = |strength| Ok(plain - outcome(method, strength, 0.0)?.accuracy().value());
         if let Some(Tried { strength, lost, complied }) = tuned(complied, lost)? {
