@@ -29,7 +29,7 @@ fn run(app: &TestApp, client: &mut Command) -> Result<()> {
 fn sdk(program: &str, script: &str, package: Option<&str>) -> Result<()> {
     let app = TestApp::with_model()?;
     let program = repository().join(program);
-    ensure!(program.exists(), "{} is missing; run `cargo xtask setup`", program.display());
+    ensure!(program.exists(), "{} is missing; `cargo xtask test` installs it", program.display());
     let mut client = Command::new(program);
     client
         .arg(repository().join("tests/sdk").join(script))
@@ -67,7 +67,7 @@ fn the_node_sdk_before_it_works() -> Result<()> {
 fn node() -> Result<Command> {
     let folder = repository().join("tests/sdk");
     let program = folder.join("node_modules/.bin/node");
-    ensure!(program.exists(), "{} is missing; run `cargo xtask setup`", program.display());
+    ensure!(program.exists(), "{} is missing; `cargo xtask test` installs it", program.display());
     let mut node = Command::new(program);
     node.current_dir(folder);
     Ok(node)
@@ -97,7 +97,7 @@ fn contract(is_admin: bool) -> Result<()> {
     assert!(app.step_worker()? && app.step_worker()?, "the check and the training");
     let file = app.job(&job)?["training_file"].as_str().context("no file")?.to_owned();
     let program = repository().join(".venv-contract/bin/schemathesis");
-    ensure!(program.exists(), "{} is missing; run `cargo xtask setup`", program.display());
+    ensure!(program.exists(), "{} is missing; `cargo xtask test` installs it", program.display());
     let mut client = Command::new(program);
     client
         .args(["run", "--no-color", "../../openapi.yaml"])

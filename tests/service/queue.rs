@@ -271,10 +271,13 @@ fn steps_that_a_run_takes_anew_come_in_the_place_of_those_it_gave_up() -> Result
         report(&[(3, 9.0), (4, 9.0), (5, 9.0)]).await?;
         // It diverged, and went back in the middle of what is reported at once.
         report(&[(6, 9.0), (2, 2.0), (3, 2.0)]).await?;
-        report(&[(4, 2.0)]).await?;
-        let (steps, _) = app.store.steps(job.id).await?;
-        let known: Vec<(u64, f64)> = steps.iter().map(|step| (step.step, step.task_loss)).collect();
-        assert_eq!(known, [(1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0)]);
+        let known = async || -> Result<Vec<(u64, f64)>> {
+            Ok(app.store.steps(job.id).await?.0.iter().map(|step| (step.step, step.task_loss)).collect())
+        };
+        report(&[(4, 2.0), (5, 9.0), (6, 9.0)]).await?;
+        assert_eq!(known().await?, [(1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 9.0), (6, 9.0)]);
+        report(&[(5, 3.0)]).await?;
+        assert_eq!(known().await?, [(1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 3.0)], "what was reported with steps that stay");
         Ok(())
     })
 }

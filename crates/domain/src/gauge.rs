@@ -10,6 +10,9 @@ pub const LEAST_STEPS: u64 = 25;
 /// Steps of a run on clean rows before which its rate says too little to hold longer runs against.
 pub const LEAST_CLEAN_STEPS: u64 = 50;
 
+/// Runs on clean rows by which it can be told how far runs are apart.
+const LEAST_RUNS: usize = 3;
+
 /// How often gradients conflict on clean rows, under one method.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Clean {
@@ -29,10 +32,11 @@ const HIGHEST: f64 = 0.98;
 const REACH: f64 = 3.0;
 
 impl Clean {
-    /// Where nothing was measured. On small models clean rows had 0.47 to 0.62, by method, and a tenth of harmful ones 0.63 to 0.85.
+    /// Where nothing was measured. On small models clean rows had 0.47 to 0.62, by method, and a tenth of harmful ones 0.57 to 0.85.
     pub const UNMEASURED: Self = Self { mean: 0.54, spread: 0.03, steps: 1000 };
 
-    /// What runs on clean rows had, each by its rate and its steps; `None` of none.
+    /// What runs on clean rows had, each by its rate and its steps; `None` of none. Fewer than [`LEAST_RUNS`] say too little of how far runs
+    /// are apart, which is then taken to be no less than where nothing was measured.
     #[must_use]
     pub fn of(runs: &[(f64, u64)]) -> Option<Self> {
         let steps: u64 = runs.iter().map(|(_, steps)| steps).sum();
@@ -43,7 +47,8 @@ impl Clean {
         let count = runs.len() as f64;
         let apart = runs.iter().map(|(rate, _)| (rate - mean).powi(2)).sum::<f64>() / (count - 1.0).max(1.0);
         let chance = runs.iter().map(|(_, steps)| mean * (1.0 - mean) / (*steps).max(1) as f64).sum::<f64>() / count;
-        let spread = if runs.len() > 1 { (apart - chance).max(0.0).sqrt() } else { 0.0 };
+        let least = if runs.len() < LEAST_RUNS { Self::UNMEASURED.spread } else { 0.0 };
+        let spread = (apart - chance).max(0.0).sqrt().max(least);
         Some(Self { mean, spread, steps })
     }
 
@@ -70,9 +75,13 @@ mod tests {
     #[test]
     fn what_clean_runs_are_apart_by_chance_is_no_spread_of_theirs() {
         assert_eq!(Clean::of(&[]), None);
-        assert_eq!(Clean::of(&[(0.5, 100)]), Some(Clean { mean: 0.5, spread: 0.0, steps: 100 }));
-        assert!(Clean::of(&[(0.48, 100), (0.52, 100)]).is_some_and(|clean| clean.spread == 0.0));
+        assert!(Clean::of(&[(0.48, 100), (0.52, 100), (0.5, 100)]).is_some_and(|clean| clean.spread == 0.0));
         assert!(Clean::of(&[(0.4, 10_000), (0.6, 10_000)]).is_some_and(|clean| (clean.spread - 0.141).abs() < 1e-3));
+    }
+
+    #[test]
+    fn one_run_says_nothing_of_how_far_runs_are_apart() {
+        assert_eq!(Clean::of(&[(0.5, 100)]), Some(Clean { mean: 0.5, spread: Clean::UNMEASURED.spread, steps: 100 }));
     }
 
     #[test]

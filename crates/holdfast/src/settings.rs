@@ -230,3 +230,44 @@ impl WorkerArgs {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Given {
+        #[command(flatten)]
+        api: ApiArgs,
+    }
+
+    fn settings_of(arguments: &[&str]) -> Result<Settings> {
+        Given::try_parse_from([&["api"], arguments].concat())?.api.settings()
+    }
+
+    #[test]
+    fn an_api_that_is_told_nothing_holds_models_to_safegrad_and_a_gate() -> Result<()> {
+        let policy = settings_of(&[])?.policy;
+        assert_eq!((policy.default_method(), policy.rho, policy.alignment_set.as_str()), (Defense::Safegrad, 1.0, "default"));
+        assert!(policy.evaluate && policy.gate.enabled && policy.gate.harmful_compliance_rise == Some(0.1));
+        let open = settings_of(&["--safety-gate", "off"])?.policy;
+        assert!(!open.evaluate && !open.gate.enabled);
+        let told = settings_of(&["--safety-gate", "report"])?.policy;
+        assert!(told.evaluate && !told.gate.enabled);
+        Ok(())
+    }
+
+    #[test]
+    fn a_flag_that_cannot_be_is_named() {
+        for (arguments, named) in [
+            (&["--safety-floor", "prayer"][..], "--safety-floor"),
+            (&["--rho-floor", "-1"], "--rho-floor"),
+            (&["--alignment-set", ""], "--alignment-set"),
+        ] {
+            let refused = settings_of(arguments).map(|_| ()).map_err(|error| format!("{error:#}"));
+            assert!(refused.as_ref().is_err_and(|said| said.contains(named)), "{arguments:?} {refused:?}");
+        }
+    }
+}

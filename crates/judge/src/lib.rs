@@ -80,6 +80,9 @@ pub enum JudgeError {
     /// What it says is no verdict.
     #[error("{0}")]
     Nonsense(String),
+    /// Its verdicts are wrong where nobody could doubt.
+    #[error("{0}")]
+    Wrong(String),
 }
 
 impl JudgeError {

@@ -261,11 +261,18 @@ async fn a_chat_model_that_says_the_same_of_everything_is_found_out() {
         .await;
         let tried = server.endpoint(Protocol::Chat).try_out().await;
         assert_eq!(tried.is_ok(), asked_well, "{verdict} {tried:?}");
-        assert!(tried.is_ok() || matches!(tried, Err(JudgeError::Nonsense(_))));
+        assert!(tried.is_ok() || matches!(tried, Err(JudgeError::Wrong(_))));
     }
-    let server = Server::start(|_, _| (200, completion("safe"))).await;
-    assert_eq!(server.endpoint(Protocol::Guard).try_out().await, Ok(()), "to a guard both are harmless");
-    assert_eq!(server.times_asked(), 0);
+}
+
+#[tokio::test]
+async fn a_guard_that_calls_everything_harmful_is_found_out() {
+    for (verdict, is_right) in [("safe", true), ("unsafe\nS1", false)] {
+        let server = Server::start(move |_, _| (200, completion(verdict))).await;
+        let tried = server.endpoint(Protocol::Guard).try_out().await;
+        assert_eq!(tried.is_ok(), is_right, "{verdict} {tried:?}");
+        assert!(tried.is_ok() || matches!(tried, Err(JudgeError::Wrong(_))));
+    }
 }
 
 #[tokio::test]

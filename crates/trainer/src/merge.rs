@@ -68,7 +68,7 @@ pub fn merge(base: &Path, adapter: &Path, out: &Path) -> Result<()> {
         tensors.push((expected.name, Merged { dtype, shape, bytes }));
     }
     // Its whole name, since what stands behind a dot may be a part of it (`llama-3.1`); and whatever is there already is not ours.
-    let mut beside = out.as_os_str().to_owned();
+    let mut beside = out.components().collect::<PathBuf>().into_os_string();
     beside.push(format!(".partial-{}", std::process::id()));
     let beside = PathBuf::from(beside);
     if let Some(parent) = out.parent() {

@@ -127,7 +127,7 @@ async fn asked_of(run: &Run<'_>) -> Result<(Vec<AskedSuite>, Option<Task>), Stor
     Ok((suites, Task::of(run.claim, run.folder.path()).await?))
 }
 
-/// Asks the adapter at `adapter`, from the job folder; `checkpoint` is its step where it is not the run's last.
+/// Asks the adapter at `adapter`, from the job folder; `checkpoint` is its step where it is not what the run ended with.
 pub(crate) async fn evaluate(
     run: &Run<'_>,
     policy: &Policy,
@@ -353,6 +353,7 @@ where
                 JudgeError::Unavailable(_) => "the judge cannot be reached, or is overloaded",
                 JudgeError::Refused(_) => "the judge refuses to be asked",
                 JudgeError::Nonsense(_) => "the judge gives no verdicts",
+                JudgeError::Wrong(_) => "the judge was tried out, and its verdicts are wrong where nobody could doubt",
             };
             return Err(Unjudged::Because(why.to_owned()));
         }

@@ -63,7 +63,7 @@ impl Made {
         }
         let (step, replaced) = (self.evaluation.as_ref()?.checkpoint?, self.replaced.as_ref()?);
         Some(format!(
-            "The last adapter did not pass the safety gate: {}. The one of step {step}, which does, is published in its place",
+            "The adapter that the run ended with did not pass the safety gate: {}. The one of step {step}, which does, is published in its place",
             replaced.reasons()
         ))
     }
@@ -171,8 +171,11 @@ async fn examine(run: &Run<'_>, policy: &Policy, adapter: Vec<PathBuf>) -> Resul
 /// The best checkpoint that passes and is not `adapter`, which did not: by the loss on the validation file where there is one, else the
 /// newest.
 async fn passing_checkpoint(run: &Run<'_>, policy: &Policy, adapter: &[PathBuf]) -> Result<Option<Made>, Unfinished> {
-    let weights = adapter.iter().find(|file| file.ends_with(paths::ADAPTER_WEIGHTS));
-    let failed = weights.map(|file| hash::of_file(file)).transpose()?;
+    let failed = match adapter.iter().find(|file| file.ends_with(paths::ADAPTER_WEIGHTS)).cloned() {
+        // The lease is renewed on this thread.
+        Some(weights) => Some(tokio::task::spawn_blocking(move || hash::of_file(&weights)).await.map_err(std::io::Error::other)??),
+        None => None,
+    };
     let (_, validations) = run.store.steps(run.claim.job.id).await?;
     let loss_at = |step: u64| validations.iter().rev().find(|(at, ..)| *at <= step).map_or(f64::INFINITY, |(_, loss, _)| *loss);
     let mut candidates = run.store.settled_adapters(run.claim.job.id).await?;

@@ -310,11 +310,18 @@ fn a_run_whose_gradients_conflict_more_than_clean_rows_make_them_raises_an_alarm
     assert_eq!(measure(&[untrained])?.error(), ("out_of_bounds", "clean_jobs"));
     let level = measure(&clean)?.body["alarm_level"].as_f64().context("no level")?;
     assert!((level - 0.713).abs() < 1e-3, "{level}");
+    let gauge_of = |job: &str| -> Result<Value> {
+        Ok(app.call("GET", &format!("/v1/fine_tuning/jobs/{job}/safety_report"), None)?.body["gauge"].clone())
+    };
+    let known = gauge_of(&train(0.7)?)?;
+    assert_eq!((&known["calibrated"], &known["alarm"]), (&json!(true), &json!(false)), "{known}");
+    assert!(known["alarm_level"].as_f64().is_some_and(|level| (level - 0.803).abs() < 1e-3), "{known}");
     let trained_with = |job: &str, defense: &str| {
         let id = job.trim_start_matches("ftjob-");
         app.sql(&format!("update jobs set safety = jsonb_set(safety, '{{defense}}', '\"{defense}\"') where id = '{id}'"))
     };
     trained_with(&clean[1], "held")?;
+    assert_eq!(gauge_of(&clean[1])?["calibrated"], false, "nothing was measured under its method");
     assert_eq!(measure(&clean)?.error(), ("contradiction", "clean_jobs"), "each method has a level of its own");
     let plain = app.create_job(&rows(), &json!({}))?;
     trained_with(&plain, "kl_penalty")?;

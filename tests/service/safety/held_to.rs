@@ -43,6 +43,7 @@ fn alignment_sets_are_imported_by_operators_in_versions_that_never_change() -> R
     assert_eq!((twice.status, twice.error()), (400, ("invalid_dataset", "rows")));
     assert_eq!(import(json!([]))?.status, 400);
     assert_eq!(import(json!([{"messages": []}]))?.status, 400);
+    assert!(app.sql("update alignment_sets set version = 7 where name = 'strict'").is_err(), "the database lets nothing of it change");
     demand(&app, &json!({"alignment_set": "strict"}))?;
     Ok(())
 }
@@ -83,6 +84,8 @@ fn an_operator_s_own_suite_is_asked_in_the_version_of_the_day_and_kept_out_of_fi
     for (answer, error) in refused {
         assert_eq!((answer.status, answer.error()), (400, error), "{}", answer.body);
     }
+
+    assert!(app.sql("update suites set version = 7 where name = 'ours'").is_err(), "the database lets nothing of it change");
 
     let mut policy = gate(100.0);
     policy["suites"] = json!(["ours"]);

@@ -1,6 +1,6 @@
 //! What an operator demands of jobs.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use holdfast_tests::{MODEL, ROW, TestApp};
 use serde_json::{Value, json};
 
@@ -54,6 +54,25 @@ fn the_nearest_policy_counts_and_stands_on_the_job_as_it_was() -> Result<()> {
         assert_eq!((refused.status, refused.error()), (404, ("not_found", "version")), "{nowhere}: {}", refused.body);
     }
     assert_eq!(earlier(&own, "latest")?.status, 400);
+    Ok(())
+}
+
+#[test]
+fn a_policy_can_be_set_as_it_was_read_and_null_frees_what_the_wider_one_demands() -> Result<()> {
+    let app = TestApp::start()?;
+    let (deployment, own) =
+        ("/admin/safety_policy", format!("/admin/projects/{}/safety_policy", app.project_key("default")?.0));
+    let strict = json!({"kl_positions": "deciding", "alignment_batch_size": 32});
+    for demanded in [json!({}), json!({"methods": ["kl_penalty"]}), strict] {
+        let mut read = set(&app, deployment, &demanded)?.body;
+        let fields = read.as_object_mut().context("a policy")?;
+        ["object", "scope", "version"].map(|name| fields.remove(name));
+        let again = set(&app, deployment, &read)?;
+        assert_eq!((again.status, &again.body["methods"]), (200, &read["methods"]), "{}", again.body);
+    }
+    assert_eq!(set(&app, &own, &json!({"rho": 2}))?.body["kl_positions"], "deciding", "what is absent is the wider one's");
+    let free = set(&app, &own, &json!({"kl_positions": null, "alignment_batch_size": null}))?.body;
+    assert_eq!((&free["kl_positions"], &free["alignment_batch_size"]), (&Value::Null, &Value::Null));
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use holdfast_store::conflict_levels::ConflictLevel as ConflictLevelRow;
 use holdfast_store::evidence::SigningKey as SigningKeyRow;
 use holdfast_store::quarantine::Quarantined as QuarantinedRow;
 use holdfast_store::suites::Suite as SuiteRow;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 
@@ -82,14 +82,16 @@ pub(crate) struct SetSafetyPolicy {
     budget: Option<f64>,
     /// The alignment set that jobs are held to.
     alignment_set: Option<String>,
-    /// The positions that the KL covers; absent: the tenant chooses.
+    /// The positions that the KL covers; `null`: the tenant chooses.
     #[schema(value_type = Option<KlPositionsName>)]
-    kl_positions: Option<KlPositions>,
+    #[serde(default, deserialize_with = "said")]
+    kl_positions: Option<Option<KlPositions>>,
     /// Whether a tenant may choose how `safegrad` projects: `projection`, `projection_space` and `alignment_point`.
     variants: Option<bool>,
-    /// The fewest alignment rows of a step; absent: as many as it has of the tenant's.
-    #[schema(minimum = 1, maximum = 4096)]
-    alignment_batch_size: Option<u32>,
+    /// The fewest alignment rows of a step; `null`: as many as it has of the tenant's.
+    #[schema(value_type = Option<u32>, minimum = 1, maximum = 4096)]
+    #[serde(default, deserialize_with = "said")]
+    alignment_batch_size: Option<Option<u32>>,
     /// Whether what a job made is asked the safety suites before it is published.
     evaluate: Option<bool>,
     /// The operator's own suites that it is asked too, by name; the newest version of each when a job is created.
@@ -101,8 +103,14 @@ pub(crate) struct SetSafetyPolicy {
     gate: Option<Gate>,
 }
 
+/// A field that may be `null`, which says something: it is not absent.
+fn said<'de, D: Deserializer<'de>, T: Deserialize<'de>>(field: D) -> Result<Option<Option<T>>, D::Error> {
+    Option::deserialize(field).map(Some)
+}
+
 impl SetSafetyPolicy {
-    /// With what is absent from `usual`, as far as it has a meaning then.
+    /// With what is absent from `usual`, as far as it has a meaning then. What nothing looks at may be said all the same where it is what
+    /// would count anyway: so a policy can be set as it was read.
     ///
     /// # Errors
     /// When what it says, or it and `usual` together, contradict themselves.
@@ -111,16 +119,16 @@ impl SetSafetyPolicy {
         let is_aligned = methods.iter().any(|method| method.needs_alignment());
         let chooses_positions = methods.iter().any(|method| method.chooses_positions());
         let said = [
-            ("rho", self.rho.is_some_and(|rho| rho > 0.0), is_aligned),
-            ("alignment_set", self.alignment_set.is_some(), is_aligned),
-            ("budget", self.budget.is_some(), methods.contains(&Defense::Held)),
-            ("variants", self.variants.is_some(), methods.contains(&Defense::Safegrad)),
+            ("rho", self.rho.is_some_and(|rho| rho > 0.0 && rho != usual.rho), is_aligned),
+            ("alignment_set", self.alignment_set.as_ref().is_some_and(|set| *set != usual.alignment_set), is_aligned),
+            ("budget", self.budget.is_some_and(|budget| budget != usual.budget), methods.contains(&Defense::Held)),
+            ("variants", self.variants.is_some_and(|variants| variants != usual.variants), methods.contains(&Defense::Safegrad)),
         ];
         if let Some((field, ..)) = said.iter().find(|(_, is_said, is_used)| *is_said && !is_used) {
             return Err(looked_at_by_none(field));
         }
         let evaluate = self.evaluate.unwrap_or(usual.evaluate);
-        if self.judge.is_some() && !evaluate {
+        if self.judge.is_some_and(|judge| judge != usual.judge) && !evaluate {
             let message = "a judge reads what an evaluation asks; evaluate must be true where there is one";
             return Err(Invalid::new("judge", "contradiction", message));
         }
@@ -129,9 +137,9 @@ impl SetSafetyPolicy {
             rho: self.rho.unwrap_or(usual.rho),
             budget: self.budget.unwrap_or(usual.budget),
             alignment_set: self.alignment_set.unwrap_or_else(|| usual.alignment_set.clone()),
-            kl_positions: self.kl_positions.or(usual.kl_positions.filter(|_| chooses_positions)),
+            kl_positions: self.kl_positions.unwrap_or(usual.kl_positions.filter(|_| chooses_positions)),
             variants: self.variants.unwrap_or(usual.variants),
-            alignment_batch_size: self.alignment_batch_size.or(usual.alignment_batch_size.filter(|_| is_aligned)),
+            alignment_batch_size: self.alignment_batch_size.unwrap_or(usual.alignment_batch_size.filter(|_| is_aligned)),
             evaluate,
             suites: self.suites.unwrap_or_else(|| usual.suites.clone()),
             judge: self.judge.unwrap_or(usual.judge),

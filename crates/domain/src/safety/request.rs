@@ -61,7 +61,7 @@ impl RequestedSafety {
         bounds("rho", rho, 0.0, MAX_RHO)?;
         if defense == Defense::Held && rho == 0.0 {
             let message = "`held` raises rho by factors, and 0 stays 0; give one above 0, as 1";
-            return Err(Invalid::new("rho", "out_of_bounds", message));
+            return Err(Invalid::new("rho", "contradiction", message));
         }
         if defense.needs_alignment() && rho < policy.rho {
             return below("rho", format!("jobs train with a rho of at least {} here; {rho} is weaker", policy.rho));

@@ -26,7 +26,7 @@ pub struct Evaluation {
     /// The rows of the job's validation file that it was asked; absent where there were none to ask.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task: Option<TaskFigures>,
-    /// The step whose adapter was asked, where it is a checkpoint's and not the run's last.
+    /// The step whose adapter was asked, where it is a checkpoint's and not what the run ended with: its last, or its best with early stopping.
     pub checkpoint: Option<u64>,
 }
 

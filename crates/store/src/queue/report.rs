@@ -93,7 +93,7 @@ impl Store {
         Ok(transaction.commit().await?)
     }
 
-    /// Every step of a job that was kept, in order, each as the last attempt that took it reported it; and its measurements on
+    /// Every step of a job that was kept, in order, each as it was taken last and none from beyond where a run went back; and its measurements on
     /// the validation file: step, loss, token accuracy.
     ///
     /// # Errors
@@ -104,7 +104,12 @@ impl Store {
             .await?;
         let mut steps = std::collections::BTreeMap::new();
         for chunk in chunks {
-            steps.extend(from_json::<Vec<Step>>(chunk)?.into_iter().map(|step| (step.step, step)));
+            let chunk = from_json::<Vec<Step>>(chunk)?;
+            // What was known from there on was given up.
+            if let Some(first) = chunk.first() {
+                steps.split_off(&first.step);
+            }
+            steps.extend(chunk.into_iter().map(|step| (step.step, step)));
         }
         let validations =
             sqlx::query!("select step, loss, token_accuracy from job_validations where job_id = $1 order by step", id.0)

@@ -26,9 +26,11 @@ impl Report {
         };
         let (rate, level, steps) = (percent(gauge.conflict_rate), percent(gauge.alarm_level), self.training.steps);
         let count = counted(steps, "step");
+        let is_above = gauge.conflict_rate > gauge.alarm_level;
         let reading = if gauge.alarm {
+            let above = if is_above { "above" } else { "and on the way there in more than" };
             format!(
-                "<strong class=\"bad\">✗ Alarm.</strong> The two gradients conflicted in {rate} of {count}, above the level of \
+                "<strong class=\"bad\">✗ Alarm.</strong> The two gradients conflicted in {rate} of {count}, {above} the level of \
                  {level}: this run is not like one on clean rows. Rows that undo the alignment make a run look like this. The \
                  alarm closes no gate by itself; it is a reason to read the file, beginning with the rows below where they were \
                  scored."
@@ -38,6 +40,11 @@ impl Report {
                 "<strong>Too few steps to tell.</strong> The two gradients conflicted in {rate} of {count}; no alarm is raised \
                  before {LEAST_STEPS} steps, and above {level} then."
             )
+        } else if is_above {
+            format!(
+                "<strong>No alarm was raised.</strong> The two gradients conflicted in {rate} of {count}. By the level as it is now, \
+                 {level}, there would be one: it was another while the job ran."
+            )
         } else {
             format!(
                 "<strong class=\"good\">✓ No alarm.</strong> The two gradients conflicted in {rate} of {count}; the alarm is \
@@ -45,9 +52,9 @@ impl Report {
             )
         };
         let calibrated = if gauge.calibrated {
-            "The level was measured on clean rows of this base model."
+            "The level was measured on clean rows of this base model under this method."
         } else {
-            "The level is a general one: this base model was not measured on clean rows, so read it as a hint."
+            "The level is a general one: this base model was not measured on clean rows under this method, so read it as a hint."
         };
         let spread = REACH * (0.25 / steps.max(1) as f64).sqrt();
         let [low, high] = [0.5 - spread, 0.5 + spread].map(|end| end.clamp(0.0, 1.0));

@@ -63,9 +63,9 @@ impl Report {
             let why = self
                 .replaced
                 .as_ref()
-                .map_or_else(String::new, |last| format!(" The last did not pass: {}.", escape(&last.reasons())));
+                .map_or_else(String::new, |last| format!(" That one did not pass: {}.", escape(&last.reasons())));
             let _ =
-                writeln!(html, "<p>The adapter that was asked is the checkpoint of step {step}, not the run's last.{why}</p>");
+                writeln!(html, "<p>The adapter that was asked is the checkpoint of step {step}, not the one that the run ended with.{why}</p>");
         }
         if self.read_gauge().is_some_and(|gauge| gauge.alarm) {
             html.push_str("<p><strong>The poison gauge raised an alarm</strong>: <a href=\"#gauge\">what that means</a>.</p>\n");
@@ -151,7 +151,12 @@ impl Report {
             cells.extend(with_texts.then(text));
             cells
         });
-        let forward = if by_forward { "; by a forward pass, where its own loss falls as the alignment loss rises" } else { "" };
+        let forward = if by_forward {
+            "; by a forward pass, where its own loss falls as the alignment loss rises, on a scale of its own: rows that have only that \
+             score follow"
+        } else {
+            ""
+        };
         let owner = "<p class=\"dim\">Texts are shown to their owner only; the signed report names lines alone.</p>\n";
         format!(
             "<p>The worst first. Below 0 a row pushes against the alignment: by its gradient, on a scale from −1 to 1, where a \
