@@ -292,7 +292,8 @@ fn a_job_that_this_version_cannot_read_keeps_no_worker_from_others() -> Result<(
     ))?;
     let claimed = app.runtime.block_on(claim(&app, LONG))?;
     assert!(next.contains(&claimed.job.id.0.to_string()), "{next}");
-    assert_eq!(app.sql(&format!("select status, rests_until > now() from jobs where id = '{id}'"))?, "validating_files|t");
+    let row = app.sql(&format!("select status, rests_until from jobs where id = '{id}'"))?;
+    assert_eq!(row, "validating_files|", "a worker that can read it finds it as it was");
     Ok(())
 }
 

@@ -263,7 +263,7 @@ mod tests {
     fn a_flag_that_cannot_be_is_named() {
         for (arguments, named) in [
             (&["--safety-floor", "prayer"][..], "--safety-floor"),
-            (&["--rho-floor", "-1"], "--rho-floor"),
+            (&["--rho-floor=-1"], "--rho-floor"),
             (&["--alignment-set", ""], "--alignment-set"),
         ] {
             let refused = settings_of(arguments).map(|_| ()).map_err(|error| format!("{error:#}"));

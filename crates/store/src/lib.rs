@@ -4,6 +4,7 @@
 //! checks how many rows it changed; the event of a change stands in the change's transaction; an object is staged before it
 //! is written and claimed by the transaction that gives it a row. Time is the database's. This crate knows nothing of HTTP.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
@@ -55,6 +56,8 @@ pub struct Store {
     /// For tenants: see [`tenant`].
     tenants: tenant::Tenants,
     objects: Objects,
+    /// Waiting jobs that this process cannot read.
+    unreadable: Arc<queue::Unreadable>,
 }
 
 /// Connections of each of the two pools.
@@ -86,7 +89,7 @@ impl Store {
             .connect_with(options.clone())
             .await?;
         let tenants = tenant::Tenants::new(options, MAX_CONNECTIONS);
-        Ok(Self { objects: Objects::open(pool.clone(), objects)?, pool, tenants })
+        Ok(Self { objects: Objects::open(pool.clone(), objects)?, pool, tenants, unreadable: Arc::default() })
     }
 
     /// Applies the migrations that are missing, one process at a time. A database that a newer version has migrated is left as it is.

@@ -1,10 +1,13 @@
 //! Who gets which job, and what a worker needs for it.
 
-use std::time::Duration;
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use holdfast_domain::ids::JobId;
 use holdfast_domain::job::{JobError, JobState, Status};
 use sqlx::PgConnection;
+use uuid::Uuid;
 
 use super::AdapterFile;
 use crate::alignment_sets::AlignmentSet;
@@ -53,8 +56,25 @@ pub enum Work {
 
 /// What a job's owner is told where its records cannot be read.
 const UNREADABLE: &str = "The service could not read what it keeps of this job, or of what it needs; its log says more. Nothing of your data is lost; tell the operator if the job fails for this.";
-/// For how many seconds a job rests that this version cannot read.
-const UNREADABLE_REST: f64 = 60.0;
+/// For how long this process leaves a job alone that it cannot read.
+const UNREADABLE_REST: Duration = Duration::from_secs(60);
+
+/// The jobs that this process cannot read, and since when. Of a newer version, perhaps, whose workers can: nothing of them is changed.
+#[derive(Debug, Default)]
+pub(crate) struct Unreadable(Mutex<HashMap<JobId, Instant>>);
+
+impl Unreadable {
+    fn add(&self, job: JobId) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(job, Instant::now());
+    }
+
+    /// Those that are still left alone.
+    fn ids(&self) -> Vec<Uuid> {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|_, since| since.elapsed() < UNREADABLE_REST);
+        known.keys().map(|id| id.0).collect()
+    }
+}
 
 /// What came of looking for a job.
 enum Taken {
@@ -115,9 +135,11 @@ impl Store {
                  where w.project_id = p.id and w.status in ('validating_files', 'queued')
                    and (w.status = 'validating_files' or p.max_running_jobs is null or p.running < p.max_running_jobs)
                    and (w.rests_until is null or w.rests_until <= now())
+                   and w.id <> all($1)
                    and not exists (select 1 from job_leases l where l.job_id = w.id)
                  order by w.files_checked, w.id limit 1 for update skip locked) j
-             limit 1"
+             limit 1",
+            &self.unreadable.ids()
         )
         .fetch_optional(&mut *transaction)
         .await?;
@@ -125,16 +147,9 @@ impl Store {
         let id = JobId(found.id);
         let job = match jobs::fetch(&mut transaction, id, None).await {
             Err(StoreError::Corrupt(what)) => {
-                // A job of a newer version, perhaps, whose workers can read it. It must not keep this one from all others.
-                tracing::error!(job = %id, what, "a job cannot be read by this version; it rests");
-                sqlx::query!(
-                    "update jobs set rests_until = now() + make_interval(secs => $2) where id = $1",
-                    id.0,
-                    UNREADABLE_REST
-                )
-                .execute(&mut *transaction)
-                .await?;
-                transaction.commit().await?;
+                // It must not keep this worker from all others.
+                tracing::error!(job = %id, what, "a job cannot be read by this version, which leaves it alone for a minute");
+                self.unreadable.add(id);
                 return Ok(Taken::ByAnother);
             }
             job => job?,

@@ -16,6 +16,7 @@ mod claim;
 mod finish;
 mod report;
 
+pub(crate) use claim::Unreadable;
 pub use claim::{Claim, Work};
 pub(crate) use finish::claim_objects;
 pub use finish::{Checked, Published};
