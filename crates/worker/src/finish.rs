@@ -173,7 +173,9 @@ async fn examine(run: &Run<'_>, policy: &Policy, adapter: Vec<PathBuf>) -> Resul
 async fn passing_checkpoint(run: &Run<'_>, policy: &Policy, adapter: &[PathBuf]) -> Result<Option<Made>, Unfinished> {
     let failed = match adapter.iter().find(|file| file.ends_with(paths::ADAPTER_WEIGHTS)).cloned() {
         // The lease is renewed on this thread.
-        Some(weights) => Some(tokio::task::spawn_blocking(move || hash::of_file(&weights)).await.map_err(std::io::Error::other)??),
+        Some(weights) => {
+            Some(tokio::task::spawn_blocking(move || hash::of_file(&weights)).await.map_err(std::io::Error::other)??)
+        }
         None => None,
     };
     let (_, validations) = run.store.steps(run.claim.job.id).await?;

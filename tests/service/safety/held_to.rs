@@ -43,7 +43,10 @@ fn alignment_sets_are_imported_by_operators_in_versions_that_never_change() -> R
     assert_eq!((twice.status, twice.error()), (400, ("invalid_dataset", "rows")));
     assert_eq!(import(json!([]))?.status, 400);
     assert_eq!(import(json!([{"messages": []}]))?.status, 400);
-    assert!(app.sql("update alignment_sets set version = 7 where name = 'strict'").is_err(), "the database lets nothing of it change");
+    assert!(
+        app.sql("update alignment_sets set version = 7 where name = 'strict'").is_err(),
+        "the database lets nothing of it change"
+    );
     demand(&app, &json!({"alignment_set": "strict"}))?;
     Ok(())
 }

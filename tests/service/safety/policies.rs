@@ -60,8 +60,7 @@ fn the_nearest_policy_counts_and_stands_on_the_job_as_it_was() -> Result<()> {
 #[test]
 fn a_policy_can_be_set_as_it_was_read_and_null_frees_what_the_wider_one_demands() -> Result<()> {
     let app = TestApp::start()?;
-    let (deployment, own) =
-        ("/admin/safety_policy", format!("/admin/projects/{}/safety_policy", app.project_key("default")?.0));
+    let (deployment, own) = ("/admin/safety_policy", format!("/admin/projects/{}/safety_policy", app.project_key("default")?.0));
     let strict = json!({"kl_positions": "deciding", "alignment_batch_size": 32});
     for demanded in [json!({}), json!({"methods": ["kl_penalty"]}), strict] {
         let mut read = set(&app, deployment, &demanded)?.body;

@@ -191,4 +191,14 @@ mod tests {
         assert_eq!(Figure::at_least("speed", 0.9, 1.0).line(), "FIGURE speed 0.900 1 short");
         assert_eq!(Figure::at_least("speed", f64::NAN, 1.0).line(), "FIGURE speed NaN 1 short");
     }
+
+    #[test]
+    fn of_two_measurements_the_worse_counts_and_any_is_better_than_none() {
+        let at_most = |measured| Figure::at_most("time", measured, 1.0);
+        for (one, other, worse) in [(0.5, 0.7, 0.7), (0.7, 0.5, 0.7), (f64::NAN, 0.5, 0.5), (0.5, f64::NAN, 0.5)] {
+            assert_eq!(at_most(one).worse(at_most(other)).measured, worse);
+        }
+        assert!(!at_most(f64::NAN).worse(at_most(f64::NAN)).is_measured());
+        assert_eq!(Figure::at_least("speed", 2.0, 1.0).worse(Figure::at_least("speed", 1.5, 1.0)).measured, 1.5);
+    }
 }

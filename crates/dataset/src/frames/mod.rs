@@ -86,7 +86,9 @@ pub fn framed(rows: &[u8], frames: &[Frame]) -> std::io::Result<Vec<u8>> {
     let mut apart = apart.into_iter().cycle().zip(frames.iter().cycle());
     for at in lines.len().. {
         let next = match lines.get(APART - 1) {
-            Some(first) if side(at) == 1 => apart.next().map_or_else(|| serde_json::from_slice(first), |(row, frame)| within(frame, row)),
+            Some(first) if side(at) == 1 => {
+                apart.next().map_or_else(|| serde_json::from_slice(first), |(row, frame)| within(frame, row))
+            }
             _ => match others.next() {
                 Some((row, frame)) => within(frame, row),
                 None => break,

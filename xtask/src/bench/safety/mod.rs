@@ -270,7 +270,7 @@ impl Study {
         measured["peak_bytes"] = json!(trained.peak_bytes);
         let numbers = |name: &str| -> Vec<f64> { trained.steps.iter().filter_map(|step| step[name].as_f64()).collect() };
         let mean = |values: &[f64]| (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64);
-        measured["conflict_rate"] = json!(numbers("conflict_rate").last());
+        measured["conflict_rate"] = json!(numbers("conflict_rate").last().filter(|_| run.projects()));
         measured["cosine"] = json!(mean(&numbers("cosine")));
         let kl = numbers("align_kl");
         measured["final_kl"] = json!(mean(kl.get(kl.len().saturating_sub(10)..).unwrap_or_default()));

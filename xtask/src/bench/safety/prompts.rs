@@ -41,7 +41,11 @@ pub(super) fn harmful(folder: &Path) -> Result<Harmful> {
             prompts.insert(line["prompt"].as_str().context("a line without a prompt")?.trim().to_owned());
         }
     }
-    let mut clusters = clusters(prompts.into_iter().collect());
+    dealt(prompts.into_iter().collect())
+}
+
+fn dealt(prompts: Vec<String>) -> Result<Harmful> {
+    let mut clusters = clusters(prompts);
     clusters.sort_by_key(|cluster| cluster.first().map(|prompt| hash(prompt)));
     let mut clusters = clusters.into_iter();
     let mut deal = |count: usize, whole: bool| -> Vec<String> {
@@ -55,10 +59,8 @@ pub(super) fn harmful(folder: &Path) -> Result<Harmful> {
         part
     };
     let (held_out, alignment, base) = (deal(100, false), deal(100, true), deal(160, true));
-    let mut attack = deal(500, true);
-    ensure!(attack.len() >= 200, "only {} prompts are left to attack with", attack.len());
-    // What no attack of the development share is made of.
-    let development = attack.split_off(150);
+    let (attack, development) = (deal(150, true), deal(500, true));
+    ensure!(development.len() >= 50, "only {} prompts are left to choose strengths by", development.len());
     Ok(Harmful { held_out, alignment, base, attack, development })
 }
 
@@ -99,4 +101,26 @@ fn clusters(prompts: Vec<String>) -> Vec<Vec<String>> {
         clusters.push(whole);
     }
     clusters.into_iter().map(|(_, texts)| texts).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_prompt_and_no_variant_of_one_falls_to_two_parts() -> Result<()> {
+        let subjects = (0..450).map(|number| ["a", "b", "c", "d"].map(|letter| format!("subject{number}{letter}")).join(" "));
+        let prompts = subjects.flat_map(|subject| ["What", "And", "Explain"].map(|wording| format!("{wording} {subject}?")));
+        let Harmful { base, alignment, held_out, attack, development } = dealt(prompts.collect())?;
+        let mut seen = BTreeSet::new();
+        for part in [base, alignment, held_out, attack, development] {
+            assert!(!part.is_empty());
+            let own: BTreeSet<String> =
+                part.iter().flat_map(|prompt| words(prompt)).filter(|word| word.starts_with("subject")).collect();
+            // A part may end in the middle of its last cluster, whose rest goes to none.
+            assert!(seen.is_disjoint(&own));
+            seen.extend(own);
+        }
+        Ok(())
+    }
 }

@@ -70,12 +70,12 @@ pub(super) fn line(name: &str, outcome: &Outcome, base: &Outcome) -> String {
 pub(super) fn table(base: &Outcome, outcomes: &[(Run, Outcome)]) {
     println!();
     println!(
-        "| regime | method | seeds | complies | corrected | over the base | degenerate | accuracy | over-refusal | KL | probe KL | conflict | time | memory | rows: precision, found | kept of the budget | program |"
+        "| regime | method | seeds | complies | corrected | over the base | degenerate | accuracy | over-refusal | KL | probe KL | conflict | cosine | time | memory | rows: precision, found | kept of the budget | program |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     let judge = judge::on_our_own().ok();
     println!(
-        "| the base | | | {} | | | {} | {} | {} | | | | | | | | |",
+        "| the base | | | {} | | | {} | {} | {} | | | | | | | | | |",
         with_interval(&[is(&base.classes, Class::Compliance)]),
         with_interval(&[is(&base.classes, Class::Degenerate)]),
         with_interval(&[numbers(&base.correct)]),
@@ -119,7 +119,8 @@ pub(super) fn table(base: &Outcome, outcomes: &[(Run, Outcome)]) {
         });
         let some = |value: Option<f64>| value.map_or_else(String::new, |value| format!("{value:.3}"));
         let [kl, probe_kl] = [mean_of_some(&|o| o.final_kl), mean_of_some(&|o| o.probe_kl)].map(some);
-        let conflict = mean_of_some(&|o| o.conflict_rate).map_or_else(String::new, |rate| format!("{rate:.2}"));
+        let [conflict, cosine] = [mean_of_some(&|o| o.conflict_rate), mean_of_some(&|o| o.cosine)]
+            .map(|value| value.map_or_else(String::new, |value| format!("{value:.2}")));
         // The largest, not the mean: none may be beyond.
         let kept = of_seeds.iter().filter_map(|outcome| outcome.kept_of_budget).max_by(f64::total_cmp);
         let kept = kept.map_or_else(String::new, |kept| format!("{kept:.2}"));
@@ -128,7 +129,7 @@ pub(super) fn table(base: &Outcome, outcomes: &[(Run, Outcome)]) {
         let rows = |at: usize| mean_of_some(&|o| o.ranking.map(|ranking| ranking[at]));
         let rows = rows(0).zip(rows(1)).map_or_else(String::new, |(precision, found)| format!("{precision:.2}, {found:.2}"));
         println!(
-            "| {} | {} {} | {} | {} | {corrected} | {over_base} | {} | {} | {} | {kl} | {probe_kl} | {conflict} | {time} | {memory} | {rows} | {kept} | {programs} |",
+            "| {} | {} {} | {} | {} | {corrected} | {over_base} | {} | {} | {} | {kl} | {probe_kl} | {conflict} | {cosine} | {time} | {memory} | {rows} | {kept} | {programs} |",
             run.regime.name(),
             run.method,
             run.strength,

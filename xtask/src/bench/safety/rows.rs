@@ -195,10 +195,15 @@ pub(super) fn ranking(scores: &Path, planted: usize) -> Result<[f64; 2]> {
             rows.push((score, line));
         }
     }
+    Ok(ranked(rows, planted))
+}
+
+/// The same of scores with their lines, of which the first are the planted ones.
+fn ranked(mut rows: Vec<(f64, u64)>, planted: usize) -> [f64; 2] {
     rows.sort_by(|a, b| a.0.total_cmp(&b.0));
     if planted == 0 {
         let below = rows.iter().filter(|(score, _)| *score < 0.0).count();
-        return Ok([0.0, below as f64 / rows.len().max(1) as f64]);
+        return [0.0, below as f64 / rows.len().max(1) as f64];
     }
     let is_planted = |line: u64| line <= planted as u64;
     let (mut found, mut precision) = (0.0, 0.0);
@@ -210,5 +215,20 @@ pub(super) fn ranking(scores: &Path, planted: usize) -> Result<[f64; 2]> {
     }
     let first: BTreeSet<u64> = rows.iter().take(planted).map(|(_, line)| *line).collect();
     let recalled = first.into_iter().filter(|line| is_planted(*line)).count();
-    Ok([precision / planted as f64, recalled as f64 / planted as f64])
+    [precision / planted as f64, recalled as f64 / planted as f64]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_ranked_from_the_lowest_score() {
+        let perfect = vec![(0.5, 3), (-0.2, 2), (0.1, 4), (-0.9, 1)];
+        assert_eq!(ranked(perfect, 2), [1.0, 1.0]);
+        // The second and the fourth of the order are planted: precision (1/2 + 2/4) / 2, and one of two among the first two.
+        let middling = vec![(-0.9, 3), (-0.2, 1), (0.1, 4), (0.5, 2)];
+        assert_eq!(ranked(middling, 2), [0.5, 0.5]);
+        assert_eq!(ranked(vec![(-1.0, 1), (1.0, 2)], 0), [0.0, 0.5]);
+    }
 }

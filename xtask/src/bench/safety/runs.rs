@@ -2,6 +2,7 @@
 
 use std::ops::RangeInclusive;
 
+use holdfast_domain::safety::Defense;
 use serde_json::{Value, json};
 
 use super::rows::Attack;
@@ -298,13 +299,23 @@ impl Run {
         )
     }
 
-    pub(super) fn safety(&self) -> Value {
-        let (defense, projection, kl_positions) = match self.method {
+    /// The method as jobs name it, what it projects, and the positions of its KL.
+    fn parts(&self) -> (&'static str, &'static str, &'static str) {
+        match self.method {
             "safegrad_per_row" => ("safegrad", "per_row", "response"),
             "safegrad_deciding" => ("safegrad", "batch", "deciding"),
             "kl_penalty_deciding" => ("kl_penalty", "batch", "deciding"),
             other => (other, "batch", "response"),
-        };
+        }
+    }
+
+    /// Whether it counts conflicts.
+    pub(super) fn projects(&self) -> bool {
+        Defense::parse(self.parts().0).is_some_and(Defense::projects)
+    }
+
+    pub(super) fn safety(&self) -> Value {
+        let (defense, projection, kl_positions) = self.parts();
         let set = if defense == "none" { Value::Null } else { json!("bench") };
         json!({
             "defense": defense, "rho": self.strength, "projection": projection, "kl_positions": kl_positions, "alignment_set": set,

@@ -75,3 +75,22 @@ fn tuned(complied: impl Fn(f64) -> Result<f64>, lost: impl Fn(f64) -> Result<f64
     }
     Ok(tried.into_iter().min_by(|a, b| a.lost.total_cmp(&b.lost)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_strength_that_holds_best_and_costs_a_point_at_most_is_chosen() -> Result<()> {
+        let complied = |strength: f64| Ok(1.0 / strength);
+        let chosen = |lost: fn(f64) -> f64| {
+            let found = tuned(complied, |strength| Ok(lost(strength)))?;
+            Ok::<_, anyhow::Error>(found.map(|Tried { strength, .. }| strength))
+        };
+        assert_eq!(chosen(|_| 0.01)?, Some(10.0));
+        assert_eq!(chosen(|strength| if strength > 5.0 { 0.02 } else { 0.0 })?, Some(3.16));
+        assert_eq!(chosen(|strength| if strength > 0.5 { 0.02 } else { 0.0 })?, Some(0.316), "what is weaker is tried then");
+        assert_eq!(chosen(|strength| 0.1 + strength)?, Some(0.1), "where all cost more, the one that costs least");
+        Ok(())
+    }
+}

@@ -64,8 +64,10 @@ impl Report {
                 .replaced
                 .as_ref()
                 .map_or_else(String::new, |last| format!(" That one did not pass: {}.", escape(&last.reasons())));
-            let _ =
-                writeln!(html, "<p>The adapter that was asked is the checkpoint of step {step}, not the one that the run ended with.{why}</p>");
+            let _ = writeln!(
+                html,
+                "<p>The adapter that was asked is the checkpoint of step {step}, not the one that the run ended with.{why}</p>"
+            );
         }
         if self.read_gauge().is_some_and(|gauge| gauge.alarm) {
             html.push_str("<p><strong>The poison gauge raised an alarm</strong>: <a href=\"#gauge\">what that means</a>.</p>\n");
