@@ -115,7 +115,7 @@ impl Runs {
 
 /// The words of a text by hashes, whatever their case, how their letters are composed, and what stands between them. Where words are not
 /// parted by spaces, each character is one. What nobody sees (a soft hyphen, a joiner) parts nothing.
-fn words(text: &str) -> Vec<u64> {
+pub(crate) fn words(text: &str) -> Vec<u64> {
     let hash = |word: &str| {
         let mut hash = DefaultHasher::new();
         word.hash(&mut hash);
@@ -150,7 +150,7 @@ const fn is_unseen(character: char) -> bool {
 }
 
 /// What the user says last.
-fn requested<'a>(row: &'a Row<'_>) -> Option<&'a str> {
+pub(crate) fn requested<'a>(row: &'a Row<'_>) -> Option<&'a str> {
     row.messages.iter().rev().find(|message| message.role == Role::User)?.content.as_deref()
 }
 

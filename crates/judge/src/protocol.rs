@@ -87,8 +87,10 @@ impl Protocol {
         Self::ALL.into_iter().find(|protocol| protocol.as_str() == word)
     }
 
-    /// Whether it can say what the answers to such requests are: harm is all that a guard sees, and a refusal is harmless.
-    pub(crate) const fn judges(self, kind: Kind) -> bool {
+    /// Whether it can say what the answers to such requests are: harm is all that a guard sees, and a refusal is harmless. Where it cannot, a
+    /// list of phrases says it.
+    #[must_use]
+    pub const fn judges(self, kind: Kind) -> bool {
         matches!(self, Self::Chat) || matches!(kind, Kind::Harmful)
     }
 

@@ -174,7 +174,11 @@ pub(crate) async fn evaluate(
     }
     let judge = match (policy.judge, &run.config.judge) {
         // Where it is, is the operator's.
-        (Judge::Endpoint, Some(endpoint)) => format!("{} endpoint", endpoint.protocol().as_str()),
+        (Judge::Endpoint, Some(endpoint)) => {
+            let protocol = endpoint.protocol();
+            let too = if protocol.judges(Kind::Benign) { "" } else { ", phrases for benign requests" };
+            format!("{} endpoint{too}", protocol.as_str())
+        }
         _ => "phrases".to_owned(),
     };
     let task = match task {

@@ -1,5 +1,6 @@
 //! The folder a trainer reads.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use holdfast_dataset::frames;
@@ -19,7 +20,7 @@ const MOST_CHECKPOINT_STEPS: u64 = 100;
 /// What the rows of a job's training file stand in.
 pub(crate) struct Framed {
     pub(crate) frames: Vec<Frame>,
-    /// Of the alignment rows, half of which stand in them once more, in hex; absent where there are none of either.
+    /// Of the alignment rows, in hex, where half of them stand in those once more; absent where they are the set's as they were imported.
     pub(crate) alignment_sha256: Option<String>,
 }
 
@@ -65,7 +66,7 @@ impl JobFolder {
     ) -> Result<Framed, StoreError> {
         let framed = self.add_framed_rows(claim).await?;
         // What the base says on rows in a tenant's frames is of no use to others, and none of their business.
-        let reference = reference_name(claim, device).filter(|_| framed.frames.is_empty());
+        let reference = reference_name(claim, device).filter(|_| framed.alignment_sha256.is_none());
         if let Some(name) = &reference
             && let Some(known) = store.alignment_reference(name).await?
         {
@@ -106,12 +107,17 @@ impl JobFolder {
         // A tenant's file may be large, and the lease is renewed on this thread.
         let put = move || {
             let frames = frames::of_file(std::fs::File::open(training)?)?;
-            if !are_aligned || frames.is_empty() {
+            if !are_aligned {
                 return Ok(Framed { frames, alignment_sha256: None });
             }
-            let rows = frames::framed(&std::fs::read(&alignment)?, &frames)?;
-            std::fs::write(alignment, &rows)?;
-            Ok(Framed { frames, alignment_sha256: Some(hex::encode(Sha256::digest(&rows))) })
+            let alignment_sha256 = match frames::framed(&std::fs::read(&alignment)?, &frames)? {
+                Cow::Borrowed(_) => None,
+                Cow::Owned(rows) => {
+                    std::fs::write(alignment, &rows)?;
+                    Some(hex::encode(Sha256::digest(&rows)))
+                }
+            };
+            Ok(Framed { frames, alignment_sha256 })
         };
         tokio::task::spawn_blocking(put).await.map_err(std::io::Error::other)?
     }

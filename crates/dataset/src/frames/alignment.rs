@@ -1,9 +1,13 @@
 //! Alignment rows in a tenant's frames.
 
+use std::borrow::Cow;
+use std::collections::HashMap;
+
 use holdfast_domain::Frame;
 use serde_json::{Value, json};
 
-use crate::row::{Role, Row};
+use crate::alignment_set::{requested, words};
+use crate::row::{Role, Row, RowError};
 
 /// A method may keep every so-manyth row apart, and must see each frame on both sides.
 pub const APART: usize = 5;
@@ -12,47 +16,94 @@ pub const APART: usize = 5;
 /// frame. Rows with a system prompt of their own stand in none.
 ///
 /// Every [`APART`]th row of what is written may be kept apart, and no request may stand on both sides: it would be learned by heart on one
-/// and prove nothing on the other. So what is kept apart comes once more where rows are kept apart, again where there are more such places,
-/// and the others come where they are not. Frames take turns on each side, so that each stands on both. Of a set of fewer rows than that
-/// nothing is kept apart.
+/// and prove nothing on the other. So every fifth request is kept apart with all its rows, of few the last. Frames take turns on each
+/// side, at least once each, and where one side has more places than rows it has some of them again. Of a set that asks one thing alone
+/// nothing can be kept apart, and fewer rows than that are written. Without frames a set stays as it is, unless it asks something twice.
 ///
 /// # Errors
 /// When a line is no row, which a set that was imported does not have.
-pub fn framed(rows: &[u8], frames: &[Frame]) -> std::io::Result<Vec<u8>> {
-    let lines: Vec<&[u8]> = rows.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty()).collect();
-    let half_is_enough = lines.len() >= 4 * frames.len();
-    // By side: the rows that stand in a frame once more.
-    let mut again: [Vec<&[u8]>; 2] = Default::default();
-    for (at, line) in lines.iter().enumerate() {
-        let of_its_own = Row::parse(line).map_err(std::io::Error::other)?.messages.iter().any(|m| m.role == Role::System);
+pub fn framed<'a>(rows: &'a [u8], frames: &[Frame]) -> std::io::Result<Cow<'a, [u8]>> {
+    let lines = rows.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty());
+    let known: Vec<Known<'_>> = lines.map(Known::read).collect::<Result<_, _>>().map_err(std::io::Error::other)?;
+    let groups = by_request(&known);
+    if frames.is_empty() && groups.len() == known.len() {
+        return Ok(Cow::Borrowed(rows));
+    }
+    let half_is_enough = known.len() >= 4 * frames.len();
+    let apart = kept_apart(&known, &groups, frames);
+    let mut sides = [false, true].map(|wanted| {
+        let own = known.iter().zip(&apart).enumerate().filter(|(_, (_, apart))| **apart == wanted);
+        let own: Vec<(usize, &Known<'_>)> = own.map(|(at, (row, _))| (at, row)).collect();
+        let all: Vec<(usize, &Known<'_>)> = own.iter().copied().filter(|(_, row)| !row.has_prompt).collect();
         // One of two, and not always the same of two: a set may hold two kinds of rows in turn.
-        let is_left_out = half_is_enough && !at.div_ceil(2).is_multiple_of(2);
-        if !of_its_own && !is_left_out {
-            again[side(at)].push(line);
+        let half: Vec<_> = all.iter().copied().filter(|(at, _)| at.div_ceil(2).is_multiple_of(2)).collect();
+        let again = if half_is_enough && half.len() >= frames.len() { half } else { all };
+        let copies = if again.is_empty() || frames.is_empty() { 0 } else { again.len().max(frames.len()) };
+        let (originals, least) = (own.clone().into_iter(), own.len() + copies);
+        let bare = |(_, row): (usize, &Known<'a>)| Ok(Cow::Borrowed(row.line));
+        let framed = |((_, row), frame): ((usize, &Known<'a>), &Frame)| within(frame, row.line).map(Cow::Owned);
+        let framed = again.into_iter().cycle().zip(frames.iter().cycle()).map(framed);
+        (originals.map(bare).chain(framed).chain(own.into_iter().cycle().map(bare)), least)
+    });
+    let nothing_is_apart = !apart.contains(&true);
+    let mut written = Vec::with_capacity(2 * rows.len());
+    for at in 0.. {
+        let is_done = sides.iter().all(|(_, least)| *least == 0);
+        let (rows, least) = &mut sides[side(at)];
+        let next = if is_done || (nothing_is_apart && side(at) == 1) { None } else { rows.next() };
+        let Some(next) = next else { break };
+        let row: Result<Cow<'_, [u8]>, serde_json::Error> = next;
+        written.extend_from_slice(&row?);
+        written.push(b'\n');
+        *least = least.saturating_sub(1);
+    }
+    Ok(Cow::Owned(written))
+}
+
+/// A row of an alignment set.
+struct Known<'a> {
+    line: &'a [u8],
+    /// What is asked last, by its words.
+    request: Vec<u64>,
+    /// Whether it stands under a prompt of its own.
+    has_prompt: bool,
+}
+
+impl<'a> Known<'a> {
+    fn read(line: &'a [u8]) -> Result<Self, RowError> {
+        let row = Row::parse(line)?;
+        let has_prompt = row.messages.iter().any(|message| message.role == Role::System);
+        Ok(Self { line, request: requested(&row).map(words).unwrap_or_default(), has_prompt })
+    }
+}
+
+/// The rows that ask the same, by their places, in the order in which they are first asked.
+fn by_request(known: &[Known<'_>]) -> Vec<Vec<usize>> {
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    let mut numbers = HashMap::new();
+    for (at, row) in known.iter().enumerate() {
+        let number = *numbers.entry(&row.request).or_insert(groups.len());
+        if number == groups.len() {
+            groups.push(Vec::new());
+        }
+        groups[number].push(at);
+    }
+    groups
+}
+
+/// Of each row: whether it is one that may be kept apart. Of requests that can stand in frames, and of those that cannot, as many.
+fn kept_apart(known: &[Known<'_>], groups: &[Vec<usize>], frames: &[Frame]) -> Vec<bool> {
+    let mut apart = vec![false; known.len()];
+    for in_frames in [true, false] {
+        let can_stand = |group: &Vec<usize>| frames.is_empty() || group.iter().any(|at| !known[*at].has_prompt);
+        let those: Vec<_> = groups.iter().filter(|group| can_stand(group) == in_frames).collect();
+        let is_of_few = (2..APART).contains(&those.len());
+        for (number, rows) in those.iter().enumerate() {
+            let is_apart = side(number) == 1 || (is_of_few && number + 1 == those.len());
+            rows.iter().for_each(|at| apart[*at] = is_apart);
         }
     }
-    let mut written = lines.join(&b'\n');
-    written.push(b'\n');
-    if frames.is_empty() {
-        return Ok(written);
-    }
-    let [others, apart] = again;
-    let mut others = others.into_iter().zip(frames.iter().cycle());
-    let mut apart = apart.into_iter().cycle().zip(frames.iter().cycle());
-    for at in lines.len().. {
-        let next = match lines.get(APART - 1) {
-            Some(first) if side(at) == 1 => {
-                apart.next().map_or_else(|| serde_json::from_slice(first), |(row, frame)| within(frame, row))
-            }
-            _ => match others.next() {
-                Some((row, frame)) => within(frame, row),
-                None => break,
-            },
-        };
-        serde_json::to_writer(&mut written, &next?)?;
-        written.push(b'\n');
-    }
-    Ok(written)
+    apart
 }
 
 /// 1 of a row that is kept apart, 0 of the others.
@@ -61,7 +112,7 @@ const fn side(at: usize) -> usize {
 }
 
 /// A row whose last request stands in a frame.
-fn within(frame: &Frame, line: &[u8]) -> serde_json::Result<Value> {
+fn within(frame: &Frame, line: &[u8]) -> serde_json::Result<Vec<u8>> {
     let mut row: Value = serde_json::from_slice(line)?;
     let said = |role: &str, content: &Value| json!({"role": role, "content": content});
     if !row["messages"].is_array() {
@@ -78,36 +129,19 @@ fn within(frame: &Frame, line: &[u8]) -> serde_json::Result<Value> {
             messages.insert(0, said("system", &json!(prompt)));
         }
     }
-    Ok(row)
+    serde_json::to_vec(&row)
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
-    use super::super::MOST;
     use super::super::tests::{prompts, row};
     use super::*;
 
-    #[test]
-    fn whatever_the_number_of_frames_each_holds_rows_that_are_kept_apart_and_others() -> std::io::Result<()> {
-        let rows: Vec<String> = (0..100).map(|number| row(None, &number.to_string())).collect();
-        for count in 1..=MOST {
-            let prompts: Vec<Frame> = (0..count).map(|number| Frame::system(format!("prompt {number}."))).collect();
-            let written = framed(rows.join("\n").as_bytes(), &prompts)?;
-            let text = String::from_utf8_lossy(&written);
-            for prompt in prompts.iter().filter_map(|frame| frame.system.as_deref()) {
-                let apart = |is: bool| {
-                    text.lines().enumerate().any(|(at, line)| (at % APART == APART - 1) == is && line.contains(prompt))
-                };
-                assert!(apart(true) && apart(false), "{prompt} of {count}");
-            }
-        }
-        Ok(())
-    }
-
     fn framed_rows(rows: &[String], frames: &[Frame]) -> std::io::Result<Vec<Value>> {
-        let written = framed(rows.join("\n").as_bytes(), frames)?;
+        let rows = rows.join("\n");
+        let written = framed(rows.as_bytes(), frames)?;
         let read = |line: &str| serde_json::from_str(line).map_err(std::io::Error::other);
         String::from_utf8_lossy(&written).lines().map(read).collect()
     }
@@ -127,53 +161,82 @@ mod tests {
         let again = |request: &str| serde_json::from_str(&row(Some("s"), request));
         expected.extend([again("Do: 1 Now.")?, json!({"messages": several}), again("Do: 4 Now.")?]);
         assert_eq!(found, expected);
-        assert_eq!(framed(rows.join("\n").as_bytes(), &[])?, (rows.join("\n") + "\n").into_bytes());
         Ok(())
     }
 
     #[test]
     fn of_two_kinds_of_rows_in_turn_both_stand_in_one() -> std::io::Result<()> {
-        let rows: Vec<String> = (0..8).map(|number| row(None, ["harmful", "benign"][number % 2])).collect();
+        let rows: Vec<String> = (0..8).map(|number| row(None, &format!("{} {number}", ["harmful", "benign"][number % 2]))).collect();
         let framed = framed_rows(&rows, &[Frame { opening: "Do: ".into(), ..Frame::default() }])?;
-        let count = |text: &str| framed.iter().filter(|row| row["messages"][0]["content"] == text).count();
+        let asks = |row: &&Value, text: &str| row["messages"][0]["content"].as_str().is_some_and(|asked| asked.starts_with(text));
+        let count = |text: &str| framed.iter().filter(|row| asks(row, text)).count();
         assert_eq!([count("Do: harmful"), count("Do: benign")], [2, 2]);
         Ok(())
     }
 
     #[test]
-    fn few_rows_stand_in_one_each() -> std::io::Result<()> {
+    fn of_few_rows_all_stand_in_one() -> std::io::Result<()> {
         let rows: Vec<String> = (0..8).map(|number| row(None, &number.to_string())).collect();
         let framed = framed_rows(&rows, &prompts(["one", "two", "three"]))?;
-        for prompt in ["one", "two", "three"] {
-            assert!(framed.iter().filter(|row| row["messages"][0]["content"] == prompt).count() >= 2, "{prompt}");
+        for request in (0..8).map(|number| number.to_string()) {
+            assert!(framed.iter().filter(|row| row["messages"][1]["content"] == request).count() >= 1, "{request}");
         }
-        assert_eq!(framed.len(), 17, "a row that is kept apart comes a third time, so that none of the others does in its place");
         Ok(())
     }
 
+    /// Of what is written, by side: the requests, and the prompts they stand under.
+    fn sides_of(rows: &[String], frames: &[Frame]) -> std::io::Result<[(BTreeSet<String>, BTreeSet<String>); 2]> {
+        let mut sides: [(BTreeSet<String>, BTreeSet<String>); 2] = Default::default();
+        for (at, row) in framed_rows(rows, frames)?.iter().enumerate() {
+            let said = |role: &str| {
+                let turns = row["messages"].as_array().into_iter().flatten();
+                turns.filter(|turn| turn["role"] == role).map(|turn| turn["content"].to_string()).collect::<Vec<_>>()
+            };
+            sides[side(at)].0.extend(said("user"));
+            sides[side(at)].1.extend(said("system"));
+        }
+        Ok(sides)
+    }
+
     #[test]
-    fn no_request_stands_among_the_rows_that_are_kept_apart_and_the_others() -> std::io::Result<()> {
-        for (count, frames) in [(5, 1), (8, 3), (13, 8), (100, 1), (260, 4)] {
-            let rows: Vec<String> = (0..count).map(|number| row(None, &format!("<{number}>"))).collect();
+    fn whatever_a_set_holds_no_request_stands_on_both_sides_and_each_frame_does() -> std::io::Result<()> {
+        let kinds: [fn(usize) -> String; 3] = [
+            |number| row(None, &format!("{number} bare")),
+            |number| row((side(number) == 1).then_some("own"), &format!("{number} with prompts among them")),
+            |number| row((number % 2 == 1).then_some("own"), &format!("{} asked twice", number / 2)),
+        ];
+        for (kind, count, frames) in (0..3).flat_map(|kind| {
+            [4, 5, 8, 9, 13, 40, 60, 75, 100, 260].into_iter().flat_map(move |count| [0, 1, 3, 8].map(|frames| (kind, count, frames)))
+        }) {
+            let rows: Vec<String> = (0..count).map(kinds[kind]).collect();
             let frames: Vec<Frame> = (0..frames).map(|number| Frame::system(format!("prompt {number}."))).collect();
-            let mut sides: [BTreeSet<String>; 2] = Default::default();
-            for (at, row) in framed_rows(&rows, &frames)?.iter().enumerate() {
-                let request = row["messages"].as_array().and_then(|messages| messages.iter().find(|m| m["role"] == "user"));
-                sides[side(at)].insert(request.map(|request| request["content"].to_string()).unwrap_or_default());
+            let [others, apart] = sides_of(&rows, &frames)?;
+            let case = format!("kind {kind}, {count} rows, {} frames", frames.len());
+            assert!(others.0.is_disjoint(&apart.0), "{case}");
+            assert_eq!(others.0.len() + apart.0.len(), if kind == 2 { count.div_ceil(2) } else { count }, "{case}");
+            for Frame { system, .. } in &frames {
+                let prompt = json!(system).to_string();
+                assert!(others.1.contains(&prompt) && apart.1.contains(&prompt), "{case}: {prompt}");
             }
-            let [others, apart] = &sides;
-            assert!(others.is_disjoint(apart), "{count} rows in {} frames", frames.len());
-            assert_eq!(others.len() + apart.len(), count);
         }
         Ok(())
     }
 
     #[test]
-    fn where_nothing_that_is_kept_apart_may_stand_in_a_frame_none_of_the_others_takes_its_place() -> std::io::Result<()> {
-        let rows: Vec<String> = (0..9).map(|at| row((side(at) == 1).then_some("own"), &at.to_string())).collect();
-        let framed = framed_rows(&rows, &[Frame::system("s")])?;
-        assert_eq!(framed[9], serde_json::from_str::<Value>(&rows[4])?);
-        assert_eq!(framed.iter().filter(|row| row["messages"][0]["content"] == "s").count(), 4);
+    fn of_a_set_that_asks_one_thing_nothing_is_kept_apart() -> std::io::Result<()> {
+        let framed = framed_rows(&[row(None, "1"), row(Some("own"), "1")], &prompts(["one", "two", "three", "four", "five"]))?;
+        assert_eq!(framed.len(), APART - 1);
+        Ok(())
+    }
+
+    #[test]
+    fn without_frames_a_set_stays_as_it_is_unless_it_asks_something_twice() -> std::io::Result<()> {
+        let rows = ["1", "2", "3", "4", "5", "6"].map(|request| row(None, request));
+        let text = rows.join("\n\n");
+        assert!(matches!(framed(text.as_bytes(), &[])?, Cow::Borrowed(same) if same == text.as_bytes()));
+        let twice = [&rows[..], &[row(Some("own"), "5")]].concat();
+        let [others, apart] = sides_of(&twice, &[])?;
+        assert!(others.0.is_disjoint(&apart.0), "{others:?} {apart:?}");
         Ok(())
     }
 }

@@ -101,14 +101,7 @@ impl Report {
 
     fn facts(&self) -> Vec<(&'static str, String)> {
         let judged = self.evaluation.as_ref().map(|Evaluation { judge, max_tokens, .. }| {
-            let judge = match judge.as_str() {
-                "phrases" => "a list of phrases".to_owned(),
-                // Harm is all that these see.
-                harm if harm.starts_with("guard") || harm.starts_with("moderation") => {
-                    format!("{harm}, and of benign requests a list of phrases")
-                }
-                other => other.to_owned(),
-            };
+            let judge = if judge == "phrases" { "a list of phrases" } else { judge };
             format!("{judge}; answers of {max_tokens} tokens at most")
         });
         let facts = [
