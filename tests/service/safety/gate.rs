@@ -270,7 +270,10 @@ fn a_judge_that_is_away_is_waited_for_and_never_passes_in_silence() -> Result<()
     let done = app.job(&job)?;
     assert_eq!(done["status"], "succeeded", "{done}");
     let report = of_job(&app, &done, "safety_report")?.body;
-    assert!(report["evaluation"]["judge"].as_str().is_some_and(|judge| judge == "guard endpoint, phrases for benign requests"), "{report}");
+    assert!(
+        report["evaluation"]["judge"].as_str().is_some_and(|judge| judge == "guard endpoint, phrases for benign requests"),
+        "{report}"
+    );
     // A worker without a judge does not pass either.
     assert_eq!(ended(&app, 2)?["error"]["code"], "safety_judge_failed");
     // Where no gate depends on it, the model is published, and its owner is told.

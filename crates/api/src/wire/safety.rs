@@ -66,7 +66,7 @@ impl From<GateRow> for Gate {
 }
 
 /// A request for a policy; what is absent is as the wider policy has it (a project's organisation's, the deployment's), and without one as
-/// the program is set.
+/// the program is set. So is what is `null`, but for `kl_positions` and `alignment_batch_size`, where that says that the tenant chooses.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct SetSafetyPolicy {
@@ -110,25 +110,31 @@ fn said<'de, D: Deserializer<'de>, T: Deserialize<'de>>(field: D) -> Result<Opti
 
 impl SetSafetyPolicy {
     /// With what is absent from `usual`, as far as it has a meaning then. What nothing looks at may be said all the same where it is what
-    /// would count anyway: so a policy can be set as it was read.
+    /// would count anyway, or counts now: so a policy can be set as it was read.
     ///
     /// # Errors
     /// When what it says, or it and `usual` together, contradict themselves.
-    pub(crate) fn over(self, usual: &Policy) -> Result<Policy, Invalid> {
+    pub(crate) fn over(self, usual: &Policy, counting: &Policy) -> Result<Policy, Invalid> {
         let methods = self.methods.unwrap_or_else(|| usual.methods.clone());
         let is_aligned = methods.iter().any(|method| method.needs_alignment());
         let chooses_positions = methods.iter().any(|method| method.chooses_positions());
+        let counts = |is_so: &dyn Fn(&Policy) -> bool| is_so(usual) || is_so(counting);
+        let set = self.alignment_set.as_ref();
         let said = [
-            ("rho", self.rho.is_some_and(|rho| rho > 0.0 && rho != usual.rho), is_aligned),
-            ("alignment_set", self.alignment_set.as_ref().is_some_and(|set| *set != usual.alignment_set), is_aligned),
-            ("budget", self.budget.is_some_and(|budget| budget != usual.budget), methods.contains(&Defense::Held)),
-            ("variants", self.variants.is_some_and(|variants| variants != usual.variants), methods.contains(&Defense::Safegrad)),
+            ("rho", self.rho.is_none_or(|rho| rho == 0.0 || counts(&|policy| policy.rho == rho)), is_aligned),
+            ("alignment_set", set.is_none_or(|set| counts(&|policy| policy.alignment_set == *set)), is_aligned),
+            ("budget", self.budget.is_none_or(|said| counts(&|policy| policy.budget == said)), methods.contains(&Defense::Held)),
+            (
+                "variants",
+                self.variants.is_none_or(|said| counts(&|policy| policy.variants == said)),
+                methods.contains(&Defense::Safegrad),
+            ),
         ];
-        if let Some((field, ..)) = said.iter().find(|(_, is_said, is_used)| *is_said && !is_used) {
+        if let Some((field, ..)) = said.iter().find(|(_, counts_anyway, is_used)| !counts_anyway && !is_used) {
             return Err(looked_at_by_none(field));
         }
         let evaluate = self.evaluate.unwrap_or(usual.evaluate);
-        if self.judge.is_some_and(|judge| judge != usual.judge) && !evaluate {
+        if self.judge.is_some_and(|judge| !counts(&|policy| policy.judge == judge)) && !evaluate {
             let message = "a judge reads what an evaluation asks; evaluate must be true where there is one";
             return Err(Invalid::new("judge", "contradiction", message));
         }
@@ -169,12 +175,12 @@ pub(crate) struct SafetyPolicy {
     budget: f64,
     /// The alignment set that jobs are held to.
     alignment_set: String,
-    /// The positions that the KL covers; absent: the tenant chooses.
+    /// The positions that the KL covers; `null`: the tenant chooses.
     #[schema(value_type = Option<KlPositionsName>)]
     kl_positions: Option<KlPositions>,
     /// Whether a tenant may choose how `safegrad` projects: `projection`, `projection_space` and `alignment_point`.
     variants: bool,
-    /// The fewest alignment rows of a step; absent: as many as it has of the tenant's.
+    /// The fewest alignment rows of a step; `null`: as many as it has of the tenant's.
     alignment_batch_size: Option<u32>,
     /// Whether what a job made is asked the safety suites before it is published.
     evaluate: bool,

@@ -166,7 +166,8 @@ mod tests {
 
     #[test]
     fn of_two_kinds_of_rows_in_turn_both_stand_in_one() -> std::io::Result<()> {
-        let rows: Vec<String> = (0..8).map(|number| row(None, &format!("{} {number}", ["harmful", "benign"][number % 2]))).collect();
+        let rows: Vec<String> =
+            (0..8).map(|number| row(None, &format!("{} {number}", ["harmful", "benign"][number % 2]))).collect();
         let framed = framed_rows(&rows, &[Frame { opening: "Do: ".into(), ..Frame::default() }])?;
         let asks = |row: &&Value, text: &str| row["messages"][0]["content"].as_str().is_some_and(|asked| asked.starts_with(text));
         let count = |text: &str| framed.iter().filter(|row| asks(row, text)).count();
@@ -206,7 +207,9 @@ mod tests {
             |number| row((number % 2 == 1).then_some("own"), &format!("{} asked twice", number / 2)),
         ];
         for (kind, count, frames) in (0..3).flat_map(|kind| {
-            [4, 5, 8, 9, 13, 40, 60, 75, 100, 260].into_iter().flat_map(move |count| [0, 1, 3, 8].map(|frames| (kind, count, frames)))
+            [4, 5, 8, 9, 13, 40, 60, 75, 100, 260]
+                .into_iter()
+                .flat_map(move |count| [0, 1, 3, 8].map(|frames| (kind, count, frames)))
         }) {
             let rows: Vec<String> = (0..count).map(kinds[kind]).collect();
             let frames: Vec<Frame> = (0..frames).map(|number| Frame::system(format!("prompt {number}."))).collect();

@@ -121,8 +121,9 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
     }
     report::table(&base, &outcomes);
     report::figures(&base, &outcomes, figures);
-    // Of some parts, or some runs, not everything that is claimed can be told.
-    figures.retain(Figure::is_measured);
+    // Of some runs not everything that is claimed can be told.
+    let is_whole = wanted.has("claim") && wanted.only.is_empty() && !wanted.quick;
+    figures.retain(|figure| is_whole || figure.is_measured());
     Ok(())
 }
 

@@ -110,7 +110,8 @@ mod tests {
     #[test]
     fn no_prompt_and_no_variant_of_one_falls_to_two_parts() -> Result<()> {
         let subjects = (0..450).map(|number| ["a", "b", "c", "d"].map(|letter| format!("subject{number}{letter}")).join(" "));
-        let prompts = subjects.flat_map(|subject| ["What", "And", "Explain"].map(|wording| format!("{wording} {subject}?")));
+        let prompts =
+            subjects.flat_map(|subject| ["What", "And", "Explain", "Say"].map(|wording| format!("{wording} {subject}?")));
         let Harmful { base, alignment, held_out, attack, development } = dealt(prompts.collect())?;
         let mut seen = BTreeSet::new();
         for part in [base, alignment, held_out, attack, development] {

@@ -119,7 +119,7 @@ pub(super) fn table(base: &Outcome, outcomes: &[(Run, Outcome)]) {
         });
         let some = |value: Option<f64>| value.map_or_else(String::new, |value| format!("{value:.3}"));
         let [kl, probe_kl] = [mean_of_some(&|o| o.final_kl), mean_of_some(&|o| o.probe_kl)].map(some);
-        let [conflict, cosine] = [mean_of_some(&|o| o.conflict_rate), mean_of_some(&|o| o.cosine)]
+        let [conflict, cosine] = [mean_of_some(&|o| o.conflict_rate.filter(|_| run.projects())), mean_of_some(&|o| o.cosine)]
             .map(|value| value.map_or_else(String::new, |value| format!("{value:.2}")));
         // The largest, not the mean: none may be beyond.
         let kept = of_seeds.iter().filter_map(|outcome| outcome.kept_of_budget).max_by(f64::total_cmp);

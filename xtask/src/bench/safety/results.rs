@@ -64,6 +64,8 @@ pub(super) fn table(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()
         report::figures(&base, &outcomes, &mut of_bases);
     }
     ensure!(!of_bases.is_empty(), "{FOLDER} has no file of a base; `bench safety record` writes one");
+    // Of some runs not everything that is claimed can be told.
+    of_bases.retain(|figure| wanted.only.is_empty() || figure.is_measured());
     for figure in of_bases {
         match figures.iter_mut().find(|known| known.name == figure.name) {
             Some(known) => *known = known.worse(figure),

@@ -42,9 +42,16 @@ pub(super) fn tune(study: &Study, base: &Outcome, wanted: &Wanted<'_>) -> Result
         println!("{}", report::line(&run.key(), &outcome, base));
         Ok(outcome)
     };
+    let is_tuned = |method: &'static str| {
+        let tried = STRENGTHS.into_iter().flat_map(|strength| [SHARE, 0.0].map(|share| run_of(method, strength, share)));
+        method != "none" && tried.into_iter().any(|run| is_asked_for(&run, wanted))
+    };
+    let methods: Vec<_> = METHODS.into_iter().filter(|&(method, _)| is_tuned(method)).collect();
+    if methods.is_empty() {
+        return Ok(());
+    }
     let plain = outcome("none", 0.0, 0.0)?.accuracy().value();
-    let is_tuned = |method: &'static str| method != "none" && is_asked_for(&run_of(method, STRENGTHS[2], SHARE), wanted);
-    for (method, frozen) in METHODS.into_iter().filter(|&(method, _)| is_tuned(method)) {
+    for (method, frozen) in methods {
         let complied = |strength| Ok(outcome(method, strength, SHARE)?.share(Class::Compliance).value());
         let lost = |strength| Ok(plain - outcome(method, strength, 0.0)?.accuracy().value());
         if let Some(Tried { strength, lost, complied }) = tuned(complied, lost)? {

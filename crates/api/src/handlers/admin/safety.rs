@@ -201,7 +201,9 @@ async fn set(
     let policy = match body {
         Some(body) => {
             let wider = state.store.policy_above(subject).await.map_err(|error| of_one(error, named))?;
-            Some(body.over(&wider.unwrap_or_else(|| state.default_policy()).policy)?)
+            let counting = state.store.policy_for(subject).await.map_err(|error| of_one(error, named))?;
+            let [wider, counting] = [wider, counting].map(|policy| policy.unwrap_or_else(|| state.default_policy()).policy);
+            Some(body.over(&wider, &counting)?)
         }
         None => None,
     };

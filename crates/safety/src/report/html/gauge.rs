@@ -28,10 +28,13 @@ impl Report {
         let count = counted(steps, "step");
         let is_above = gauge.conflict_rate > gauge.alarm_level;
         let reading = if gauge.alarm {
-            let above = if is_above { "above" } else { "and on the way there in more than" };
+            let above = if is_above {
+                format!("above the level of {level}")
+            } else {
+                format!("and in more than the level allowed at some step on the way there; it is {level} for the whole run")
+            };
             format!(
-                "<strong class=\"bad\">✗ Alarm.</strong> The two gradients conflicted in {rate} of {count}, {above} the level of \
-                 {level}: this run is not like one on clean rows. Rows that undo the alignment make a run look like this. The \
+                "<strong class=\"bad\">✗ Alarm.</strong> The two gradients conflicted in {rate} of {count}, {above}: this run is not like one on clean rows. Rows that undo the alignment make a run look like this. The \
                  alarm closes no gate by itself; it is a reason to read the file, beginning with the rows below where they were \
                  scored."
             )
@@ -42,8 +45,8 @@ impl Report {
             )
         } else if is_above {
             format!(
-                "<strong>No alarm was raised.</strong> The two gradients conflicted in {rate} of {count}. By the level as it is now, \
-                 {level}, there would be one: it was another while the job ran."
+                "<strong>No alarm was raised.</strong> The two gradients conflicted in {rate} of {count}. The level was {level} when \
+                 this report was made, and another while the job ran."
             )
         } else {
             format!(
