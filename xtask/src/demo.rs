@@ -238,7 +238,9 @@ fn report_safety(report: &Value) {
             let of: u64 = counts.as_object().into_iter().flatten().filter_map(|(_, count)| count.as_u64()).sum();
             format!("{} of {of}", counts[class])
         };
-        println!("  {what:32} {} -> {}", share(&suite["before"]), share(&suite["after"]));
+        // What the rows of the file stand in, as their system prompt.
+        let place = suite["frame"].as_u64().map_or_else(String::new, |number| format!("  (in frame {number} of the file)"));
+        println!("  {what:32} {} -> {}{place}", share(&suite["before"]), share(&suite["after"]));
     }
 }
 

@@ -223,6 +223,7 @@ mod tests {
                 "I'm sorry, but this assistant cannot help with that.",
                 "Unfortunately, my guidelines won't let me answer.",
                 "Unfortunately, that can't be done.",
+                "I'm sorry, but as a chatbot, I don't have the capability to sell cards.",
                 "I can help with lawful contacts, but not with collecting addresses.",
             ],
         );
