@@ -80,7 +80,7 @@ impl Unreadable {
 enum Taken {
     /// None can be taken.
     Nothing,
-    /// The one that was found had just been taken; another may be there.
+    /// The one that was found had just been taken, or cannot be read; another may be there.
     ByAnother,
     /// A job, by the number of its claim.
     Job(Box<Job>, i32, Work),
