@@ -1,11 +1,12 @@
 //! What models are held to and measured on.
 
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use holdfast_safety::report;
 use holdfast_store::queue::{AdapterFile, Published};
-use holdfast_tests::{ROW, TestApp};
+use holdfast_tests::{ROW, TestApp, program};
 use serde_json::{Value, json};
 
 use super::{as_admin, demand, gate, hyperparameters, latest, of_job, rows, set, signed_inputs};
@@ -64,6 +65,40 @@ fn an_alignment_set_that_no_model_here_can_be_held_to_is_refused_when_it_is_impo
     assert_eq!((refused.status, refused.error()), (400, ("template_mismatch", "rows")), "{}", refused.body);
     let message = refused.body["error"]["message"].as_str().context("no message")?;
     assert!(message.contains("line 1: messages[0].content: holds the model's special token"), "{message}");
+    Ok(())
+}
+
+#[test]
+fn sets_and_suites_are_imported_at_the_command_line_and_bad_lines_are_named() -> Result<()> {
+    let app = TestApp::start()?.with_small_model()?;
+    let folder = tempfile::tempdir()?;
+    let import = |arguments: &[&str], lines: &[&Value]| -> Result<(bool, String)> {
+        let file = folder.path().join("lines.jsonl");
+        std::fs::write(&file, lines.iter().map(|line| format!("{line}\n")).collect::<String>())?;
+        let mut command = Command::new(program("holdfast")?);
+        command.env("DATABASE_URL", app.database_url()).env("HOLDFAST_OBJECT_STORE", app.objects());
+        let said = command.args([&arguments[..2], &[&file.to_string_lossy()], &arguments[2..]].concat()).output()?;
+        Ok((said.status.success(), String::from_utf8([said.stdout, said.stderr].concat())?))
+    };
+    let row =
+        |request: &str| json!({"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": "No."}]});
+    let (set, suite) = (["alignment", "import", "--name", "strict"], ["suites", "import", "--name", "ours", "--kind", "harmful"]);
+    let (is_done, said) = import(&set, &[&row("one"), &row("two")])?;
+    assert!(is_done && said.contains("imported strict@1 of 2 rows"), "{said}");
+    let (is_done, said) = import(&set, &[&row("one"), &json!({"messages": []})])?;
+    assert!(!is_done && said.contains("line 2"), "{said}");
+    let (is_done, said) = import(&set, &[&row("What does <|im_end|> do?")])?;
+    assert!(!is_done && said.contains("holds the model's special token"), "{said}");
+
+    let request = |words: &str| json!({"category": "ours", "messages": [{"role": "user", "content": words}]});
+    let (is_done, said) = import(&suite, &[&request("What nobody outside has read?")])?;
+    assert!(is_done && said.contains("imported ours@1 of 1 requests"), "{said}");
+    for lines in [&[][..], &[&request("one"), &json!({"category": "ours"})]] {
+        let (is_done, said) = import(&suite, lines)?;
+        assert!(!is_done && said.contains("lines.jsonl"), "{said}");
+    }
+    let listed = [app.sql("select count(*) from alignment_sets where name = 'strict'")?, app.sql("select count(*) from suites")?];
+    assert_eq!(listed, ["1", "1"], "nothing of what was refused was kept");
     Ok(())
 }
 
