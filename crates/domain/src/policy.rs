@@ -14,7 +14,7 @@ pub struct Policy {
     /// ([`crate::safety::USUAL_RHO`]).
     pub rho: f64,
     /// The largest budget of KL in nats a tenant may choose under [`Defense::Held`], and the one of a request that names none.
-    #[serde(default = "default_budget")]
+    #[serde(default = "crate::safety::default_budget")]
     pub budget: f64,
     /// The alignment set that jobs are held to.
     pub alignment_set: String,
@@ -51,10 +51,6 @@ const fn yes() -> bool {
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
 const fn is_yes(variants: &bool) -> bool {
     *variants
-}
-
-const fn default_budget() -> f64 {
-    DEFAULT_BUDGET
 }
 
 /// Who says what an answer is.

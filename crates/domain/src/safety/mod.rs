@@ -54,7 +54,8 @@ pub struct Safety {
     pub alignment_batch_size: Option<u32>,
 }
 
-const fn default_budget() -> f64 {
+/// The budget of what was written down before there was one.
+pub(crate) const fn default_budget() -> f64 {
     DEFAULT_BUDGET
 }
 
