@@ -11,6 +11,8 @@ JOB, FILE, MODEL = (os.environ.get(f"HOLDFAST_{name}") for name in ("JOB", "FILE
 
 # Refusals of requests that are well formed: what is there, what was done before, or what the operator allows forbids them.
 REASONS = {
+    "alignment_set_not_found",
+    "already_made",
     "contradiction",
     "file_in_use",
     "held_back",

@@ -292,7 +292,7 @@ pub(crate) struct SuiteMessage {
 #[serde(deny_unknown_fields)]
 pub(crate) struct CreateSuite {
     /// As base models are named.
-    #[schema(example = "our-own")]
+    #[schema(example = "our-own", max_length = 128, pattern = "^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$")]
     pub(crate) name: String,
     /// What a model should do with its requests.
     #[schema(value_type = SuiteKind)]

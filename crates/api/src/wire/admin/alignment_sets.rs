@@ -61,7 +61,7 @@ pub(crate) struct AlignmentMessage {
 #[serde(deny_unknown_fields)]
 pub(crate) struct CreateAlignmentSet {
     /// As base models are named.
-    #[schema(example = "strict")]
+    #[schema(example = "strict", max_length = 128, pattern = "^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$")]
     pub(crate) name: String,
     /// Chat rows, each a request and the answer to hold to.
     #[schema(value_type = Vec<AlignmentRow>, min_items = 1)]
