@@ -30,6 +30,8 @@ REASONS = {
     "receiver_unreachable",
     "safety_below_floor",
     "suite_not_found",
+    # Rows that no base model's template takes as they are.
+    "template_mismatch",
     "too_large",
     "too_many_bytes",
     "too_many_parts",
