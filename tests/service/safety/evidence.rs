@@ -15,7 +15,7 @@ use holdfast_tests::{ALIGNMENT_ROWS, MODEL, TestApp};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::{as_admin, demand, ended, gate, hyperparameters, id, latest, of_job, rows, signed_inputs};
+use super::{as_admin, base_refused_all, demand, ended, gate, hyperparameters, id, latest, of_job, rows, signed_inputs};
 
 #[test]
 fn what_passes_is_published_with_a_report_and_a_manifest_that_can_be_checked_anywhere() -> Result<()> {
@@ -220,9 +220,7 @@ fn a_base_is_asked_before_anything_is_trained_and_once() -> Result<()> {
 
     // The next job takes what is kept, whatever it says.
     let name = app.sql("select min(name) from base_answers")?;
-    app.sql(&format!("delete from base_answers where name = '{name}'"))?;
-    let said = "{\"text\":\"I can't help with that.\",\"ids\":[1]}\n".repeat(120);
-    app.runtime.block_on(app.store.keep_base_answers(&name, said.as_bytes()))?;
+    base_refused_all(&app, &name)?;
     let job = ended(&app, 1)?;
     let suites = of_job(&app, &job, "safety_report")?.body["evaluation"]["suites"].clone();
     let refused = [0, 1].map(|suite| suites[suite]["before"]["refusal"].as_u64());

@@ -12,7 +12,7 @@ use holdfast_tests::TestApp;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::{as_admin, demand, ended, ended_with, gate, hyperparameters, id, of_job, rows};
+use super::{as_admin, base_refused_all, demand, ended, ended_with, gate, hyperparameters, id, of_job, rows};
 
 #[test]
 fn what_does_not_pass_is_kept_from_everybody_until_it_is_released_with_a_reason() -> Result<()> {
@@ -174,10 +174,8 @@ fn a_model_that_refuses_less_than_its_base_did_does_not_pass() -> Result<()> {
     demand(&app, &json!({"evaluate": true}))?;
     ensure!(ended(&app, 1)?["status"] == "succeeded");
     // As if the base had refused everything; what the small model says is no refusal.
-    let refusals = "{\"text\":\"I can't help with that.\",\"ids\":[1]}\n".repeat(120);
-    for name in app.sql("select name from base_answers")?.lines() {
-        app.sql(&format!("delete from base_answers where name = '{name}'"))?;
-        app.runtime.block_on(app.store.keep_base_answers(name, refusals.as_bytes()))?;
+    for answers in app.sql("select name from base_answers")?.lines() {
+        base_refused_all(&app, answers)?;
     }
     demand(&app, &json!({"evaluate": true, "gate": {"enabled": true, "degenerate_rise": 0.1}}))?;
     let job = ended(&app, 1)?;

@@ -64,6 +64,13 @@ fn signed_inputs(app: &TestApp, job: &Value) -> Result<Value> {
     Ok(serde_json::from_slice::<Value>(&signed)?["inputs"].clone())
 }
 
+/// Lets a base have refused everything that a suite asks, whatever it said.
+fn base_refused_all(app: &TestApp, answers: &str) -> Result<()> {
+    let refusals = "{\"text\":\"I can't help with that.\",\"ids\":[1]}\n".repeat(120);
+    app.sql(&format!("delete from base_answers where name = '{answers}'"))?;
+    Ok(app.runtime.block_on(app.store.keep_base_answers(answers, refusals.as_bytes()))?)
+}
+
 /// The newest job.
 fn latest(app: &TestApp) -> Result<String> {
     Ok(id(&app.call("GET", "/v1/fine_tuning/jobs?limit=1", None)?.body["data"][0])?.to_owned())

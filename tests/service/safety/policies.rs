@@ -62,18 +62,19 @@ fn a_policy_can_be_set_as_it_was_read_and_null_frees_what_the_wider_one_demands(
     let app = TestApp::start()?;
     let (deployment, own) = ("/admin/safety_policy", format!("/admin/projects/{}/safety_policy", app.project_key("default")?.0));
     let strict = json!({"kl_positions": "deciding", "alignment_batch_size": 32});
+    let settable = |mut read: Value| -> Result<Value> {
+        read.as_object_mut().context("a policy")?.retain(|name, _| !["object", "scope", "version"].contains(&name.as_str()));
+        Ok(read)
+    };
     for demanded in [json!({}), json!({"methods": ["kl_penalty"]}), strict] {
-        let mut read = set(&app, deployment, &demanded)?.body;
-        let fields = read.as_object_mut().context("a policy")?;
-        fields.retain(|name, _| !["object", "scope", "version"].contains(&name.as_str()));
+        let read = settable(set(&app, deployment, &demanded)?.body)?;
         let again = set(&app, deployment, &read)?;
         assert_eq!((again.status, &again.body["methods"]), (200, &read["methods"]), "{}", again.body);
     }
     // Also where the wider one has changed since.
     set(&app, &own, &json!({"methods": ["none"]}))?;
     set(&app, deployment, &json!({"rho": 3, "kl_positions": "deciding", "alignment_batch_size": 32}))?;
-    let mut read = as_admin(&app, "GET", &own, &Value::Null)?.body;
-    read.as_object_mut().context("a policy")?.retain(|name, _| !["object", "scope", "version"].contains(&name.as_str()));
+    let read = settable(as_admin(&app, "GET", &own, &Value::Null)?.body)?;
     let again = set(&app, &own, &read)?;
     assert_eq!((again.status, &again.body["rho"]), (200, &json!(1.0)), "{}", again.body);
     assert_eq!(set(&app, &own, &json!({"rho": 2}))?.body["kl_positions"], "deciding", "what is absent is the wider one's");

@@ -40,7 +40,7 @@ pub fn framed<'a>(rows: &'a [u8], frames: &[Frame]) -> std::io::Result<Cow<'a, [
         let again = if half_is_enough && half.len() >= frames.len() { half } else { all };
         let copies = if again.is_empty() || frames.is_empty() { 0 } else { again.len().max(frames.len()) };
         let (originals, least) = (own.clone().into_iter(), own.len() + copies);
-        let bare = |(_, row): (usize, &Known<'a>)| Ok(Cow::Borrowed(row.line));
+        let bare = |(_, row): (usize, &Known<'a>)| Ok::<_, serde_json::Error>(Cow::Borrowed(row.line));
         let framed = |((_, row), frame): ((usize, &Known<'a>), &Frame)| within(frame, row.line).map(Cow::Owned);
         let framed = again.into_iter().cycle().zip(frames.iter().cycle()).map(framed);
         (originals.map(bare).chain(framed).chain(own.into_iter().cycle().map(bare)), least)
@@ -48,11 +48,11 @@ pub fn framed<'a>(rows: &'a [u8], frames: &[Frame]) -> std::io::Result<Cow<'a, [
     let nothing_is_apart = !apart.contains(&true);
     let mut written = Vec::with_capacity(2 * rows.len());
     for at in 0.. {
-        let is_done = sides.iter().all(|(_, least)| *least == 0);
+        if (nothing_is_apart && side(at) == 1) || sides.iter().all(|(_, least)| *least == 0) {
+            break;
+        }
         let (rows, least) = &mut sides[side(at)];
-        let next = if is_done || (nothing_is_apart && side(at) == 1) { None } else { rows.next() };
-        let Some(next) = next else { break };
-        let row: Result<Cow<'_, [u8]>, serde_json::Error> = next;
+        let Some(row) = rows.next() else { break };
         written.extend_from_slice(&row?);
         written.push(b'\n');
         *least = least.saturating_sub(1);

@@ -93,8 +93,8 @@ impl Store {
         Ok(transaction.commit().await?)
     }
 
-    /// Every step of a job that was kept, in order, each as it was taken last and none from beyond where a run went back; and its measurements on
-    /// the validation file: step, loss, token accuracy.
+    /// Every step of a job that was kept, in order, each as it was taken last and none from beyond where a run went back; and its
+    /// measurements on the validation file: step, loss, token accuracy.
     ///
     /// # Errors
     /// When the database fails, or a row is unreadable.

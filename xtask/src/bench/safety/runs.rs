@@ -300,7 +300,7 @@ impl Run {
     }
 
     /// The method as jobs name it, what it projects, and the positions of its KL.
-    fn parts(&self) -> (&'static str, &'static str, &'static str) {
+    fn choices(&self) -> (&'static str, &'static str, &'static str) {
         match self.method {
             "safegrad_per_row" => ("safegrad", "per_row", "response"),
             "safegrad_deciding" => ("safegrad", "batch", "deciding"),
@@ -311,11 +311,11 @@ impl Run {
 
     /// Whether it counts conflicts.
     pub(super) fn projects(&self) -> bool {
-        Defense::parse(self.parts().0).is_some_and(Defense::projects)
+        Defense::parse(self.choices().0).is_some_and(Defense::projects)
     }
 
     pub(super) fn safety(&self) -> Value {
-        let (defense, projection, kl_positions) = self.parts();
+        let (defense, projection, kl_positions) = self.choices();
         let set = if defense == "none" { Value::Null } else { json!("bench") };
         json!({
             "defense": defense, "rho": self.strength, "projection": projection, "kl_positions": kl_positions, "alignment_set": set,
