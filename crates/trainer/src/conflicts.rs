@@ -1,17 +1,19 @@
 //! Which rows did it: how hard each of the tenant's rows pushes against the alignment.
 //!
-//! With `u_i` a row's gradient and `ā` an exponential mean of the alignment gradient, `s_i = ⟨u_i, ā⟩` over norms is negative
-//! where a step along the row raises the alignment loss. Two ways to it, both averaged over the epochs after a short warm-up (at
-//! the base `a` is zero, and the score means nothing):
+//! With `u_i` a row's gradient and `ā` an exponential mean of the alignment gradient's direction `a / ‖a‖`, `s_i = ⟨u_i, ā⟩` over
+//! norms is negative where a step along the row raises the alignment loss. The mean is of directions, since a method that holds leaves
+//! `a` short, and the long ones of the first steps would outlast it.
 //!
-//! - by gradients: `s_i = mean over modules of ⟨u_i, ā⟩_m / (‖u_i‖_m ‖ā‖_m)`, normalised module by module, since one module's
-//!   large norm would drown the others;
+//! Two ways to the score, both averaged over the epochs after a short warm-up (at the base `a` is zero, and the score means nothing). A
+//! score counts by the square of the step that it is from: what a model has not learned yet pushes in every direction, harmless rows
+//! too, and those that still push when the others are learned are the ones to tell apart.
+//!
+//! - by gradients: `s_i = ⟨u_i, ā⟩ / (‖u_i‖ ‖ā‖)`, the cosine over all weights at once;
 //! - by a forward pass over the whole file at the end of an epoch: `s_i ≈ (ℓ_i(θ + h ā) − ℓ_i(θ)) / (h ‖ā‖)`; only in
 //!   float32, since a base in bfloat16 rounds so small a step away.
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::ops::Range;
 use std::path::Path;
 
 use anyhow::Result;
@@ -34,55 +36,47 @@ const STEP_LENGTH: f64 = 1e-3;
 #[derive(Debug)]
 pub struct RowConflicts {
     device: Device,
-    modules: Vec<Range<i64>>,
     mean_align: Option<Tensor>, // ā: [parameters]
-    /// ‖ā‖ by module.
-    norms: Vec<f64>,
+    /// ‖ā‖.
+    norm: f64,
     by_gradient: Scores,
     by_forward: Scores,
 }
 
-/// A sum and a count for each row.
+/// A sum for each row, and what it is to be divided by.
 #[derive(Debug)]
 struct Scores {
     sums: Vec<f32>,
-    counts: Vec<f32>,
+    weights: Vec<f32>,
 }
 
 impl Scores {
     fn none(rows: usize) -> Self {
-        Self { sums: vec![0.0; rows], counts: vec![0.0; rows] }
+        Self { sums: vec![0.0; rows], weights: vec![0.0; rows] }
     }
 
-    fn add(&mut self, row: usize, score: f64) {
-        if let (Some(sum), Some(count), true) = (self.sums.get_mut(row), self.counts.get_mut(row), score.is_finite()) {
-            *sum += single(score);
-            *count += 1.0;
+    fn add(&mut self, row: usize, score: f64, step: u64) {
+        if let (Some(sum), Some(weight), true) = (self.sums.get_mut(row), self.weights.get_mut(row), score.is_finite()) {
+            let counts = (step as f64).powi(2);
+            *sum += single(score * counts);
+            *weight += single(counts);
         }
     }
 
     fn mean(&self, row: usize) -> Option<f32> {
-        let count = self.counts.get(row).copied().filter(|count| *count > 0.0)?;
-        self.sums.get(row).map(|sum| sum / count)
+        let weight = self.weights.get(row).copied().filter(|weight| *weight > 0.0)?;
+        self.sums.get(row).map(|sum| sum / weight)
     }
-}
-
-/// A module's part of a vector.
-fn part(vector: &Tensor, range: &Range<i64>) -> Tensor {
-    vector.narrow(0, range.start, range.end - range.start)
 }
 
 impl RowConflicts {
     /// No scores yet, of `rows` rows.
     #[must_use]
     pub fn new(adapter: &Adapter, rows: usize) -> Self {
-        // A module's two factors count as two: their gradients have norms of their own.
-        let modules = adapter.places().map(|place| place.range).collect();
         Self {
             device: adapter.flat().device(),
-            modules,
             mean_align: None,
-            norms: Vec::new(),
+            norm: 0.0,
             by_gradient: Scores::none(rows),
             by_forward: Scores::none(rows),
         }
@@ -90,35 +84,27 @@ impl RowConflicts {
 
     /// The direction to score by at `step`, once the warm-up is over.
     pub fn direction(&self, step: u64) -> Option<&Tensor> {
-        self.mean_align.as_ref().filter(|_| step >= WARMUP_STEPS && self.norms.iter().any(|norm| *norm > 0.0))
+        self.mean_align.as_ref().filter(|_| step >= WARMUP_STEPS && self.norm > 0.0)
     }
 
-    /// Scores `row` by its gradient against [`Self::direction`].
-    pub fn score(&mut self, row: usize, gradient: &Gradient) {
+    /// Scores `row` by its gradient at `step` against [`Self::direction`]. A row without a gradient has no score.
+    pub fn score(&mut self, row: usize, gradient: &Gradient, step: u64) {
         let Some(mean) = &self.mean_align else { return };
-        let (mut sum, mut modules) = (0.0, 0.0);
-        for (range, norm_mean) in self.modules.iter().zip(&self.norms) {
-            let of_row = part(&gradient.0, range);
-            let norms = gradient::norm(&of_row) * norm_mean;
-            if norms > 0.0 {
-                sum += gradient::dot(&of_row, &part(mean, range)) / norms;
-                modules += 1.0;
-            }
-        }
-        if modules > 0.0 {
-            self.by_gradient.add(row, sum / modules);
-        }
+        let cosine = gradient::dot(&gradient.0, mean) / (gradient.norm() * self.norm);
+        self.by_gradient.add(row, cosine, step);
     }
 
-    /// Takes a step's alignment gradient into the mean.
+    /// Takes a step's alignment gradient into the mean; where it is zero, as at the base, there is no direction to take.
     pub fn learn(&mut self, align: &Gradient) {
-        let mean = gradient::mean_with(self.mean_align.take(), align, NEWEST);
-        self.go_on_from(Some(mean));
+        let norm = align.norm();
+        if norm > 0.0 {
+            let mean = gradient::mean_with(self.mean_align.take(), &Gradient(&align.0 / norm), NEWEST);
+            self.go_on_from(Some(mean));
+        }
     }
 
     fn go_on_from(&mut self, mean: Option<Tensor>) {
-        let norms = |mean| self.modules.iter().map(move |range| gradient::norm(&part(mean, range)));
-        self.norms = mean.iter().flat_map(norms).collect();
+        self.norm = mean.as_ref().map_or(0.0, gradient::norm);
         self.mean_align = mean;
     }
 
@@ -133,14 +119,14 @@ impl RowConflicts {
         losses: impl Fn() -> Result<Vec<f64>, Stopped>,
     ) -> Result<(), Stopped> {
         let Some(mean) = self.direction(step) else { return Ok(()) };
-        let (start, length) = (adapter.flat().copy(), gradient::norm(mean));
+        let (start, length) = (adapter.flat().copy(), self.norm);
         let distance = STEP_LENGTH * gradient::norm(&start);
         let before = losses()?;
         adapter.shift(&(mean * (distance / length)));
         let after = losses();
         adapter.set(&start);
         for (row, (before, after)) in before.iter().zip(&after?).enumerate() {
-            self.by_forward.add(row, (after - before) / distance);
+            self.by_forward.add(row, (after - before) / distance, step);
         }
         Ok(())
     }
@@ -166,10 +152,10 @@ impl RowConflicts {
     #[must_use]
     pub fn memory(&self) -> Vec<(String, Tensor)> {
         let mut memory = vec![
-            ("gradient_sums".to_owned(), Tensor::from_slice(&self.by_gradient.sums)),
-            ("gradient_counts".to_owned(), Tensor::from_slice(&self.by_gradient.counts)),
-            ("forward_sums".to_owned(), Tensor::from_slice(&self.by_forward.sums)),
-            ("forward_counts".to_owned(), Tensor::from_slice(&self.by_forward.counts)),
+            ("gradient_weighted_sums".to_owned(), Tensor::from_slice(&self.by_gradient.sums)),
+            ("gradient_weights".to_owned(), Tensor::from_slice(&self.by_gradient.weights)),
+            ("forward_weighted_sums".to_owned(), Tensor::from_slice(&self.by_forward.sums)),
+            ("forward_weights".to_owned(), Tensor::from_slice(&self.by_forward.weights)),
         ];
         memory.extend(self.mean_align.as_ref().map(|mean| ("mean_align".to_owned(), mean.to_device(Device::Cpu))));
         memory
@@ -185,9 +171,9 @@ impl RowConflicts {
                 *into = found;
             }
         };
-        numbers("gradient_sums", &mut self.by_gradient.sums);
-        numbers("gradient_counts", &mut self.by_gradient.counts);
-        numbers("forward_sums", &mut self.by_forward.sums);
-        numbers("forward_counts", &mut self.by_forward.counts);
+        numbers("gradient_weighted_sums", &mut self.by_gradient.sums);
+        numbers("gradient_weights", &mut self.by_gradient.weights);
+        numbers("forward_weighted_sums", &mut self.by_forward.sums);
+        numbers("forward_weights", &mut self.by_forward.weights);
     }
 }

@@ -198,7 +198,7 @@ impl Run<'_> {
             let task = engine.task_by_row(&batches, |row, gradient| {
                 row_dots.extend(against.map(|align| gradient.dot(&align.gradient)));
                 if let Some(conflicts) = &mut scored {
-                    conflicts.score(rows[row], gradient);
+                    conflicts.score(rows[row], gradient, step);
                 }
             });
             (task, align, row_dots)
