@@ -190,10 +190,25 @@ def check_pod(where, manifest, manifests, names, commands):
         for variable in container.get("env", []):
             check(is_setting(variable["name"], names), where, f"{who}: nothing reads {variable['name']}")
         for read in container.get("envFrom", []):
-            there = {(m["kind"], m["metadata"]["name"]) for m in (*manifests, secret())}
+            there = {(m["kind"], m["metadata"]["name"]) for m in (*manifests, *secrets())}
             for reference, kind in (("configMapRef", "ConfigMap"), ("secretRef", "Secret")):
                 if reference in read:
                     check((kind, read[reference]["name"]) in there, where, f"{who} reads a {kind} that is not there")
+
+
+def check_signing_key(where, worker):
+    """Workers sign with one key, and it outlives them."""
+    pod = pod_of(worker)
+    given = {secret["metadata"]["name"]: secret["stringData"] for secret in secrets()}
+    mounted = {
+        f"{mount['mountPath']}/{key}"
+        for mount in pod["containers"][0]["volumeMounts"]
+        for volume in pod["volumes"]
+        if volume["name"] == mount["name"] and "secret" in volume
+        for key in given.get(volume["secret"]["secretName"], {})
+    }
+    key = next((v.get("value") for v in pod["containers"][0]["env"] if v["name"] == "HOLDFAST_SIGNING_KEY"), None)
+    check(key in mounted, where, f"workers sign with {key}, which no Secret of secret.yaml.template is mounted at")
 
 
 def is_route(path):
@@ -204,13 +219,13 @@ def is_setting(name, names):
     return name in names or name.startswith(PROVIDERS)
 
 
-def secret():
-    return yaml.safe_load((KUBERNETES / "base/secret.yaml.template").read_text())
+def secrets():
+    return list(yaml.safe_load_all((KUBERNETES / "base/secret.yaml.template").read_text()))
 
 
 def check_kubernetes(names, commands):
-    check_schemas("deploy/kubernetes/base/secret.yaml.template", [secret()])
-    for name in secret()["stringData"]:
+    check_schemas("deploy/kubernetes/base/secret.yaml.template", secrets())
+    for name in secrets()[0]["stringData"]:
         check(is_setting(name, names), "deploy/kubernetes/base/secret.yaml.template", f"nothing reads {name}")
     for folder in [KUBERNETES / "base", *sorted((KUBERNETES / "overlays").iterdir())]:
         where, manifests = relative(folder), build(folder)
@@ -233,6 +248,7 @@ def check_kubernetes(names, commands):
             if pod_of(manifest):
                 check_pod(where, manifest, manifests, names, commands)
         worker = next(m for m in manifests if m["kind"] == "StatefulSet")
+        check_signing_key(where, worker)
         grace = pod_of(worker).get("terminationGracePeriodSeconds", 30)
         check(grace >= WORKER_GRACE_SECONDS, where, f"{grace} s are too few for a worker to drain")
         if folder.name == "gpu":

@@ -92,7 +92,7 @@ pub struct WorkerArgs {
     /// GPU is not asked, so say what it has.
     #[arg(long, env = "HOLDFAST_DEVICE_MEMORY_BYTES", value_name = "BYTES")]
     pub device_memory_bytes: Option<u64>,
-    /// The Ed25519 key in PEM that manifests are signed with, made when there is none; signing.key in the data directory unless set.
+    /// The Ed25519 key in PEM that manifests are signed with; unless set signing.key in the data directory, made when there is none.
     /// Give all workers the same.
     #[arg(long, env = "HOLDFAST_SIGNING_KEY", value_name = "FILE")]
     pub signing_key: Option<PathBuf>,
@@ -225,7 +225,10 @@ impl WorkerArgs {
             drain: Duration::from_secs(self.drain_seconds),
             judge: self.judge()?.map(Arc::new),
             judge_patience: Duration::from_secs(u64::from(self.judge_patience_minutes) * 60),
-            signing_key: signing::ensure_key(&self.signing_key.clone().unwrap_or_else(|| store.data_dir.join(signing::FILE)))?,
+            signing_key: match &self.signing_key {
+                Some(path) => signing::key_at(path)?,
+                None => signing::ensure_key(&store.data_dir.join(signing::FILE))?,
+            },
             retention,
         })
     }
