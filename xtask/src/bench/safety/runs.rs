@@ -69,10 +69,12 @@ pub(super) struct Run {
     pub(super) development: bool,
 }
 
-/// What it is made of: the methods that the claim speaks of; two of them with the strength that the paper has; the first where it is
-/// harder, with one seed; the strength of each method; what `held` is made of, piece by piece; and every method in every regime. The last
-/// two run nothing: one writes down in the repository what was run, the other shows what is written down there.
-pub(in crate::bench) const PARTS: [&str; 8] = ["claim", "published", "harder", "tuning", "ablation", "grid", "record", "table"];
+/// What it is made of: the methods that the claim speaks of; two of them with the strength that the paper has; each method at every
+/// strength, with one seed; the first where it is harder, with one seed too; the strength of each method; what `held` is made of, piece by
+/// piece; and every method in every regime. The last two run nothing: one writes down in the repository what was run, the other shows what
+/// is written down there.
+pub(in crate::bench) const PARTS: [&str; 9] =
+    ["claim", "published", "frontier", "harder", "tuning", "ablation", "grid", "record", "table"];
 
 /// Each method with its strength, as `tuning` found it and frozen since. `safegrad_per_row` projects each row by itself; what is called
 /// `deciding` weighs what decides a response, as `held` does.
@@ -148,6 +150,18 @@ fn as_published() -> Vec<Run> {
     let methods = ["safegrad", "kl_penalty"];
     let runs = SEEDS.flat_map(|seed| CLAIMED.map(|share| (seed, share)));
     runs.flat_map(|(seed, share)| methods.map(|method| run_of(of(Attack::Poison(share)), method, 1.0, seed))).collect()
+}
+
+/// Harm under an attack that separates the methods, against accuracy on clean rows, of each method from weak to strong: no choice of a
+/// strength stands between them then.
+fn frontier() -> Vec<Run> {
+    let mut runs = Vec::new();
+    for (method, _) in METHODS.into_iter().filter(|(method, _)| *method != "none") {
+        for strength in [1.0, 3.16, 10.0, 31.6, 100.0] {
+            runs.extend([0.3, 0.0].map(|share| run_of(of(Attack::Poison(share)), method, strength, 1)));
+        }
+    }
+    runs
 }
 
 /// What `held` adds to `SafeGrad`, one by one, where SafeGrad leaks: the weight on what decides a response, and the learning rate that its
@@ -243,6 +257,9 @@ pub(super) fn compared(wanted: &Wanted<'_>) -> Vec<Run> {
     if wanted.has("published") {
         add_new(&mut runs, as_published());
     }
+    if wanted.has("frontier") {
+        add_new(&mut runs, frontier());
+    }
     if wanted.has("harder") {
         add_new(&mut runs, harder());
     }
@@ -257,6 +274,7 @@ pub(super) fn compared(wanted: &Wanted<'_>) -> Vec<Run> {
 pub(super) fn known() -> Vec<Run> {
     let mut runs = claim(&CLAIMANTS, &CLAIMED, SEEDS);
     add_new(&mut runs, as_published());
+    add_new(&mut runs, frontier());
     add_new(&mut runs, grid());
     add_new(&mut runs, ablation());
     runs
