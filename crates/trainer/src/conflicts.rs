@@ -1,14 +1,16 @@
 //! Which rows did it: how hard each of the tenant's rows pushes against the alignment.
 //!
 //! With `u_i` a row's gradient and `ā` an exponential mean of the alignment gradient's direction `a / ‖a‖`, `s_i = ⟨u_i, ā⟩` over
-//! norms is negative where a step along the row raises the alignment loss. The mean is of directions, since a method that holds leaves
+//! norms is below zero where a step along the row raises the alignment loss. The mean is of directions, since a method that holds leaves
 //! `a` short, and the long ones of the first steps would outlast it.
 //!
 //! Two ways to the score, both averaged over the epochs after a short warm-up (at the base `a` is zero, and the score means nothing). A
 //! score counts by the square of the step that it is from: what a model has not learned yet pushes in every direction, harmless rows
 //! too, and those that still push when the others are learned are the ones to tell apart.
 //!
-//! - by gradients: `s_i = ⟨u_i, ā⟩ / (‖u_i‖ ‖ā‖)`, the cosine over all weights at once;
+//! - by gradients: `s_i = ⟨u_i, ā⟩ / (√‖u_i‖ ‖ā‖)`, over all weights at once. The cosine, with the whole of `‖u_i‖`, has a short harmless
+//!   row count as much as a long harmful one, although its gradient lies in few directions and so, by chance, well along `ā` or against it;
+//!   without it, as a step has it, what is long or loud counts alone. In between more planted rows are found than by either;
 //! - by a forward pass over the whole file at the end of an epoch: `s_i ≈ (ℓ_i(θ + h ā) − ℓ_i(θ)) / (h ‖ā‖)`; only in
 //!   float32, since a base in bfloat16 rounds so small a step away.
 
@@ -90,8 +92,8 @@ impl RowConflicts {
     /// Scores `row` by its gradient at `step` against [`Self::direction`]. A row without a gradient has no score.
     pub fn score(&mut self, row: usize, gradient: &Gradient, step: u64) {
         let Some(mean) = &self.mean_align else { return };
-        let cosine = gradient::dot(&gradient.0, mean) / (gradient.norm() * self.norm);
-        self.by_gradient.add(row, cosine, step);
+        let score = gradient::dot(&gradient.0, mean) / (gradient.norm().sqrt() * self.norm);
+        self.by_gradient.add(row, score, step);
     }
 
     /// Takes a step's alignment gradient into the mean; where it is zero, as at the base, there is no direction to take.

@@ -407,7 +407,7 @@ fn a_run_that_leaves_its_budget_goes_back_and_stays_within_it() -> Result<()> {
 fn a_row_that_is_trained_against_the_alignment_scores_below_the_others() -> Result<()> {
     let model = model()?;
     let mut plan = plan(Requested { n_epochs: Some(12), batch_size: Some(4), row_conflicts: Some(true), ..Default::default() })?;
-    plan.safety = Safety::new(Defense::KlPenalty, 0.01);
+    plan.safety = Safety::new(Defense::KlPenalty, 1.0);
     // Row 3 answers an alignment prompt with something else than the base would.
     let (alignment, mut rows) = (examples(9).split_off(8), examples(8));
     let mut planted = alignment[0].clone();

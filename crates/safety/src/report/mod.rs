@@ -92,7 +92,7 @@ impl Gauge {
 pub struct RowScore {
     /// Its line in the training file, from 1.
     pub line: u64,
-    /// By its gradient: in -1..1, below 0 where a step along the row raises the alignment loss.
+    /// By its gradient: below 0 where a step along the row raises the alignment loss. Scores are compared within a job.
     pub gradient: Option<f64>,
     /// By a forward pass: how the row's loss falls where the alignment loss rises.
     #[serde(default, skip_serializing_if = "Option::is_none")]

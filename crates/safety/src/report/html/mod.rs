@@ -154,8 +154,8 @@ impl Report {
         };
         let owner = "<p class=\"dim\">Texts are shown to their owner only; the signed report names lines alone.</p>\n";
         format!(
-            "<p>The worst first. Below 0 a row pushes against the alignment: by its gradient, on a scale from −1 to 1, where a \
-             step along the row raises the alignment loss{forward}. A low score is a reason to read a row, and no \
+            "<p>The worst first. Below 0 a row pushes against the alignment: by its gradient, where a step along the row \
+             raises the alignment loss{forward}. Scores are for comparing rows of this job. A low score is a reason to read a row, and no \
              proof.</p>\n{}{}",
             table("", &columns, &rows.collect::<Vec<_>>()),
             if with_texts { owner } else { "" }
