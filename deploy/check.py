@@ -196,6 +196,10 @@ def check_pod(where, manifest, manifests, names, commands):
                     check((kind, read[reference]["name"]) in there, where, f"{who} reads a {kind} that is not there")
 
 
+def value_of(setting, container):
+    return next((variable.get("value") for variable in container["env"] if variable["name"] == setting), None)
+
+
 def check_signing_key(where, worker):
     """Workers sign with one key, and it outlives them."""
     pod = pod_of(worker)
@@ -207,7 +211,7 @@ def check_signing_key(where, worker):
         if volume["name"] == mount["name"] and "secret" in volume
         for key in given.get(volume["secret"]["secretName"], {})
     }
-    key = next((v.get("value") for v in pod["containers"][0]["env"] if v["name"] == "HOLDFAST_SIGNING_KEY"), None)
+    key = value_of("HOLDFAST_SIGNING_KEY", pod["containers"][0])
     check(key in mounted, where, f"workers sign with {key}, which no Secret of secret.yaml.template is mounted at")
 
 
@@ -254,7 +258,7 @@ def check_kubernetes(names, commands):
         if folder.name == "gpu":
             container = pod_of(worker)["containers"][0]
             check("nvidia.com/gpu" in container["resources"]["limits"], where, "workers ask for no GPU")
-            device = next((v.get("value") for v in container["env"] if v["name"] == "HOLDFAST_DEVICE"), None)
+            device = value_of("HOLDFAST_DEVICE", container)
             check(device == "cuda", where, f"workers compute on {device}")
         say(where, f"{len(manifests)} manifests, against the schemas of Kubernetes {' and '.join(VERSIONS)}")
 

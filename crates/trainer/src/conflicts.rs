@@ -121,10 +121,10 @@ impl RowConflicts {
         losses: impl Fn() -> Result<Vec<f64>, Stopped>,
     ) -> Result<(), Stopped> {
         let Some(mean) = self.direction(step) else { return Ok(()) };
-        let (start, length) = (adapter.flat().copy(), self.norm);
+        let start = adapter.flat().copy();
         let distance = STEP_LENGTH * gradient::norm(&start);
         let before = losses()?;
-        adapter.shift(&(mean * (distance / length)));
+        adapter.shift(&(mean * (distance / self.norm)));
         let after = losses();
         adapter.set(&start);
         for (row, (before, after)) in before.iter().zip(&after?).enumerate() {
