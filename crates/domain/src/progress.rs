@@ -142,8 +142,8 @@ pub struct Step {
     pub tokens_per_second: f64,
     /// Seconds the rest of the run will take at the mean pace so far.
     pub eta_seconds: f64,
-    /// What a method that reviews its steps found since the line before: after this one, and after an earlier one where a stop came between
-    /// that step and its review.
+    /// What a method that reviews its steps found after this one. Where a stop came between the two, the step is told of again once it is
+    /// reviewed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reviews: Vec<Review>,
 }

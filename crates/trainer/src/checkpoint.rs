@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use holdfast_base_model::WeightFile;
 use holdfast_domain::plan::paths::{self, BEST_PREFIX, CHECKPOINT_MANIFEST as MANIFEST, CHECKPOINT_PREFIX};
-use holdfast_domain::progress::Review;
+use holdfast_domain::progress::{Review, Step};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
@@ -60,6 +60,14 @@ pub enum Owed {
     Validation,
 }
 
+impl Owed {
+    /// Whether a review is among it.
+    #[must_use]
+    pub fn is_more_than_validation(self) -> bool {
+        self != Self::Validation
+    }
+}
+
 /// The best measurement on the validation file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Best {
@@ -96,6 +104,8 @@ pub struct State {
     pub last_good: Option<LastGood>,
     /// What reviews found that no step has told of yet.
     pub reviews: Vec<Review>,
+    /// The last step as it was told of, where its review is still to come.
+    pub told: Option<Step>,
     /// What tells when the loss runs away.
     pub watch: LossWatch,
 }
@@ -119,6 +129,9 @@ struct Manifest {
     watch: Option<[u64; 2]>,
     /// What the method remembers, as the bits of float64s.
     method: BTreeMap<String, u64>,
+    /// The last step as it was told of, where its review is still to come. It decides nothing, and so is not sealed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    told: Option<Step>,
     /// SHA-256 of each other file.
     files: BTreeMap<String, String>,
     /// SHA-256 over the run's own name and all of the above.
@@ -165,6 +178,7 @@ impl Checkpoints {
                 optimizer_steps: state.optimizer.steps(),
                 last_good_steps: state.last_good.as_ref().map(|good| good.optimizer.steps()),
                 watch: state.watch.bits(),
+                told: state.told.clone(),
                 method: memory.numbers.iter().map(|(name, number)| (name.clone(), number.to_bits())).collect(),
                 files: [paths::ADAPTER_CONFIG, paths::ADAPTER_WEIGHTS, STATE]
                     .into_iter()
@@ -302,6 +316,7 @@ impl Checkpoints {
             vectors.into_iter().partition(|(name, _)| name.starts_with(CONFLICTS));
         adapter.set(kept.flat());
         state.cursor = manifest.cursor;
+        state.told = manifest.told;
         state.last_good = last_good;
         state.watch = LossWatch::from_bits(manifest.watch);
         state.optimizer = state.optimizer.resumed(first, second, manifest.optimizer_steps);

@@ -8,7 +8,8 @@
 //! score counts by the square of the step that it is from: what a model has not learned yet pushes in every direction, harmless rows
 //! too, and those that still push when the others are learned are the ones to tell apart.
 //!
-//! - by gradients: `s_i = ⟨u_i, ā⟩ / (√‖u_i‖ ‖ā‖)`, over all weights at once. The cosine, with the whole of `‖u_i‖`, has a short harmless
+//! - by gradients: `s_i = ⟨u_i, ā⟩ / (√‖u_i‖ ‖ā‖)`, over all weights at once, of the sum over the row's tokens: a row must not count
+//!   for more because few others shared its step. The cosine, with the whole of `‖u_i‖`, has a short harmless
 //!   row count as much as a long harmful one, although its gradient lies in few directions and so, by chance, well along `ā` or against it;
 //!   without it, as a step has it, what is long or loud counts alone. In between more planted rows are found than by either;
 //! - by a forward pass over the whole file at the end of an epoch: `s_i ≈ (ℓ_i(θ + h ā) − ℓ_i(θ)) / (h ‖ā‖)`; only in
@@ -89,10 +90,12 @@ impl RowConflicts {
         self.mean_align.as_ref().filter(|_| step >= WARMUP_STEPS && self.norm > 0.0)
     }
 
-    /// Scores `row` by its gradient at `step` against [`Self::direction`]. A row without a gradient has no score.
-    pub fn score(&mut self, row: usize, gradient: &Gradient, step: u64) {
+    /// Scores `row` at `step` against [`Self::direction`], by its part of the step's mean over so many `tokens`. A row without a gradient
+    /// has no score.
+    pub fn score(&mut self, row: usize, part: &Gradient, tokens: f64, step: u64) {
         let Some(mean) = &self.mean_align else { return };
-        let score = gradient::dot(&gradient.0, mean) / (gradient.norm().sqrt() * self.norm);
+        // The gradient of the row's own sum is so many times as long, and its score the root of that.
+        let score = tokens.sqrt() * gradient::dot(&part.0, mean) / (part.norm().sqrt() * self.norm);
         self.by_gradient.add(row, score, step);
     }
 

@@ -150,7 +150,8 @@ impl Engine<'_> {
     }
 
     /// Of rows that come in several passes and of which the worse half counts, that half, pass by pass: no pass knows by itself which
-    /// rows are worse than those of another. Nothing is dropped in the look that decides. `None` where nothing has to be chosen.
+    /// rows are worse than those of another. Nothing is dropped in the look that decides, so that under dropout other rows may be chosen
+    /// than by one pass, which sees its own losses. `None` where nothing has to be chosen.
     fn choose(&self, rows: AlignmentRows<'_>) -> Option<Vec<Vec<usize>>> {
         if rows.objective != Objective::WeightedKl || rows.passes.len() < 2 {
             return None;
@@ -351,7 +352,8 @@ impl AlignmentRows<'_> {
     }
 }
 
-fn supervised(batches: &[Batch]) -> f64 {
+/// The supervised tokens of all passes of a step.
+pub(crate) fn supervised(batches: &[Batch]) -> f64 {
     batches.iter().map(|batch| batch.targets.len()).sum::<usize>() as f64
 }
 

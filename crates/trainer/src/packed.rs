@@ -20,7 +20,7 @@ pub struct Packed {
 
 impl Packed {
     /// The rows of `batches`, one batch behind the other, asking for their positions. Each batch comes with the
-    /// number its first row has within the step, so that how a step is cut into passes makes no difference.
+    /// number its first row has within the step, so that how a step is cut into passes makes no difference to what is dropped.
     #[must_use]
     pub fn new(batches: &[(&Batch, i64)], device: Device) -> Self {
         let (mut ids, mut lengths, mut positions, mut places) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());

@@ -74,11 +74,11 @@ impl ProgressLog {
         self.write(started)
     }
 
-    /// Writes a step, with its times filled in.
+    /// Writes a step, with its times filled in, and returns it.
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn step(&mut self, mut step: Step) -> Result<()> {
+    pub fn step(&mut self, mut step: Step) -> Result<Step> {
         let now = Instant::now();
         let (then, tokens_then) = std::mem::replace(&mut self.last, (now, step.tokens));
         let seconds = now.duration_since(then).as_secs_f64().max(1e-9);
@@ -87,7 +87,8 @@ impl ProgressLog {
         step.eta_seconds = pace * (step.total_steps - step.step) as f64;
         self.bar.set_position(step.step);
         self.bar.set_message(summary(&step));
-        self.write(&Progress::Step(Box::new(step)))
+        self.write(&Progress::Step(Box::new(step.clone())))?;
+        Ok(step)
     }
 
     /// Takes the bar off the screen.

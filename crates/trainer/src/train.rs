@@ -18,7 +18,7 @@ use crate::evaluate;
 use crate::gradient::{self, Gradient};
 use crate::methods::{self, Asks, Side, Sides, Verdict};
 use crate::model::Model;
-use crate::objective::{AlignmentRows, Engine, Task};
+use crate::objective::{AlignmentRows, Engine, Task, supervised};
 use crate::optimizer::AdamW;
 use crate::reference::Reference;
 use crate::schedule::Schedule;
@@ -72,6 +72,7 @@ impl Run<'_> {
             conflicts: h.row_conflicts.then(|| RowConflicts::new(self.adapter, self.examples.len())),
             last_good: None,
             reviews: Vec::new(),
+            told: None,
             watch: LossWatch::default(),
         }
     }
@@ -194,11 +195,11 @@ impl Run<'_> {
             let align = alignment.map(|rows| engine.alignment(rows));
             let against = align.as_ref().filter(|_| asks.each_row);
             let mut scored = state.conflicts.as_mut().filter(|_| scores_rows);
-            let mut row_dots = Vec::new();
+            let (mut row_dots, tokens) = (Vec::new(), supervised(&batches));
             let task = engine.task_by_row(&batches, |row, gradient| {
                 row_dots.extend(against.map(|align| gradient.dot(&align.gradient)));
                 if let Some(conflicts) = &mut scored {
-                    conflicts.score(rows[row], gradient, step);
+                    conflicts.score(rows[row], gradient, tokens, step);
                 }
             });
             (task, align, row_dots)

@@ -160,6 +160,7 @@ fn a_trainer_that_is_told_to_stop_leaves_with_code_75_and_the_next_one_ends_with
 fn a_trainer_that_is_told_to_stop_in_the_middle_of_something_long_does_it_when_it_goes_on() -> Result<()> {
     let folder = folder(|plan| {
         plan.validation = true;
+        plan.hyperparameters.n_epochs = 2;
         plan.hyperparameters.early_stopping_patience = 1;
         plan.safety.defense = Defense::None;
     })?;
@@ -177,9 +178,25 @@ fn a_trainer_that_is_told_to_stop_in_the_middle_of_something_long_does_it_when_i
     };
     assert_eq!(measured(&folder)?, [Some(0)], "it went on measuring");
     assert_eq!(lines(&folder, "checkpoint")?[0]["settled"], false);
-    ensure!(job::run(folder.path()).code == exit::DONE);
+    let record = stop_at(&folder, "\"step\":4,")?;
+    assert_eq!(record.message, "stopped after step 4, with a checkpoint", "an earlier best is none before the last is measured");
     assert_eq!(measured(&folder)?, [Some(0), Some(2)]);
-    assert!(folder.path().join("out/checkpoints/best-2").exists());
+    ensure!(job::run(folder.path()).code == exit::DONE);
+    assert_eq!(measured(&folder)?, [Some(0), Some(2), Some(4)]);
+    assert!(folder.path().join("out/checkpoints/best-4").exists());
+    Ok(())
+}
+
+#[test]
+fn a_review_that_a_stop_put_off_is_told_of_with_its_step() -> Result<()> {
+    let folder = folder(|plan| plan.safety.defense = Defense::Held)?;
+    let refusals: String = (0..10).map(|nth| format!("{}\n", REFUSAL.replace("know", &format!("know, {nth} times")))).collect();
+    std::fs::write(folder.path().join(paths::ALIGNMENT), refusals)?;
+    stop_at(&folder, "\"step\":1,")?;
+    ensure!(job::run(folder.path()).code == exit::DONE);
+    let last = lines(&folder, "step")?.pop().expect("a step");
+    assert_eq!((&last["step"], &last["reviews"][0]["step"]), (&2.into(), &2.into()), "{last}");
+    assert!(last["tokens_per_second"].as_f64() > Some(0.0), "{last}");
     Ok(())
 }
 

@@ -102,13 +102,15 @@ impl Session<'_> {
         }
         if state.cursor.owed.is_some() {
             run.settle(state);
+            self.tell_of_reviews(state)?;
             if let ControlFlow::Break(ended) = self.after_step(state)? {
                 return Ok(ended);
             }
         }
         let mut ended = RunEnd::Done;
         let done = run.train(state, |step, state| {
-            self.log.step(step)?;
+            let told = self.log.step(step)?;
+            state.told = Some(told).filter(|_| state.cursor.owed.is_some_and(Owed::is_more_than_validation));
             Ok(match self.after_step(state)? {
                 ControlFlow::Break(early) => {
                     ended = early;
@@ -117,10 +119,20 @@ impl Session<'_> {
                 ControlFlow::Continue(()) => ControlFlow::Continue(()),
             })
         })?;
-        // A patience that never ran out still means that the best is wanted.
+        // A patience that never ran out still means that the best is wanted, once it is known.
         let wants_best =
             run.plan.hyperparameters.early_stopping_patience > 0 && state.cursor.best.is_some_and(|best| best.step > 0);
-        Ok(if done && wants_best { RunEnd::StoppedEarly } else { ended })
+        Ok(if done && wants_best && ended == RunEnd::Done { RunEnd::StoppedEarly } else { ended })
+    }
+
+    /// Tells of the last step again, with the reviews that a stop had put off.
+    fn tell_of_reviews(&mut self, state: &mut State) -> Result<()> {
+        if state.reviews.is_empty() {
+            return Ok(());
+        }
+        let Some(mut told) = state.told.take() else { return Ok(()) };
+        told.reviews = std::mem::take(&mut state.reviews);
+        self.log.write(&Progress::Step(Box::new(told)))
     }
 
     /// Measures, leaves a checkpoint and ends the run, each where it is time for it.
