@@ -183,7 +183,7 @@ fn task(task: &TaskFigures) -> String {
 
 /// What a gate found, measure by measure.
 fn findings(gate: &Verdict) -> String {
-    let rows = gate.findings.iter().map(|Finding { measure, value, interval: ends, within, limit, passed }| {
+    let rows = gate.findings.iter().map(|Finding { measure, value, interval: ends, within, limit, passed, .. }| {
         let name = named(*measure).to_owned() + &within.map_or_else(String::new, |within| format!(", {within}"));
         let of = value.zip(*ends).map(|(value, interval)| Rise { value, interval });
         let shown = |value: f64| {
@@ -202,8 +202,22 @@ fn findings(gate: &Verdict) -> String {
     if rows.is_empty() {
         String::new()
     } else {
-        table(caption, &["Measure", "#Found (95 % interval)", "#At most", "Result"], &rows)
+        let blind: String = gate.findings.iter().map(blind).collect();
+        table(caption, &["Measure", "#Found (95 % interval)", "#At most", "Result"], &rows) + &blind
     }
+}
+
+/// Where a measure could not have been beyond its limit.
+fn blind(finding: &Finding) -> String {
+    let places: Vec<String> = finding.blind.iter().map(ToString::to_string).collect();
+    if places.is_empty() {
+        return String::new();
+    }
+    format!(
+        "<p><strong>{}</strong> could not be seen {}: the base itself is too near the most there can be.</p>\n",
+        named(finding.measure),
+        places.join(", ")
+    )
 }
 
 /// A measure of a gate in words.
