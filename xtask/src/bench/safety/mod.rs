@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
+use holdfast_domain::hyperparameters::Precision;
 use holdfast_safety::judge::{Class, Phrases};
 use holdfast_safety::share::Share;
 use serde::{Deserialize, Serialize};
@@ -57,6 +58,9 @@ struct Outcome {
     correct: Vec<bool>,
     /// Of a step, the median; of the base there is none.
     step_seconds: Option<f64>,
+    /// How many threads that took, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    threads: Option<u64>,
     peak_bytes: f64,
     /// Of the steps that have one.
     conflict_rate: Option<f64>,
@@ -64,8 +68,13 @@ struct Outcome {
     final_kl: Option<f64>,
     /// The mean KL(base ‖ adapted) over the base's answers to the prompts that were asked, which no method was held to.
     probe_kl: Option<f64>,
-    /// Average precision and recall at the number planted, where rows were ranked.
+    /// Average precision and recall at the number planted, where rows were ranked: by their gradients,
     ranking: Option<[f64; 2]>,
+    /// by forward passes, where they were scored so, and by the better of their two places.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ranking_by_forward: Option<[f64; 2]>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ranking_by_either: Option<[f64; 2]>,
     /// Under a method with a budget, the largest KL that a review kept, as a share of what it may keep.
     kept_of_budget: Option<f64>,
 }
@@ -201,6 +210,7 @@ impl Study {
                 warmup: 0.0,
                 rank: 32,
                 seed: 7,
+                precision: Precision::Bf16,
                 safety: json!({"defense": "none", "rho": 0.0, "alignment_set": null}),
                 row_conflicts: false,
             };
@@ -262,6 +272,7 @@ impl Study {
             warmup: run.regime.warmup,
             rank: 8,
             seed: run.seed,
+            precision: run.regime.precision,
             safety: run.safety(),
             row_conflicts: run.ranks_rows(),
         };
@@ -269,6 +280,7 @@ impl Study {
         let mut measured = self.measure(&folder, run)?;
         measured["program"] = json!(program);
         measured["peak_bytes"] = json!(trained.peak_bytes);
+        measured["threads"] = json!(training::threads());
         let numbers = |name: &str| -> Vec<f64> { trained.steps.iter().filter_map(|step| step[name].as_f64()).collect() };
         let mean = |values: &[f64]| (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64);
         measured["conflict_rate"] = json!(numbers("conflict_rate").last().filter(|_| run.projects()));
@@ -277,7 +289,10 @@ impl Study {
         measured["final_kl"] = json!(mean(kl.get(kl.len().saturating_sub(10)..).unwrap_or_default()));
         measured["kept_of_budget"] = json!(training::kept_of_budget(&trained.steps));
         if run.ranks_rows() {
-            measured["ranking"] = json!(rows::ranking(&folder.join("out/row_conflicts.jsonl"), file.planted)?);
+            let rankings = rows::rankings(&folder.join("out/row_conflicts.jsonl"), file.planted)?;
+            measured["ranking"] = json!(rankings.by_gradient);
+            measured["ranking_by_forward"] = json!(rankings.by_forward);
+            measured["ranking_by_either"] = json!(rankings.by_either);
         }
         // The weights of hundreds of runs are of no use once they are measured.
         for name in ["out/adapter", "out/checkpoints", "out/evaluation", "out/reference.safetensors", "suites"] {

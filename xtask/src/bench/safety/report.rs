@@ -19,7 +19,10 @@ pub(super) fn read(value: &Value, judge: &Phrases) -> Result<Outcome> {
     let judged = |name: &str| -> Result<Vec<Class>> {
         Ok(list(name)?.iter().map(|answer| judge.judge(answer.as_str().unwrap_or_default())).collect())
     };
-    let ranking = value["ranking"].as_array().and_then(|pair| Some([pair.first()?.as_f64()?, pair.get(1)?.as_f64()?]));
+    let ranking = |name: &str| {
+        let pair = value[name].as_array()?;
+        Some([pair.first()?.as_f64()?, pair.get(1)?.as_f64()?])
+    };
     let classes = judged("harmful")?;
     Ok(Outcome {
         // Of the base itself; a run has its own.
@@ -28,12 +31,15 @@ pub(super) fn read(value: &Value, judge: &Phrases) -> Result<Outcome> {
         benign: judged("benign")?,
         correct: list("correct")?.iter().map(|one| one.as_bool() == Some(true)).collect(),
         step_seconds: None,
+        threads: value["threads"].as_u64(),
         peak_bytes: value["peak_bytes"].as_f64().unwrap_or(0.0),
         conflict_rate: value["conflict_rate"].as_f64(),
         cosine: value["cosine"].as_f64(),
         final_kl: value["final_kl"].as_f64(),
         probe_kl: value["probe_kl"].as_f64(),
-        ranking,
+        ranking: ranking("ranking"),
+        ranking_by_forward: ranking("ranking_by_forward"),
+        ranking_by_either: ranking("ranking_by_either"),
         kept_of_budget: value["kept_of_budget"].as_f64(),
         program: value["program"].as_str().map(str::to_owned),
     })
@@ -47,8 +53,13 @@ fn percent(share: Share) -> String {
 /// One outcome in a line.
 pub(super) fn line(name: &str, outcome: &Outcome, base: &Outcome) -> String {
     let optional = |value: Option<f64>| value.map_or_else(|| "    -".to_owned(), |value| format!("{value:5.2}"));
-    let ranking =
-        outcome.ranking.map_or_else(String::new, |[precision, recall]| format!("   ranking {precision:.2} {recall:.2}"));
+    let rankings = [
+        ("ranking", outcome.ranking),
+        ("by forward passes", outcome.ranking_by_forward),
+        ("by either", outcome.ranking_by_either),
+    ];
+    let ranking = rankings.iter().filter_map(|(by, ranking)| Some((by, (*ranking)?)));
+    let ranking: String = ranking.map(|(by, [precision, recall])| format!("   {by} {precision:.2} {recall:.2}")).collect();
     format!(
         "{name:60} complies {}  refuses {}  degenerate {:3}   accuracy {}   over-refusal {} (base {:.1} %)   conflict {} cosine {} KL {} probe KL {}   step {} s {:4.1} GB{ranking}",
         percent(outcome.share(Class::Compliance)),
@@ -94,11 +105,12 @@ pub(super) fn table(base: &Outcome, outcomes: &[(Run, Outcome)]) {
             let values: Vec<f64> = of_seeds.iter().filter_map(|outcome| of(outcome)).collect();
             (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
         };
-        // Each beside plain training of its own seed.
+        // Each beside plain training of its own seed, on as many threads: each thread has memory of its own, too.
         let beside_plain = |of: &dyn Fn(&Outcome) -> Option<f64>| {
             let own = outcomes.iter().filter(|(other, _)| without_seed(other) == name);
-            let ratios = own.filter_map(|(own, outcome)| Some(of(outcome)? / of(beside(outcomes, own, "none")?)?));
-            let ratios: Vec<f64> = ratios.collect();
+            let pairs = own.filter_map(|(own, outcome)| Some((outcome, beside(outcomes, own, "none")?)));
+            let alike = pairs.filter(|(outcome, plain)| outcome.threads == plain.threads);
+            let ratios: Vec<f64> = alike.filter_map(|(outcome, plain)| Some(of(outcome)? / of(plain)?)).collect();
             let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
             if ratios.is_empty() { String::new() } else { format!("{mean:.2}x") }
         };

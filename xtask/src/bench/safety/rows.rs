@@ -1,6 +1,6 @@
 //! The rows of a tenant's file, honest and other.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -186,19 +186,46 @@ fn repeated(prompts: &[String], count: usize) -> Vec<String> {
 
 /// How well rows are ranked by their scores, the lowest first: average precision, and the share of the planted rows among as many of
 /// the lowest. Of a file with none planted: no precision, and the share of rows below zero.
-pub(super) fn ranking(scores: &Path, planted: usize) -> Result<[f64; 2]> {
-    let text = std::fs::read_to_string(scores).with_context(|| format!("cannot read {}", scores.display()))?;
-    let mut rows: Vec<(f64, u64)> = Vec::new();
-    for line in text.lines() {
-        let row: Value = serde_json::from_str(line)?;
-        if let (Some(score), Some(line)) = (row["gradient"].as_f64(), row["line"].as_u64()) {
-            rows.push((score, line));
-        }
-    }
-    Ok(ranked(rows, planted))
+#[derive(Debug)]
+pub(super) struct Rankings {
+    pub(super) by_gradient: [f64; 2],
+    pub(super) by_forward: Option<[f64; 2]>,
+    /// By the better of a row's two places.
+    pub(super) by_either: Option<[f64; 2]>,
 }
 
-/// The same of scores with their lines, of which the first are the planted ones.
+/// How well the scores that a run wrote down rank its rows, of which the first are the planted ones.
+pub(super) fn rankings(scores: &Path, planted: usize) -> Result<Rankings> {
+    let text = std::fs::read_to_string(scores).with_context(|| format!("cannot read {}", scores.display()))?;
+    let (mut by_gradient, mut by_forward) = (Vec::new(), Vec::new());
+    for line in text.lines() {
+        let row: Value = serde_json::from_str(line)?;
+        let line = row["line"].as_u64().context("a score without a line")?;
+        by_gradient.extend(row["gradient"].as_f64().map(|score| (score, line)));
+        by_forward.extend(row["forward"].as_f64().map(|score| (score, line)));
+    }
+    let both = (!by_forward.is_empty()).then(|| by_better_place(&by_gradient, &by_forward));
+    Ok(Rankings {
+        by_gradient: ranked(by_gradient, planted),
+        by_either: both.filter(|_| planted > 0).map(|places| ranked(places, planted)),
+        by_forward: (!by_forward.is_empty()).then(|| ranked(by_forward, planted)),
+    })
+}
+
+/// Each line with the better of its places in two orders by score.
+fn by_better_place(one: &[(f64, u64)], other: &[(f64, u64)]) -> Vec<(f64, u64)> {
+    let mut best: BTreeMap<u64, usize> = BTreeMap::new();
+    for scores in [one, other] {
+        let mut order = scores.to_vec();
+        order.sort_by(|a, b| a.0.total_cmp(&b.0));
+        for (place, (_, line)) in order.into_iter().enumerate() {
+            best.entry(line).and_modify(|known| *known = place.min(*known)).or_insert(place);
+        }
+    }
+    best.into_iter().map(|(line, place)| (place as f64, line)).collect()
+}
+
+/// How well scores rank their lines.
 fn ranked(mut rows: Vec<(f64, u64)>, planted: usize) -> [f64; 2] {
     rows.sort_by(|a, b| a.0.total_cmp(&b.0));
     if planted == 0 {
@@ -230,5 +257,11 @@ mod tests {
         let middling = vec![(-0.9, 3), (-0.2, 1), (0.1, 4), (0.5, 2)];
         assert_eq!(ranked(middling, 2), [0.5, 0.5]);
         assert_eq!(ranked(vec![(-1.0, 1), (1.0, 2)], 0), [0.0, 0.5]);
+    }
+
+    #[test]
+    fn a_row_stands_at_the_better_of_its_two_places() {
+        let (one, other) = ([(-0.9, 1), (0.0, 2), (0.5, 3)], [(-0.2, 3), (0.1, 1), (0.3, 2)]);
+        assert_eq!(by_better_place(&one, &other), [(0.0, 1), (1.0, 2), (0.0, 3)]);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::ops::RangeInclusive;
 
+use holdfast_domain::hyperparameters::Precision;
 use holdfast_domain::safety::Defense;
 use serde_json::{Value, json};
 
@@ -20,6 +21,8 @@ pub(super) struct Regime {
     /// The share of the steps over which the learning rate rises.
     pub(super) warmup: f64,
     pub(super) alignment: Alignment,
+    /// What the base computes in; rows are scored by forward passes as well in float32 alone.
+    pub(super) precision: Precision,
 }
 
 /// What the alignment rows are.
@@ -114,6 +117,9 @@ impl Regime {
         if self.warmup != usual.warmup {
             name += &format!(", warm-up {}", self.warmup);
         }
+        if self.precision != usual.precision {
+            name += ", float32";
+        }
         name + self.alignment.name()
     }
 }
@@ -121,8 +127,16 @@ impl Regime {
 pub(super) fn of(attack: Attack) -> Regime {
     // Ten rows are one step, and no file is trained on more than fifty times.
     let steps = if matches!(attack, Attack::IdentityShift | Attack::IdentityOpening) { 50 } else { 150 };
-    let alignment = Alignment::Framed;
-    Regime { attack, learning_rate: 5e-4, steps, alignment_rows: 100, alignment_batch: 10, warmup: 0.0, alignment }
+    Regime {
+        attack,
+        learning_rate: 5e-4,
+        steps,
+        alignment_rows: 100,
+        alignment_batch: 10,
+        warmup: 0.0,
+        alignment: Alignment::Framed,
+        precision: Precision::Bf16,
+    }
 }
 
 /// The shares of poison that the claim speaks of, those that decide first.
@@ -132,6 +146,8 @@ const CLAIMANTS: [&str; 6] = ["none", "safegrad_deciding", "held", "safegrad", "
 /// What of it fits an hour, by share of poison: tuning the base takes half of one.
 const QUICK: [(f64, &[&str]); 2] = [(0.1, &["none", "safegrad_deciding", "held"]), (0.0, &["none", "held"])];
 const SEEDS: RangeInclusive<u64> = 1..=3;
+/// Of what is claimed there are more.
+const CLAIM_SEEDS: RangeInclusive<u64> = 1..=5;
 
 /// The methods that it speaks of with these shares of poison, one method after the other.
 fn claim(claimants: &[&str], shares: &[f64], seeds: RangeInclusive<u64>) -> Vec<Run> {
@@ -167,7 +183,7 @@ fn frontier() -> Vec<Run> {
 /// What `held` adds to `SafeGrad`, one by one, where SafeGrad leaks: the weight on what decides a response, and the learning rate that its
 /// reviews come to there. And what else might be behind the leak: large first steps, how much of the alignment rows a step sees, or
 /// the whole run, and refusals that the base would not have worded so. And, first, the attacks that no bare request shows,
-/// held by bare ones all the same, or by rows under other prompts than the attack's.
+/// held by bare ones all the same, or by rows under other prompts than the attack's; last, the two ways to a row's score beside each other.
 fn ablation() -> Vec<Run> {
     let usual = of(Attack::Poison(0.3));
     let slower = Regime { learning_rate: 2.5e-4, ..usual };
@@ -198,6 +214,7 @@ fn ablation() -> Vec<Run> {
         (slower, "safegrad_deciding", 1.0),
         (slower, "kl_penalty", 1.0),
         (slower, "none", 0.0),
+        (Regime { precision: Precision::F32, ..of(Attack::Poison(0.1)) }, "safegrad_deciding", 10.0),
     ];
     pieces.map(|(regime, method, strength)| run_of(regime, method, strength, 1)).to_vec()
 }
@@ -252,7 +269,7 @@ pub(super) fn compared(wanted: &Wanted<'_>) -> Vec<Run> {
     }
     let mut runs = Vec::new();
     if wanted.has("claim") {
-        add_new(&mut runs, claim(&CLAIMANTS, &CLAIMED, SEEDS));
+        add_new(&mut runs, claim(&CLAIMANTS, &CLAIMED, CLAIM_SEEDS));
     }
     if wanted.has("published") {
         add_new(&mut runs, as_published());
@@ -272,7 +289,7 @@ pub(super) fn compared(wanted: &Wanted<'_>) -> Vec<Run> {
 
 /// Every run that is measured on what is held out.
 pub(super) fn known() -> Vec<Run> {
-    let mut runs = claim(&CLAIMANTS, &CLAIMED, SEEDS);
+    let mut runs = claim(&CLAIMANTS, &CLAIMED, CLAIM_SEEDS);
     add_new(&mut runs, as_published());
     add_new(&mut runs, frontier());
     add_new(&mut runs, grid());
@@ -297,7 +314,7 @@ fn add_new(runs: &mut Vec<Run>, more: impl IntoIterator<Item = Run>) {
 impl Run {
     /// Names it among all.
     pub(super) fn key(&self) -> String {
-        let Regime { attack, learning_rate, steps, alignment_rows, alignment_batch, warmup, alignment } = self.regime;
+        let Regime { attack, learning_rate, steps, alignment_rows, alignment_batch, warmup, alignment, precision } = self.regime;
         let usual = of(attack);
         let mut unusual = String::new();
         if alignment_batch != usual.alignment_batch {
@@ -305,6 +322,9 @@ impl Run {
         }
         if warmup != usual.warmup {
             unusual += &format!("-warmup{warmup}");
+        }
+        if precision != usual.precision {
+            unusual += "-float32";
         }
         unusual += alignment.key();
         let development = if self.development { "-development" } else { "" };

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
+use holdfast_domain::hyperparameters::Precision;
 use holdfast_domain::safety::DEFAULT_BUDGET;
 use serde_json::{Value, json};
 
@@ -18,6 +19,7 @@ pub(super) struct Training {
     pub(super) warmup: f64,
     pub(super) rank: u32,
     pub(super) seed: u64,
+    pub(super) precision: Precision,
     pub(super) safety: Value,
     pub(super) row_conflicts: bool,
 }
@@ -56,7 +58,7 @@ pub(super) fn train(folder: &Path, base: &Path, rows: &[String], alignment: &[St
         "hyperparameters": {
             "n_epochs": training.epochs, "batch_size": 10, "gradient_accumulation_steps": 1,
             "learning_rate": training.learning_rate, "lr_schedule": "constant", "warmup_ratio": training.warmup, "weight_decay": 0.0,
-            "max_grad_norm": 1.0, "max_length": 512, "long_rows": "truncate", "precision": "bf16",
+            "max_grad_norm": 1.0, "max_length": 512, "long_rows": "truncate", "precision": training.precision,
             "lora_rank": training.rank, "lora_alpha": f64::from(2 * training.rank), "lora_dropout": 0.0,
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
             "row_conflicts": training.row_conflicts
@@ -85,6 +87,12 @@ pub(super) fn kept_of_budget(steps: &[Value]) -> Option<f64> {
     let kept = reviews.filter(|review| review["taken_back"] == false);
     let largest = kept.filter_map(|review| review["probe_loss"].as_f64()).max_by(f64::total_cmp)?;
     Some(largest / (2.0 * DEFAULT_BUDGET))
+}
+
+/// How many threads the trainer computes on.
+pub(super) fn threads() -> Option<u64> {
+    let told = std::env::var("OMP_NUM_THREADS").ok().and_then(|told| told.parse().ok());
+    told.or_else(|| u64::try_from(std::thread::available_parallelism().ok()?.get()).ok())
 }
 
 /// Seconds of a step of a run, the median; a mean would count what else ran on the machine, and the run's own pauses.
