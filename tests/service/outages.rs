@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use holdfast_domain::policy::Policy;
 use holdfast_tests::{LEASE, PATIENCE, ROW, World};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::{Value, json};
@@ -12,14 +13,10 @@ const LONG_LEASE: Duration = Duration::from_secs(180);
 
 /// Creates a job that trains for some seconds, with a checkpoint every 20 steps.
 fn create_job(world: &World, name: &str) -> Result<String> {
-    create_job_with(world, name, &json!({}))
-}
-
-fn create_job_with(world: &World, name: &str, safety: &Value) -> Result<String> {
     let rows: String = (0..40).map(|i| format!("{}\n", ROW.replace("a film", &format!("film number {i} is one")))).collect();
     let file = world.upload(&rows, "rows")?;
     let hyperparameters = json!({"n_epochs": 30, "batch_size": 2, "lora_dropout": 0.1});
-    let body = json!({"model": "base", "training_file": file, "hyperparameters": hyperparameters, "safety": safety});
+    let body = json!({"model": "base", "training_file": file, "hyperparameters": hyperparameters});
     let job = world.call("POST", "/v1/fine_tuning/jobs", Some(&body), name)?;
     Ok(job["id"].as_str().context("no id")?.to_owned())
 }
@@ -35,6 +32,7 @@ fn wait_until(world: &World, job: &str, mut is_so: impl FnMut(&Value) -> bool) -
         if is_so(&now) {
             return Ok(now);
         }
+        ensure!(now["status"] != "failed", "it failed: {now}");
         ensure!(since.elapsed() < PATIENCE, "it took too long: {now}");
         std::thread::sleep(Duration::from_millis(50));
     }
@@ -182,7 +180,12 @@ fn a_database_that_is_away_for_less_than_a_lease_costs_no_attempt_and_the_api_sa
 #[test]
 fn a_database_that_is_away_while_a_model_is_asked_costs_no_attempt() -> Result<()> {
     let mut world = World::start(1, LONG_LEASE)?;
-    let job = create_job_with(&world, "asked", &json!({"gate": true}))?;
+    // A gate would be about what so small a model says, which differs by processor.
+    let policy = serde_json::to_string(&Policy { evaluate: true, ..Policy::default() })?;
+    world.sql(&format!(
+        "insert into safety_policies (scope, subject, version, policy) values ('deployment', '', 1, '{policy}')"
+    ))?;
+    let job = create_job(&world, "asked")?;
     wait_until(&world, &job, |job| job["phase"] == "evaluating")?;
     let gone = kill_database(&world)?;
     revive_database(&mut world, gone)?;
