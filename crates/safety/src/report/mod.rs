@@ -38,7 +38,7 @@ pub struct Report {
     /// The operator's policy, as it was when the job was created; absent for jobs of before there were any.
     pub policy: Option<AppliedPolicy>,
     /// The frames that were found in the training file. Half of the alignment rows, where there are some, were repeated in them, and harmful
-    /// suites, where any was asked, were asked in each.
+    /// suites, where any was asked, were asked in each. None of a job that made no adapter: its worker alone knew them.
     #[serde(default)]
     pub frames: Vec<Shape>,
     /// How the job ended, where it made no adapter: nothing was asked then, and no manifest has the report's hash.
