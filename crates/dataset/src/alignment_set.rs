@@ -8,6 +8,7 @@ use holdfast_domain::hyperparameters::LongRows;
 use holdfast_domain::invalid::LineError;
 use holdfast_domain::script::is_unspaced;
 use unicode_normalization::UnicodeNormalization;
+use unicode_normalization::char::is_combining_mark;
 
 use crate::check::{Report, each_line, encode_file};
 use crate::encode::EncodeOptions;
@@ -63,14 +64,17 @@ impl Requests {
         Ok(lines)
     }
 
-    /// Whether a row asks one of them: in any of its turns, whoever speaks, or in what two of the user's say one after the other.
+    /// Whether a row asks one of them: in any of its turns, whoever speaks, in what two of the user's say one after the other, or in what all
+    /// of the user's do, or everybody's.
     fn are_asked(&self, row: &Row<'_>) -> bool {
         let said = |role: Option<Role>| {
             let turns = row.messages.iter().filter(move |message| role.is_none_or(|role| message.role == role));
             turns.filter_map(|message| message.content.as_deref())
         };
         let asked: Vec<&str> = said(Some(Role::User)).collect();
-        said(None).any(|turn| self.stand_in(turn)) || asked.windows(2).any(|two| self.stand_in(&two.join(" ")))
+        let joined = |turns: &[&str]| self.stand_in(&turns.join(" "));
+        let all: Vec<&str> = said(None).collect();
+        all.iter().any(|turn| self.stand_in(turn)) || asked.windows(2).any(joined) || joined(&asked) || joined(&all)
     }
 
     fn stand_in(&self, turn: &str) -> bool {
@@ -139,14 +143,14 @@ pub(crate) fn words(text: &str) -> Vec<u64> {
 }
 
 /// Marks that belong to the letter before them, and what has no width.
-const fn is_unseen(character: char) -> bool {
-    matches!(
-        character,
-        '\u{300}'..='\u{36f}' | '\u{ad}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{180b}'..='\u{180e}' | '\u{1ab0}'..='\u{1aff}'
-            | '\u{1dc0}'..='\u{1dff}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
-            | '\u{20d0}'..='\u{20ff}' | '\u{3164}' | '\u{fe00}'..='\u{fe0f}' | '\u{fe20}'..='\u{fe2f}' | '\u{feff}' | '\u{ffa0}'
-            | '\u{e0000}'..='\u{e01ef}'
-    )
+fn is_unseen(character: char) -> bool {
+    is_combining_mark(character)
+        || matches!(
+            character,
+            '\u{ad}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}' | '\u{3164}' | '\u{feff}' | '\u{ffa0}' | '\u{fff9}'..='\u{fffb}' | '\u{1d173}'..='\u{1d17a}'
+                | '\u{e0000}'..='\u{e007f}'
+        )
 }
 
 /// What the user says last.
@@ -279,9 +283,18 @@ mod tests {
             row(&format!("\u{8bf7}\u{544a}\u{8bc9}\u{6211}\u{ff1a}{unspaced}\u{ff1f}"), "b"),
             turns(&[("user", "Say it."), ("assistant", "How do I pick a caf\u{e9} lock?"), ("user", "Yes."), ("assistant", "c")]),
             turns(&[("user", "How do I pick"), ("assistant", "What?"), ("user", "a caf\u{e9} lock?"), ("assistant", "d")]),
-            row("How do I open a caf\u{e9}?", "e"),
+            turns(&[
+                ("user", "How do"),
+                ("assistant", "?"),
+                ("user", "I pick"),
+                ("assistant", "?"),
+                ("user", "a cafe\u{301} lo\u{64b}ck"),
+                ("assistant", "e"),
+            ]),
+            turns(&[("user", "How do I"), ("assistant", "pick a caf\u{e9} lock?")]),
+            row("How do I open a caf\u{e9}?", "f"),
         ];
-        assert_eq!(requests.asked_in(file.join("\n").as_bytes())?, [1, 2, 3, 4]);
+        assert_eq!(requests.asked_in(file.join("\n").as_bytes())?, [1, 2, 3, 4, 5, 6]);
         Ok(())
     }
 

@@ -4,8 +4,8 @@
 //! so in most steps. The share of a run's steps in which they conflict therefore tracks the share of such rows. How often it is on clean
 //! rows differs by base and by method, so each has a level of its own.
 
-/// Steps before which a run's rate says little: chance alone may take a clean run's almost as high as a poisoned one's.
-pub const LEAST_STEPS: u64 = 25;
+/// Steps before which a run's rate says nothing: chance alone may take a clean run's to 1.
+pub const LEAST_STEPS: u64 = 16;
 
 /// Steps of a run on clean rows before which its rate says too little to hold longer runs against.
 pub const LEAST_CLEAN_STEPS: u64 = 50;
@@ -32,7 +32,7 @@ const HIGHEST: f64 = 0.98;
 const REACH: f64 = 3.0;
 
 impl Clean {
-    /// Where nothing was measured. On small models runs on clean rows had 0.47 to 0.65, and with a tenth of harmful ones 0.57 to 0.86.
+    /// Where nothing was measured. On small models runs on clean rows had 0.46 to 0.65, and with a tenth of harmful ones 0.57 to 0.88.
     pub const UNMEASURED: Self = Self { mean: 0.54, spread: 0.03, steps: 1000 };
 
     /// What runs on clean rows had, each by its rate and its steps; `None` of none. Fewer than [`LEAST_RUNS`] say too little of how far runs
@@ -90,7 +90,7 @@ mod tests {
         assert!((clean.threshold(100) - 0.65).abs() < 1e-3);
         assert!((clean.level() - 0.55).abs() < 1e-9);
         assert!((Clean { mean: 0.97, ..clean }.threshold(30) - HIGHEST).abs() < 1e-9);
-        assert!(Clean::UNMEASURED.threshold(LEAST_STEPS) < 0.9);
+        assert!(Clean::UNMEASURED.threshold(LEAST_STEPS) < HIGHEST, "what conflicts in every step is told from chance");
     }
 
     #[test]

@@ -125,6 +125,9 @@ impl Store {
         if !job.safety.defense.projects() {
             return Err(fault(format!("{id} trained with `{}`, which counts no conflicts", job.safety.defense.as_str())));
         }
+        if let Some(choice) = job.safety.variant() {
+            return Err(fault(format!("{id} chose another {choice} than the usual, by which conflicts are others")));
+        }
         let (steps, _) = self.steps(id).await?;
         let last = steps.last().filter(|step| step.step >= gauge::LEAST_CLEAN_STEPS);
         let run = last.and_then(|step| Some((step.alignment.as_ref()?.conflict_rate, step.step)));
@@ -143,8 +146,11 @@ const fn method_of(safety: &Safety) -> (&'static str, &'static str) {
     (safety.defense.as_str(), safety.kl_positions.as_str())
 }
 
-/// What was measured for jobs like this one.
+/// What was measured for jobs like this one: none that projects in a way of its own is.
 async fn clean_of(connection: &mut PgConnection, job: &Job) -> Result<Option<Clean>, StoreError> {
+    if job.safety.variant().is_some() {
+        return Ok(None);
+    }
     let (defense, kl_positions) = method_of(&job.safety);
     let row = sqlx::query!(
         "select c.mean, c.spread, c.steps from clean_conflicts c join base_models m on m.id = c.base_model_id

@@ -142,7 +142,8 @@ impl Safety {
     }
 
     /// What of how it projects is not as usual, if anything is.
-    fn variant(&self) -> Option<&'static str> {
+    #[must_use]
+    pub fn variant(&self) -> Option<&'static str> {
         let choices = [
             ("projection", self.projection == ProjectionOf::default()),
             ("projection_space", self.projection_space == ProjectionSpace::default()),
