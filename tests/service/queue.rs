@@ -283,6 +283,39 @@ fn steps_that_a_run_takes_anew_come_in_the_place_of_those_it_gave_up() -> Result
 }
 
 #[test]
+fn what_was_measured_on_a_way_that_a_run_left_is_given_up_with_its_steps() -> Result<()> {
+    let (app, _, job) = app_with_job()?;
+    app.runtime.block_on(async {
+        let held = running(&app, LONG).await?;
+        let measured = |step: u64, loss: f64| Progress::Validation { step, loss, token_accuracy: 0.5 };
+        let report = async |lines: &[Progress]| app.store.report(job.id, held.attempt, lines).await;
+        report(&[measured(0, 3.0), step(1), step(2), measured(2, 2.0), step(3), step(4), measured(4, 1.0)]).await?;
+        let known =
+            async || -> Result<Vec<u64>> { Ok(app.store.steps(job.id).await?.1.into_iter().map(|(step, ..)| step).collect()) };
+        assert_eq!(known().await?, [0, 2, 4]);
+        report(&[step(5), step(3), measured(3, 1.5)]).await?;
+        assert_eq!(known().await?, [0, 2, 3]);
+        Ok(())
+    })
+}
+
+#[test]
+fn what_computed_each_attempt_is_known_to_those_that_go_on_from_it() -> Result<()> {
+    let (app, _, job) = app_with_job()?;
+    app.runtime.block_on(async {
+        let first = running(&app, LONG).await?;
+        let program = serde_json::json!({"device": "cuda:0"});
+        app.store.know_program(job.id, first.attempt, &program).await?;
+        app.store.give_back(job.id, first.attempt).await?;
+        assert!(matches!(app.store.know_program(job.id, first.attempt, &program).await, Err(StoreError::Fenced)));
+        let second = claim(&app, LONG).await?;
+        app.store.know_program(job.id, second.attempt, &serde_json::json!({"device": "cpu"})).await?;
+        assert_eq!(app.store.programs_before(job.id, second.attempt).await?, [program]);
+        Ok(())
+    })
+}
+
+#[test]
 fn a_job_that_this_version_cannot_read_keeps_no_worker_from_others() -> Result<()> {
     let (app, _, unreadable) = app_with_job()?;
     let id = unreadable.id.0;

@@ -105,7 +105,8 @@ fn say(manifest: &Manifest, step: Option<u64>, signer: &VerifyKey, is_known: boo
         "{}",
         match (step, manifest.passed_gate) {
             (_, None) => "it was held to no safety gate",
-            (Some(_), _) => "a checkpoint; what the safety gate found is of the adapter that was published",
+            (Some(_), Some(true)) => "a checkpoint; what passed the safety gate is the adapter that was published",
+            (Some(_), Some(false)) => "a checkpoint of a job whose adapter did NOT pass the safety gate; an operator released it",
             (None, Some(true)) => "it passed the safety gate",
             (None, Some(false)) => "it did NOT pass the safety gate; an operator released it",
         }

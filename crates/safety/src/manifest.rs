@@ -32,6 +32,10 @@ pub struct Manifest {
     pub model: String,
     /// What computed it.
     pub program: Program,
+    /// What else computed a part of it, before a run went on from a checkpoint with that: each other program and device of the attempts
+    /// before. Absent too in manifests that were signed before it was written down.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub earlier_programs: Vec<Program>,
     /// What went in.
     pub inputs: Inputs,
     /// What the training was held to.
@@ -48,7 +52,7 @@ pub struct Manifest {
 pub struct Program {
     /// The release.
     pub version: String,
-    /// The trainer's build, as it was when the run began.
+    /// The trainer's build, as it was when the attempt began.
     pub trainer_sha256: String,
     /// The build of the service's worker: the suites of the program, what refusals say and the gate are in it. Absent in manifests that
     /// were signed before it was named.
@@ -344,6 +348,7 @@ mod tests {
                 worker_sha256: None,
                 device: "cpu".into(),
             },
+            earlier_programs: Vec::new(),
             inputs: Inputs {
                 base_model: named("m"),
                 training_file: named("file-1"),

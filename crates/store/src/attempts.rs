@@ -2,11 +2,12 @@
 
 use holdfast_domain::ids::JobId;
 use holdfast_domain::job::AttemptEnd;
+use serde_json::Value;
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
-use crate::StoreError;
 use crate::queue::Work;
+use crate::{Store, StoreError};
 
 /// An attempt's row.
 #[derive(Debug, Clone, PartialEq, serde::Deserialize)]
@@ -25,6 +26,33 @@ pub struct Attempt {
     pub outcome: Option<String>,
     /// Why it ended so, where that needs words.
     pub reason: Option<String>,
+}
+
+impl Store {
+    /// Writes down what computes an attempt at a training.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] when the worker no longer holds the job.
+    pub async fn know_program(&self, id: JobId, attempt: i32, program: &Value) -> Result<(), StoreError> {
+        let (mut transaction, _) = self.hold(id, attempt).await?;
+        sqlx::query!("update job_attempts set program = $3 where job_id = $1 and attempt = $2", id.0, attempt, program)
+            .execute(&mut *transaction)
+            .await?;
+        Ok(transaction.commit().await?)
+    }
+
+    /// What computed the attempts at a job's training before this one, as far as it was written down; the first comes first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn programs_before(&self, id: JobId, attempt: i32) -> Result<Vec<Value>, StoreError> {
+        let programs = sqlx::query_scalar!(
+            "select program as \"program!\" from job_attempts where job_id = $1 and attempt < $2 and program is not null order by attempt",
+            id.0,
+            attempt
+        );
+        Ok(programs.fetch_all(&self.pool).await?)
+    }
 }
 
 /// A claim begins.

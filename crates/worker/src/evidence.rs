@@ -15,6 +15,7 @@ use holdfast_store::evidence;
 use holdfast_store::queue::{AdapterFile, Published};
 use holdfast_store::{Store, StoreError};
 
+use crate::WorkerConfig;
 use crate::finish::Made;
 use crate::results;
 use crate::work::Run;
@@ -22,33 +23,26 @@ use crate::work::Run;
 /// Rows that a report names.
 const WORST_ROWS: usize = 50;
 
-/// The programs that compute and decide, by their hashes.
-pub(crate) struct Programs {
-    trainer_sha256: String,
-    worker_sha256: String,
-}
-
-impl Programs {
-    /// As they are now: an upgrade may put others in their place while a run lasts.
-    pub(crate) async fn now(trainer: &Path) -> std::io::Result<Self> {
-        static OWN: OnceLock<String> = OnceLock::new();
-        let trainer = trainer.to_owned();
-        let read = move || {
-            let trainer_sha256 = hash::of_file(&trainer).map(hex::encode).map_err(|error| {
-                std::io::Error::new(error.kind(), format!("cannot read the trainer {}: {error}", trainer.display()))
-            })?;
-            let worker_sha256 = match OWN.get() {
-                Some(known) => known.clone(),
-                // What runs, also once another file bears its name.
-                None => {
-                    let own = hash::of_file(Path::new("/proc/self/exe")).map(hex::encode)?;
-                    OWN.get_or_init(|| own).clone()
-                }
-            };
-            Ok(Self { trainer_sha256, worker_sha256 })
+/// What computes and decides, by the hashes of its programs as they are now: an upgrade may put others in their place while a run lasts.
+pub(crate) async fn program(config: &WorkerConfig) -> std::io::Result<Program> {
+    static OWN: OnceLock<String> = OnceLock::new();
+    let (trainer, device) = (config.trainer.clone(), config.device.clone());
+    let read = move || {
+        let trainer_sha256 = hash::of_file(&trainer).map(hex::encode).map_err(|error| {
+            std::io::Error::new(error.kind(), format!("cannot read the trainer {}: {error}", trainer.display()))
+        })?;
+        let worker_sha256 = match OWN.get() {
+            Some(known) => known.clone(),
+            // What runs, also once another file bears its name.
+            None => {
+                let own = hash::of_file(Path::new("/proc/self/exe")).map(hex::encode)?;
+                OWN.get_or_init(|| own).clone()
+            }
         };
-        tokio::task::spawn_blocking(read).await.map_err(std::io::Error::other)?
-    }
+        let version = env!("CARGO_PKG_VERSION").into();
+        Ok(Program { version, trainer_sha256, worker_sha256: Some(worker_sha256), device })
+    };
+    tokio::task::spawn_blocking(read).await.map_err(std::io::Error::other)?
 }
 
 /// What is kept of a run beside its adapter.
@@ -198,12 +192,8 @@ impl Evidence {
             job: claim.job.id.to_string(),
             attempt: claim.attempt,
             model: claim.job.model_name(),
-            program: Program {
-                version: env!("CARGO_PKG_VERSION").into(),
-                trainer_sha256: run.programs.trainer_sha256.clone(),
-                worker_sha256: Some(run.programs.worker_sha256.clone()),
-                device: config.device.clone(),
-            },
+            earlier_programs: earlier_programs(run).await?,
+            program: run.program.clone(),
             inputs: Inputs {
                 base_model: named(claim.job.base_model.clone(), &claim.base.content_sha256),
                 training_file: named(claim.training.id.to_string(), &claim.training.content.sha256),
@@ -228,6 +218,21 @@ impl Evidence {
         };
         Ok(config.signing_key.sign(&manifest).map_err(std::io::Error::other)?)
     }
+}
+
+/// What the attempts before this one were computed by, if not by the same, where it went on from a checkpoint of theirs.
+async fn earlier_programs(run: &Run<'_>) -> Result<Vec<Program>, StoreError> {
+    if run.claim.resume.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut others = Vec::new();
+    for known in run.store.programs_before(run.claim.job.id, run.claim.attempt).await? {
+        let known: Program = serde_json::from_value(known).map_err(std::io::Error::other)?;
+        if known != run.program && !others.contains(&known) {
+            others.push(known);
+        }
+    }
+    Ok(others)
 }
 
 /// The hash of each file by its name.

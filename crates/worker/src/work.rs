@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use holdfast_domain::job::JobError;
 use holdfast_domain::policy::Policy;
+use holdfast_safety::manifest::Program;
 use holdfast_store::queue::{Checked, Claim, Work};
 use holdfast_store::{Store, StoreError};
 use tokio::sync::watch;
 
 use crate::agent::{self, Command, Outcome, Reports};
 use crate::dispatcher::{BASE_MODELS, JOBS};
-use crate::evidence::Programs;
+use crate::evidence;
 use crate::finish::{self, Unfinished};
 use crate::job_folder::{Framed, JobFolder};
 use crate::lease::write_down;
@@ -48,8 +49,10 @@ pub(crate) async fn work(
         completed = folder.complete(store, claim, &base, config) => completed?,
         reason = agent::stopped(&mut stop) => return let_go(store, config.lease, claim, reason).await,
     };
-    let programs = Programs::now(&config.trainer).await?;
-    let run = Run { store, config, claim, folder: &folder, stop, programs, framed };
+    let program = evidence::program(config).await?;
+    let known = serde_json::to_value(&program).map_err(std::io::Error::other)?;
+    write_down(config.lease, || store.know_program(id, attempt, &known)).await?;
+    let run = Run { store, config, claim, folder: &folder, stop, program, framed };
     // A run that goes on has asked it, and is asked what is missing in the end: what a file's frames hold is kept for no later attempt.
     let unasked = match run.asking_policy().filter(|_| claim.resume.is_empty()) {
         Some(policy) => evaluation::ask_base(&run, policy).await?,
@@ -72,8 +75,8 @@ pub(crate) struct Run<'a> {
     pub(crate) claim: &'a Claim,
     pub(crate) folder: &'a JobFolder,
     pub(crate) stop: watch::Receiver<Option<Stop>>,
-    /// As they were when the run began.
-    pub(crate) programs: Programs,
+    /// As it was when the attempt began.
+    pub(crate) program: Program,
     pub(crate) framed: Framed,
 }
 

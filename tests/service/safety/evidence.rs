@@ -177,6 +177,7 @@ fn an_adapter_that_was_tampered_with_is_told_from_one_that_was_not() -> Result<(
             report_sha256: None,
         },
         passed_gate: None,
+        earlier_programs: Vec::new(),
     };
     let signed = key.sign(&manifest)?;
     let good: [(&str, &[u8]); 2] = [("adapter_model.safetensors", weights), ("manifest.json", &signed)];

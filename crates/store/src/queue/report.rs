@@ -48,7 +48,19 @@ impl Store {
                     events::message(&mut transaction, id, Level::Info, &message).await?;
                 }
                 Line::Note { message, .. } => events::message(&mut transaction, id, Level::Warn, message).await?,
-                Line::Step(step) => steps.push(step),
+                Line::Step(step) => {
+                    if steps.last().is_none_or(|last| step.step <= last.step) {
+                        // What was measured from there on was given up with the steps.
+                        sqlx::query!(
+                            "delete from job_validations where job_id = $1 and step >= $2",
+                            id.0,
+                            step.step.cast_signed()
+                        )
+                        .execute(&mut *transaction)
+                        .await?;
+                    }
+                    steps.push(step);
+                }
                 // It is kept apart, once its files are.
                 Line::Checkpoint { .. } => {}
             }
