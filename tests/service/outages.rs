@@ -191,5 +191,7 @@ fn a_database_that_is_away_while_a_model_is_asked_costs_no_attempt() -> Result<(
     revive_database(&mut world, gone)?;
     let done = wait_until(&world, &job, has_succeeded)?;
     assert_eq!(ends(&done), ["succeeded"], "{done}");
+    let report = world.call("GET", &format!("/v1/fine_tuning/jobs/{job}/safety_report"), None, "")?;
+    assert!(report["evaluation"]["suites"].is_array(), "what the model answered was lost: {report}");
     Ok(())
 }

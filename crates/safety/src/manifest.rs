@@ -33,7 +33,7 @@ pub struct Manifest {
     /// What computed it.
     pub program: Program,
     /// What else computed a part of it, before a run went on from a checkpoint with that: each other program and device of the attempts
-    /// before. Absent too in manifests that were signed before it was written down.
+    /// before. Those whose worker was of before migration 0020 wrote nothing down, and are not among them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub earlier_programs: Vec<Program>,
     /// What went in.

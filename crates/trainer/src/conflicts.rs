@@ -157,8 +157,8 @@ impl RowConflicts {
     #[must_use]
     pub fn memory(&self) -> Vec<(String, Tensor)> {
         let mut memory = vec![
-            ("gradient_weighted_sums".to_owned(), Tensor::from_slice(&self.by_gradient.sums)),
-            ("gradient_weights".to_owned(), Tensor::from_slice(&self.by_gradient.weights)),
+            ("gradient_row_sums".to_owned(), Tensor::from_slice(&self.by_gradient.sums)),
+            ("gradient_row_weights".to_owned(), Tensor::from_slice(&self.by_gradient.weights)),
             ("forward_weighted_sums".to_owned(), Tensor::from_slice(&self.by_forward.sums)),
             ("forward_weights".to_owned(), Tensor::from_slice(&self.by_forward.weights)),
         ];
@@ -176,8 +176,8 @@ impl RowConflicts {
                 *into = found;
             }
         };
-        numbers("gradient_weighted_sums", &mut self.by_gradient.sums);
-        numbers("gradient_weights", &mut self.by_gradient.weights);
+        numbers("gradient_row_sums", &mut self.by_gradient.sums);
+        numbers("gradient_row_weights", &mut self.by_gradient.weights);
         numbers("forward_weighted_sums", &mut self.by_forward.sums);
         numbers("forward_weights", &mut self.by_forward.weights);
     }

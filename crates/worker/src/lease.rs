@@ -45,7 +45,7 @@ pub(crate) async fn hold(store: &Store, config: &WorkerConfig, claim: &Claim, sh
     }
 }
 
-/// Makes a call that ends an attempt, again and again while the database is away, for as long as the lease would last without it.
+/// Makes a call that begins or ends an attempt, again and again while the database is away, for as long as the lease would last without it.
 pub(crate) async fn write_down<Call>(lease: Duration, call: impl Fn() -> Call) -> Result<(), StoreError>
 where
     Call: Future<Output = Result<(), StoreError>>,
@@ -54,7 +54,7 @@ where
     loop {
         match call().await {
             Err(error) if error.is_unavailable() && since.elapsed() < lease => {
-                tracing::warn!(%error, "how the attempt ended could not be written down; trying again");
+                tracing::warn!(%error, "what became of the attempt could not be written down; trying again");
             }
             ended => return ended,
         }

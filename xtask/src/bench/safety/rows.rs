@@ -212,17 +212,22 @@ pub(super) fn rankings(scores: &Path, planted: usize) -> Result<Rankings> {
     })
 }
 
-/// Each line with the better of its places in two orders by score.
+/// Each line with the better of its places in two orders by score; of two lines with the same, the other place tells.
 fn by_better_place(one: &[(f64, u64)], other: &[(f64, u64)]) -> Vec<(f64, u64)> {
-    let mut best: BTreeMap<u64, usize> = BTreeMap::new();
+    let mut places: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
     for scores in [one, other] {
         let mut order = scores.to_vec();
         order.sort_by(|a, b| a.0.total_cmp(&b.0));
         for (place, (_, line)) in order.into_iter().enumerate() {
-            best.entry(line).and_modify(|known| *known = place.min(*known)).or_insert(place);
+            places.entry(line).or_default().push(place);
         }
     }
-    best.into_iter().map(|(line, place)| (place as f64, line)).collect()
+    let lines = one.len().max(other.len()) as f64;
+    let place = |places: &[usize]| {
+        let (best, worst) = (places.iter().min(), places.iter().max());
+        best.zip(worst).map_or(lines, |(best, worst)| *best as f64 + *worst as f64 / lines)
+    };
+    places.into_iter().map(|(line, places)| (place(&places), line)).collect()
 }
 
 /// How well scores rank their lines.
@@ -262,6 +267,8 @@ mod tests {
     #[test]
     fn a_row_stands_at_the_better_of_its_two_places() {
         let (one, other) = ([(-0.9, 1), (0.0, 2), (0.5, 3)], [(-0.2, 3), (0.1, 1), (0.3, 2)]);
-        assert_eq!(by_better_place(&one, &other), [(0.0, 1), (1.0, 2), (0.0, 3)]);
+        let places: Vec<(f64, u64)> =
+            by_better_place(&one, &other).into_iter().map(|(place, line)| (3.0 * place, line)).collect();
+        assert_eq!(places, [(1.0, 1), (5.0, 2), (2.0, 3)], "of the first and the third, the second place tells");
     }
 }

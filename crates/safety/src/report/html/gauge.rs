@@ -57,7 +57,7 @@ impl Report {
         let calibrated = if gauge.calibrated {
             "The level was measured on clean rows of this base model under this method."
         } else {
-            "The level is a general one: this base model was not measured on clean rows under this method, so read it as a hint."
+            "The level is a general one: nothing like this run was measured on clean rows of this base model, so read it as a hint."
         };
         let spread = REACH * (0.25 / steps.max(1) as f64).sqrt();
         let [low, high] = [0.5 - spread, 0.5 + spread].map(|end| end.clamp(0.0, 1.0));
