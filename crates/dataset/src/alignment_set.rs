@@ -73,7 +73,11 @@ impl Requests {
         let asked: Vec<&str> = said(Some(Role::User)).collect();
         let joined = |turns: &[&str]| self.stand_in(&turns.join(" "));
         let all: Vec<&str> = said(None).collect();
-        all.iter().any(|turn| self.stand_in(turn)) || asked.windows(2).any(joined) || joined(&asked) || joined(&all)
+        // One of the user's stands among all turns, and two are a window.
+        all.iter().any(|turn| self.stand_in(turn))
+            || asked.windows(2).any(joined)
+            || (asked.len() > 2 && joined(&asked))
+            || (all.len() > 1 && joined(&all))
     }
 
     fn stand_in(&self, turn: &str) -> bool {

@@ -60,14 +60,6 @@ pub enum Owed {
     Validation,
 }
 
-impl Owed {
-    /// Whether a review is among it.
-    #[must_use]
-    pub fn is_more_than_validation(self) -> bool {
-        self != Self::Validation
-    }
-}
-
 /// The best measurement on the validation file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Best {

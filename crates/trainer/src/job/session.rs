@@ -110,7 +110,7 @@ impl Session<'_> {
         let mut ended = RunEnd::Done;
         let done = run.train(state, |step, state| {
             let told = self.log.step(step)?;
-            state.told = Some(told).filter(|_| state.cursor.owed.is_some_and(Owed::is_more_than_validation));
+            state.told = Some(told).filter(|_| state.cursor.owed.is_some_and(|owed| owed != Owed::Validation));
             Ok(match self.after_step(state)? {
                 ControlFlow::Break(early) => {
                     ended = early;
