@@ -96,6 +96,8 @@ impl Store {
         .fetch_optional(&mut *transaction)
         .await?;
         if holds.is_none() || job.state.attempt() != Some(attempt) {
+            // Dropped alone, it would be rolled back some time later, and hide the job from who claims next until then.
+            transaction.rollback().await?;
             return Err(StoreError::Fenced);
         }
         Ok((transaction, job))
