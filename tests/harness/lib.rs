@@ -71,10 +71,20 @@ pub const ALIGNMENT_ROWS: usize = 8;
 pub const MAX_UPLOAD_BYTES: u64 = 8 * 1024 * 1024;
 
 /// One Postgres for the whole test program; each service has a database of its own in it.
+/// A server that does not wait for the disk: what a test writes need not outlive the machine, and the model that another test writes would
+/// hold it up for seconds.
+fn start_postgres() -> Result<TemporaryPostgres> {
+    let postgres = TemporaryPostgres::start()?;
+    let hurry = ["-c", "alter system set fsync = off", "-c", "select pg_reload_conf()"];
+    let made = Command::new("psql").args(["-q", "-d", &postgres.url()]).args(hurry).output()?;
+    ensure!(made.status.success(), "psql: {}", String::from_utf8_lossy(&made.stderr));
+    Ok(postgres)
+}
+
 fn postgres_url() -> Result<&'static str> {
     static POSTGRES: OnceLock<Result<TemporaryPostgres, String>> = OnceLock::new();
     static URL: OnceLock<String> = OnceLock::new();
-    match POSTGRES.get_or_init(|| TemporaryPostgres::start().map_err(|e| format!("{e:#}"))) {
+    match POSTGRES.get_or_init(|| start_postgres().map_err(|e| format!("{e:#}"))) {
         Ok(postgres) => Ok(URL.get_or_init(|| postgres.url())),
         Err(error) => bail!("no Postgres for the tests: {error}"),
     }

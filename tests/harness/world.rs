@@ -1,7 +1,7 @@
 //! The service as processes: Postgres, an S3 server, the API and workers, each of which can be hurt and healed.
 
 use std::fs::File;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -127,9 +127,11 @@ impl World {
     pub fn start(workers: usize, lease: Duration) -> Result<Self> {
         let alone = one_at_a_time();
         let folder = tempfile::Builder::new().prefix("chaos-").permissions(PermissionsExt::from_mode(0o755)).tempdir()?;
-        let postgres = TemporaryPostgres::start()?;
+        let postgres = crate::start_postgres()?;
         let s3 = S3Server::start()?;
-        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+        // Given up again until the service takes it, so of an address that is no other process'.
+        let [.., high, low] = std::process::id().to_be_bytes();
+        let address = TcpListener::bind((Ipv4Addr::new(127, 77, high, low), 0))?.local_addr()?.to_string();
         let wanted = workers;
         let mut workers = Vec::new();
         for number in 0..wanted {

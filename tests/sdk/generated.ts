@@ -42,7 +42,7 @@ assert(created.data, JSON.stringify(created.error));
 const path = { fine_tuning_job_id: created.data.id };
 const ended: Job["status"][] = ["succeeded", "failed", "cancelled"];
 let job: Job = created.data;
-for (const deadline = Date.now() + 120_000; !ended.includes(job.status); await sleep(200)) {
+for (const deadline = Date.now() + 600_000; !ended.includes(job.status); await sleep(200)) {
   assert(Date.now() < deadline, `the job is still ${job.status}`);
   const { data, error } = await client.GET("/v1/fine_tuning/jobs/{fine_tuning_job_id}", { params: { path } });
   assert(data, JSON.stringify(error));

@@ -80,7 +80,7 @@ async function refused(errorType, code, call) {
 }
 
 /** Waits until `holds` returns something, and returns that. */
-async function waitUntil(what, holds, seconds = 120) {
+async function waitUntil(what, holds, seconds = 600) {
   for (const deadline = Date.now() + seconds * 1000; Date.now() < deadline; await sleep(100)) {
     const found = await holds();
     if (found) return found;
@@ -275,7 +275,9 @@ async function eventsAreStreamedUntilTheJobEnds() {
   assert.deepEqual(listed.toReversed(), streamed);
   assert.equal(listed[0].message, "The job has successfully completed");
   const figures = streamed.filter((event) => event.type === "metrics" && event.data.train_loss > 0);
-  assert.deepEqual(figures.map((event) => event.data.step), [1, 2]);
+  // What comes within half a second is told together, with the figures of the last.
+  const told = figures.map((event) => event.data.step);
+  assert(told.at(-1) === 2 && told.every((step, at) => at === 0 || step > told[at - 1]), told);
   // One who was cut off goes on after what was seen last; one who has seen everything is told that nothing follows.
   assert.deepEqual(await all(await follow(streamed[4].id)), streamed.slice(5));
   assert.equal((await follow(streamed.at(-1).id).asResponse()).status, 204);
@@ -337,7 +339,7 @@ const webhook = await client.post("/webhook_endpoints", { body: { url: `${receiv
 
 async function webhooksSayHowJobsEnded() {
   const ofJob = () => notices.find((notice) => JSON.parse(notice.body).data.id === job.id);
-  const { headers, body } = await waitUntil("the job's webhook arrives", ofJob, 30);
+  const { headers, body } = await waitUntil("the job's webhook arrives", ofJob);
   assert(notices.some((notice) => JSON.parse(notice.body).type === "fine_tuning.job.cancelled"));
   const event = await client.webhooks.unwrap(body, headers, webhook.signing_secret);
   assert.deepEqual([event.type, event.data.id, event.id], ["fine_tuning.job.succeeded", job.id, headers["webhook-id"]]);
@@ -429,15 +431,20 @@ async function keysDoWhatTheyMay() {
 
   // Nobody tries again what a quota refuses: the SDK is told not to.
   await admin.put(`/admin/projects/${project}/quotas`, { body: { max_stored_bytes: 10 } });
-  const writer = await holder();
-  const began = Date.now();
+  const tries = [];
+  const counted = (url, init) => {
+    // The SDK tries `fetch` itself out as well, on an address of its own.
+    if (init?.method === "POST") tries.push(url);
+    return fetch(url, init);
+  };
+  const writer = (await holder()).withOptions({ fetch: counted });
   const full = await refused(
     OpenAI.RateLimitError,
     "insufficient_quota",
     writer.files.create({ file: await file(), purpose: "fine-tune" }),
   );
   assert.equal(full.headers.get("x-should-retry"), "false");
-  assert(Date.now() - began < 400, "the SDK tried again");
+  assert.equal(tries.length, 1, "the SDK tried again");
 
   for (const { id } of keys) await admin.delete(`/admin/keys/${id}`);
   await refused(OpenAI.AuthenticationError, "invalid_api_key", reader.files.list());

@@ -92,6 +92,7 @@ fn an_expired_lease_gives_the_job_to_another_and_the_first_worker_changes_nothin
         tokio::time::sleep(SHORT * 2).await;
         assert!(matches!(app.store.heartbeat(job.id, first.attempt, LONG).await, Err(StoreError::Fenced)));
         assert_eq!(app.store.reap().await?, 1);
+        app.sql("update jobs set rests_until = rests_until + interval '1 hour'")?;
         assert!(app.store.claim("test", LONG).await?.is_none(), "the job rests a while");
         end_rest(&app)?;
         let second = claim(&app, LONG).await?;
@@ -198,13 +199,13 @@ fn a_job_that_goes_on_between_its_setbacks_is_not_given_up() -> Result<()> {
 fn a_job_waits_longer_each_time_for_what_is_not_to_be_had_and_never_fails_for_it() -> Result<()> {
     let (app, project, job) = app_with_job()?;
     app.runtime.block_on(async {
+        let rest = "select extract(epoch from j.rests_until - max(a.ended_at))::int from jobs j join job_attempts a on a.job_id = j.id group by j.id";
         let mut rests = Vec::new();
         for _ in 0..12 {
             let held = claim(&app, LONG).await?;
             app.store.delay(job.id, held.attempt, "The object store could not be used").await?;
-            let job = app.store.job(project, job.id).await?;
-            assert_eq!(job.state.status(), Status::ValidatingFiles);
-            rests.push((job.rests_until.context("no rest")? - job.read_at).whole_seconds() + 1);
+            assert_eq!(app.store.job(project, job.id).await?.state.status(), Status::ValidatingFiles);
+            rests.push(app.sql(rest)?.parse::<i32>()?);
             end_rest(&app)?;
         }
         assert_eq!(rests, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]);

@@ -80,7 +80,7 @@ fn what_a_killed_process_left_in_the_middle_of_an_object_is_swept() -> Result<()
         anyhow::Ok(())
     })?;
     // Two parts were full, and are still on their way.
-    for _ in 0..100 {
+    for _ in 0..6000 {
         std::thread::sleep(Duration::from_millis(100));
         if s3.parts_of_unfinished_objects()? == 2 {
             break;

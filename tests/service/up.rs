@@ -7,7 +7,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use holdfast_tests::program;
+use holdfast_tests::{PATIENCE, program};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -161,6 +161,8 @@ fn a_collector_is_sent_traces_and_the_log_is_json_with_the_request_s_id() -> Res
     let log = data.path().join("log");
     let mut command = command(data.path())?;
     command.args(["--otlp-endpoint", &endpoint, "--log-format", "json"]).env("HOLDFAST_LOG", "debug");
+    // All is sent in one go when it ends, which is as often as the collector listens.
+    command.env("OTEL_BSP_SCHEDULE_DELAY", "600000");
     let up = Up::start_as(command.stdout(Stdio::piped()).stderr(std::fs::File::create(&log)?))?;
     assert_eq!(up.models(data.path())?, 200);
     // Ids travel as bytes.
@@ -189,7 +191,7 @@ fn a_postgres_that_dies_is_started_again() -> Result<()> {
     signal(killed, Signal::KILL)?;
     let since = Instant::now();
     while pid() == Some(killed) || up.models(data.path())? != 200 {
-        ensure!(since.elapsed() < Duration::from_secs(30), "Postgres did not come back");
+        ensure!(since.elapsed() < PATIENCE, "Postgres did not come back");
         std::thread::sleep(Duration::from_millis(200));
     }
     up.terminate()

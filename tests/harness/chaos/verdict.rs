@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::str::FromStr;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -89,6 +90,12 @@ pub(super) fn judge(
     published_once(world, by_end.get("succeeded").copied().unwrap_or(0))?;
     same_adapters(world, jobs, ended)?;
     uploads_are_whole(world, uploads)?;
+    // A worker whose job was cancelled a moment ago may still be writing what the sweep is to find.
+    let since = Instant::now();
+    while world.workers.iter().any(|worker| worker.jobs().read_dir().is_ok_and(|mut jobs| jobs.next().is_some())) {
+        ensure!(since.elapsed() < crate::PATIENCE, "a worker does not let go");
+        std::thread::sleep(Duration::from_millis(50));
+    }
     no_orphans(world)?;
     let kinds: BTreeMap<&str, usize> = jobs.iter().map(|job| (job.id.as_str(), job.kind)).collect();
     let steps = seen.steps.as_ref().context("nobody watched the steps")?;

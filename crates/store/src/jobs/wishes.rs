@@ -47,13 +47,18 @@ impl Store {
         let job = lock(&mut transaction, id, Some(project)).await?;
         let next = match change(job.state.clone()) {
             Ok(next) => next,
-            // A try after the first, which has done it.
-            Err(_) if once.is_some_and(|once| once.repetition == Repetition::Retry) => return Ok(job),
-            Err(error) if once::admit(&mut transaction, once, id.0).await?.is_none() => return Err(error.into()),
-            Err(_) => return Ok(job),
+            Err(error) => {
+                // A try after the first, which has done it.
+                let is_done = once.is_some_and(|once| once.repetition == Repetition::Retry)
+                    || once::admit(&mut transaction, once, id.0).await?.is_some();
+                // Dropped alone, it would be rolled back some time later, and hide the job from workers until then.
+                transaction.rollback().await?;
+                return if is_done { Ok(job) } else { Err(error.into()) };
+            }
         };
         let named = once.filter(|once| once.repetition == Repetition::Named);
         if once::admit(&mut transaction, named, id.0).await?.is_some() {
+            transaction.rollback().await?;
             return Ok(job);
         }
         write_state(&mut transaction, &job, &next).await?;

@@ -223,6 +223,7 @@ impl Store {
             .execute(&mut *transaction)
             .await?;
         if gone.rows_affected() == 0 {
+            transaction.rollback().await?;
             return Ok(false);
         }
         let lost = "The worker was lost: it died, or was out of touch for longer than its lease. Nothing of your data is lost; if the job fails for this, create it again, or ask the operator why its workers stop.";
