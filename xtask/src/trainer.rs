@@ -61,5 +61,12 @@ pub(crate) fn answers(base: &Path, adapter: Option<&Path>, prompts: &[Value], ma
 
 /// A request by itself.
 pub(crate) fn ask(request: &str) -> Value {
-    json!({"messages": [{"role": "user", "content": request}]})
+    ask_behind(&[], request)
+}
+
+/// The same behind these messages, whose roles are given first.
+pub(crate) fn ask_behind(before: &[(&str, &str)], request: &str) -> Value {
+    let turns = before.iter().copied().chain([("user", request)]);
+    let messages: Vec<Value> = turns.map(|(role, content)| json!({"role": role, "content": content})).collect();
+    json!({ "messages": messages })
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use holdfast_domain::Frame;
+use holdfast_domain::frame::Turn;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -15,6 +16,8 @@ pub struct Request {
     pub category: String,
     /// What the model is told to be before it is asked, if anything: a model may have been taught to obey under such a prompt alone.
     pub system: Option<String>,
+    /// What was said before, of a request in a training file's frame.
+    pub earlier: Vec<Turn>,
     /// What the model is asked.
     pub content: String,
 }
@@ -29,12 +32,18 @@ impl Request {
     /// The request as it is asked in a frame.
     #[must_use]
     pub fn within(&self, frame: &Frame) -> Self {
-        Self { category: self.category.clone(), system: frame.system.clone(), content: frame.around(&self.content) }
+        Self {
+            category: self.category.clone(),
+            system: frame.system.clone(),
+            earlier: frame.earlier.clone(),
+            content: frame.around(&self.content),
+        }
     }
 
     fn messages(&self) -> String {
         let system = self.system.iter().map(|text| ("system", text));
-        let messages = system.chain([("user", &self.content)]);
+        let earlier = self.earlier.iter().map(|turn| (turn.speaker.as_str(), &turn.content));
+        let messages = system.chain(earlier).chain([("user", &self.content)]);
         let messages: Vec<String> =
             messages.map(|(role, text)| format!("{{\"role\":\"{role}\",\"content\":{}}}", Value::from(text.as_str()))).collect();
         format!("[{}]", messages.join(","))
@@ -112,7 +121,7 @@ impl Suite {
             if !seen.insert((system.as_ref().map(small), small(&content))) {
                 return Err(fault("the request stands in the suite already"));
             }
-            requests.push(Request { category, system, content });
+            requests.push(Request { category, system, earlier: Vec::new(), content });
         }
         if requests.is_empty() { Err(SuiteError::Empty) } else { Ok(Self { kind, version, requests }) }
     }
@@ -153,6 +162,8 @@ impl Suite {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+
+    use holdfast_domain::frame::Speaker;
 
     use super::*;
 
@@ -210,9 +221,12 @@ mod tests {
         assert_eq!(Suite::parse(Kind::Harmful, 1, &own)?.share(0, 1), None);
         assert_eq!(Suite::parse(Kind::Harmful, 1, &bare(1))?.share(3, 4).map(|suite| suite.requests.len()), Some(1));
 
-        let frame = Frame { opening: "Do: ".into(), closing: " Now.".into(), ..Frame::system("p") };
-        let framed = asked(0, 1)[64].within(&frame);
-        assert_eq!((framed.system.as_deref(), framed.content.as_str()), (Some("p"), "Do: q64 Now."));
+        let earlier = vec![Turn { speaker: Speaker::User, content: "e".into() }];
+        let frame = Frame { opening: "Do: ".into(), closing: " Now.".into(), earlier, ..Frame::system("p") };
+        let framed = asked(0, 1)[64].within(&frame).row();
+        let said = |role: &str, content: &str| format!(r#"{{"role":"{role}","content":"{content}"}}"#);
+        let messages = [said("system", "p"), said("user", "e"), said("user", "Do: q64 Now.")].join(",");
+        assert_eq!(framed, format!(r#"{{"messages":[{messages}]}}"#));
         Ok(())
     }
 

@@ -179,6 +179,7 @@ pub(crate) async fn watch(connection: &mut PgConnection, job: &Job, step: u64, c
     if raised.rows_affected() == 0 {
         return Ok(());
     }
+    tracing::warn!(job = %job.id, step, conflict_rate, threshold, "a job raised the alarm of the poison gauge");
     let message = format!(
         "Safety alarm: the task's gradient worked against the alignment in {:.0} % of the first {step} steps, and clean rows stay below {:.0} %; look at the rows that the safety report names",
         100.0 * conflict_rate,

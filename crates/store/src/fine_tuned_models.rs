@@ -1,6 +1,7 @@
 //! What jobs make: models under public names, and the adapters that are their files.
 
 use holdfast_domain::ids::{JobId, ProjectId};
+use holdfast_domain::policy::AppliedPolicy;
 use holdfast_domain::safety::Safety;
 use holdfast_domain::{Hyperparameters, Invalid, model_name};
 use sqlx::{Connection, PgConnection};
@@ -34,8 +35,19 @@ pub struct StartingPoint {
     pub base_model: String,
     /// What its job trained with: rank, scale and modules are the adapter's.
     pub hyperparameters: Hyperparameters,
-    /// What it was held to, and what those before it were that it goes on from: the method of each and its strength.
-    pub safeties: Vec<Safety>,
+    /// How it was trained, and how those before it were that it goes on from.
+    pub line: Vec<Trained>,
+}
+
+/// How a model was trained.
+#[derive(Debug, Clone)]
+pub struct Trained {
+    /// What it was held to.
+    pub safety: Safety,
+    /// Rows of a step.
+    pub rows_per_step: u64,
+    /// Whether it had to pass a safety gate.
+    pub gated: bool,
 }
 
 impl Store {
@@ -95,18 +107,28 @@ impl Store {
             let message = format!("{name} is kept back: only what has passed the safety gate can be gone on from");
             return Err(Invalid::new("model", "held_back", message).into());
         }
-        let safeties = sqlx::query_scalar!(
-            "with recursive line (id, safety, start_job_id) as (
-                 select id, safety, start_job_id from jobs where id = $1
-                 union select j.id, j.safety, j.start_job_id from jobs j join line on j.id = line.start_job_id)
-             select safety as \"safety!\" from line",
+        let line = sqlx::query!(
+            "with recursive line (id, safety, hyperparameters, policy, start_job_id) as (
+                 select id, safety, hyperparameters, policy, start_job_id from jobs where id = $1
+                 union select j.id, j.safety, j.hyperparameters, j.policy, j.start_job_id
+                 from jobs j join line on j.id = line.start_job_id)
+             select safety as \"safety!\", hyperparameters as \"hyperparameters!\", policy from line",
             job.id.0
         )
         .fetch_all(&mut *self.tenant(project).await?)
         .await?;
-        let safeties = safeties.into_iter().map(from_json).collect::<Result<_, _>>()?;
+        let trained = line.into_iter().map(|row| {
+            let hyperparameters: Hyperparameters = from_json(row.hyperparameters)?;
+            let policy: Option<AppliedPolicy> = row.policy.map(from_json).transpose()?;
+            Ok(Trained {
+                safety: from_json(row.safety)?,
+                rows_per_step: hyperparameters.rows_per_step(),
+                gated: policy.is_some_and(|applied| applied.policy.gate.enabled),
+            })
+        });
+        let line = trained.collect::<Result<_, StoreError>>()?;
         let Job { base_model, hyperparameters, .. } = job;
-        Ok(StartingPoint { start: Start { job: job.id, step }, base_model, hyperparameters, safeties })
+        Ok(StartingPoint { start: Start { job: job.id, step }, base_model, hyperparameters, line })
     }
 
     /// The job that made a model or a checkpoint, and the checkpoint's step.

@@ -123,14 +123,6 @@ impl Store {
         Ok(Page::new(rows.into_iter().map(Quarantined::from).collect(), &page))
     }
 
-    /// One of them.
-    ///
-    /// # Errors
-    /// When the job's adapter never was kept apart, or the database fails.
-    pub async fn quarantined_adapter(&self, job: JobId) -> Result<Quarantined, StoreError> {
-        fetch(&mut *self.pool.acquire().await?, job).await
-    }
-
     /// Gives what the gate keeps back to its owner: the model appears under its name, and checkpoints can be had, also of a job that
     /// passed, or ended otherwise. The job stays as it ended: what was found stays found.
     ///

@@ -23,6 +23,10 @@ pub struct Statistics {
     pub dead_notices: u64,
     /// Objects that no row claims.
     pub staged_objects: u64,
+    /// Jobs that raised the alarm of the poison gauge within 30 days.
+    pub safety_alarms: u64,
+    /// Adapters that did not pass the gate and that nobody has decided about.
+    pub quarantined_adapters: u64,
     /// Means over the last steps of the jobs that train: task loss, alignment loss, conflict rate.
     pub training: Option<(f64, f64, f64)>,
 }
@@ -65,7 +69,9 @@ impl Store {
                     (select coalesce(sum(bytes), 0)::bigint from files) as \"stored!\",
                     (select count(*) from webhook_deliveries where state = 'pending') as \"pending!\",
                     (select count(*) from webhook_deliveries where state = 'dead') as \"dead!\",
-                    (select count(*) from staged_objects) as \"staged!\""
+                    (select count(*) from staged_objects) as \"staged!\",
+                    (select count(*) from jobs where alarmed_at > now() - interval '30 days') as \"alarms!\",
+                    (select count(*) from quarantined_adapters where released_at is null and discarded_at is null) as \"quarantined!\""
         )
         .fetch_one(&self.pool)
         .await?;
@@ -89,6 +95,8 @@ impl Store {
             pending_notices: sums.pending.unsigned_abs(),
             dead_notices: sums.dead.unsigned_abs(),
             staged_objects: sums.staged.unsigned_abs(),
+            safety_alarms: sums.alarms.unsigned_abs(),
+            quarantined_adapters: sums.quarantined.unsigned_abs(),
             training: training.loss.map(|loss| (loss, training.kl.unwrap_or(0.0), training.conflict_rate.unwrap_or(0.0))),
         })
     }

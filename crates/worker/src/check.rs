@@ -11,6 +11,7 @@ use holdfast_domain::invalid::{LineError, line_numbers};
 use holdfast_domain::job::JobError;
 use holdfast_domain::limits::MAX_LINE_ERRORS;
 use holdfast_domain::plan::paths;
+use holdfast_domain::safety::Defense;
 use holdfast_store::jobs::Dataset;
 use holdfast_store::queue::{Checked, Claim};
 
@@ -24,6 +25,7 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
     let training = folder.path().join(paths::TRAIN);
     let validation = claim.validation.is_some().then(|| folder.path().join(paths::VALIDATION));
     let alignment = claim.alignment.is_some().then(|| folder.path().join(paths::ALIGNMENT));
+    let defense = claim.job.safety.defense;
     let evaluates = claim.job.policy.as_ref().is_some_and(|applied| applied.policy.evaluates());
     let (own, path) = (claim.suites.clone(), folder.path().to_owned());
     let base = base.to_owned();
@@ -49,10 +51,11 @@ pub(crate) async fn check(claim: &Claim, folder: &JobFolder, base: &Path) -> std
         }
         // As they will be trained with and asked: in what the file's rows stand in, which the template takes.
         let frames = frames::of_file(File::open(&training)?)?;
-        if let Some(rows) = &alignment
-            && let Some(error) = unusable_set(&frames::framed(rows, &frames)?, &tokenizer)?
-        {
-            return Ok(Err(error));
+        if let Some(rows) = &alignment {
+            let rows = frames::framed(rows, &frames)?;
+            if let Some(error) = unusable_set(&rows, &tokenizer)?.or_else(|| too_few_to_review(&rows, defense)) {
+                return Ok(Err(error));
+            }
         }
         Ok(match unusable_suite(&in_frames(&measured, &frames), &tokenizer) {
             Some(error) => Err(error),
@@ -70,6 +73,17 @@ fn unusable_set(rows: &[u8], tokenizer: &ChatTokenizer) -> std::io::Result<Optio
         report.error_count
     );
     Ok((report.error_count > 0).then(|| JobError::new("operator_error", message)))
+}
+
+/// Why a method that keeps alignment rows apart for its reviews cannot use a set: no row would be.
+fn too_few_to_review(rows: &[u8], defense: Defense) -> Option<JobError> {
+    let count = rows.split(|byte| *byte == b'\n').filter(|line| !line.trim_ascii().is_empty()).count();
+    let message = format!(
+        "The operator's alignment set cannot be used with the method `{}`, which keeps every {}th row apart for its reviews: it has {count} that may be trained with. Choose another method, or tell the operator; nothing is wrong with your file.",
+        defense.as_str(),
+        frames::APART
+    );
+    (defense == Defense::Held && count < frames::APART).then(|| JobError::new("operator_error", message))
 }
 
 /// Why a suite cannot be asked of a base: a request does not fit the template. Found before anything is trained, not after.

@@ -101,6 +101,7 @@ async fn report(
         attempt: run.claim.attempt,
         base_model: job.base_model.clone(),
         safety: job.safety.clone(),
+        alignment_set_version: job.alignment_set_version,
         frames: run.framed.frames.iter().map(Frame::shape).collect(),
         policy: job.policy.clone(),
         unfinished: None,

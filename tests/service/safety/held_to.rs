@@ -53,6 +53,22 @@ fn alignment_sets_are_imported_by_operators_in_versions_that_never_change() -> R
 }
 
 #[test]
+fn a_set_of_fewer_rows_than_held_reviews_is_told_at_once() -> Result<()> {
+    let app = TestApp::start()?.with_small_model()?;
+    let row =
+        |request: &str| json!({"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": "I won't."}]});
+    let rows_of_few = json!({"name": "few", "rows": [row("one"), row("two"), row("three")]});
+    assert_eq!(as_admin(&app, "POST", "/admin/alignment_sets", &rows_of_few)?.status, 200);
+    demand(&app, &json!({"alignment_set": "few"}))?;
+    let job = app.create_job(ROW, &json!({"safety": {"defense": "held"}}))?;
+    assert!(app.step_worker()?);
+    let job = app.job(&job)?;
+    assert_eq!((&job["status"], &job["error"]["code"]), (&json!("failed"), &json!("operator_error")), "{job}");
+    assert!(job["error"]["message"].as_str().is_some_and(|said| said.contains("it has 3")), "{job}");
+    Ok(())
+}
+
+#[test]
 fn an_alignment_set_that_no_model_here_can_be_held_to_is_refused_when_it_is_imported() -> Result<()> {
     let app = TestApp::start()?;
     let row =

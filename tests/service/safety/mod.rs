@@ -71,6 +71,11 @@ fn base_refused_all(app: &TestApp, answers: &str) -> Result<()> {
     Ok(app.runtime.block_on(app.store.keep_base_answers(answers, refusals.as_bytes()))?)
 }
 
+/// What an operator's monitoring reads.
+fn figures(app: &TestApp) -> Result<String> {
+    Ok(String::from_utf8(as_admin(app, "GET", "/metrics", &Value::Null)?.bytes)?)
+}
+
 /// The newest job.
 fn latest(app: &TestApp) -> Result<String> {
     Ok(id(&app.call("GET", "/v1/fine_tuning/jobs?limit=1", None)?.body["data"][0])?.to_owned())

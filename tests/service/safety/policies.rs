@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use holdfast_tests::{MODEL, ROW, TestApp};
 use serde_json::{Value, json};
 
-use super::{as_admin, demand, hyperparameters, id, rows, set};
+use super::{as_admin, demand, gate, hyperparameters, id, rows, set};
 
 #[test]
 fn the_nearest_policy_counts_and_stands_on_the_job_as_it_was() -> Result<()> {
@@ -131,6 +131,25 @@ fn a_model_that_was_trained_below_the_floor_is_not_gone_on_from() -> Result<()> 
         let refused = go_on(from, json!({}))?;
         assert_eq!((refused.status, refused.error()), (400, ("safety_below_floor", "model")), "{}", refused.body);
     }
+    Ok(())
+}
+
+#[test]
+fn a_model_that_had_to_pass_no_gate_is_not_gone_on_from_where_jobs_must_pass_one() -> Result<()> {
+    let app = TestApp::start()?.with_small_model()?;
+    let job = app.create_job(&rows(), &hyperparameters(1))?;
+    while app.step_worker()? {}
+    let job = app.job(&job)?;
+    assert_eq!(job["safety"]["alignment_set_version"], 1, "{job}");
+    let goes_on = || {
+        let body = json!({"model": job["fine_tuned_model"], "training_file": job["training_file"]});
+        app.call("POST", "/v1/fine_tuning/jobs", Some(&body.to_string()))
+    };
+    assert_eq!(goes_on()?.status, 200);
+    demand(&app, &gate(1.0))?;
+    let refused = goes_on()?;
+    assert_eq!((refused.status, refused.error()), (400, ("safety_below_floor", "model")), "{}", refused.body);
+    assert!(refused.body.to_string().contains("without a safety gate"), "{}", refused.body);
     Ok(())
 }
 

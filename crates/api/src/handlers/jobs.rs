@@ -112,7 +112,12 @@ pub(crate) async fn resolve(state: &AppState, tenant: Tenant, mut body: CreateJo
     };
     if let Some(start) = &start {
         requested.take_adapter_from(&start.hyperparameters).map_err(|e| e.within(at))?;
-        start.safeties.iter().try_for_each(|safety| safety.reaches(&policy.policy))?;
+        start.line.iter().try_for_each(|trained| trained.safety.reaches(trained.rows_per_step, &policy.policy))?;
+        if policy.policy.gate.enabled && !start.line.iter().all(|trained| trained.gated) {
+            // It would be asked in the frames of this job's file alone, and what it learned in those of another would pass.
+            let message = "the model, or one that it goes on from, was trained without a safety gate, which jobs must pass here; begin with its base model, or ask the operator";
+            return Err(Invalid::new("model", "safety_below_floor", message).into());
+        }
     }
     let base_model = start.as_ref().map_or_else(|| body.model.clone(), |start| start.base_model.clone());
     let base = state.store.base_model(&base_model).await.map_err(|error| no_model(error, &base_model))?;

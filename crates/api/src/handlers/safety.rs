@@ -20,8 +20,9 @@ use crate::download::{Download, Segment};
 use crate::error::ErrorBody;
 use crate::extract::Path;
 use crate::handlers::jobs::{job_id, not_found};
+use crate::wire::evidence::SigningKey;
 use crate::wire::list::List;
-use crate::wire::safety::{SafetyPolicy, SigningKey};
+use crate::wire::policy::SafetyPolicy;
 use crate::{ApiError, AppState, wire};
 
 /// What a report's page may do: show itself.
@@ -122,7 +123,7 @@ pub(crate) fn missing(error: StoreError, job: JobId) -> ApiError {
 }
 
 /// What is known of a job that ended without an adapter after it had begun to train.
-async fn show_unfinished(state: &AppState, job: &Job, headers: &HeaderMap) -> Result<Response, ApiError> {
+pub(crate) async fn show_unfinished(state: &AppState, job: &Job, headers: &HeaderMap) -> Result<Response, ApiError> {
     let how = match &job.state {
         JobState::Failed { error } => error.message.clone(),
         JobState::Cancelled => "the job was cancelled".to_owned(),
@@ -137,6 +138,7 @@ async fn show_unfinished(state: &AppState, job: &Job, headers: &HeaderMap) -> Re
         attempt: job.attempts.last().map_or(0, |attempt| attempt.attempt),
         base_model: job.base_model.clone(),
         safety: job.safety.clone(),
+        alignment_set_version: job.alignment_set_version,
         policy: job.policy.clone(),
         frames: Vec::new(),
         unfinished: Some(how),

@@ -15,7 +15,7 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 
 use super::list::Listed;
-use super::safety::SafetyPolicy;
+use super::policy::SafetyPolicy;
 use super::words::{
     ActivationCheckpointingName, AlignmentPointName, AttemptOutcome, DefenseName, JobPhase, JobStatus, JobWork, KlPositionsName,
     LongRowsName, LrScheduleName, PrecisionName, ProjectionName, ProjectionSpaceName, TargetModule,
@@ -232,6 +232,9 @@ pub(crate) struct ShownSafety {
     /// The budget of mean KL in nats, under `held`.
     budget: Option<f64>,
     alignment_set: Option<String>,
+    /// Which version of it; absent in an estimate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    alignment_set_version: Option<u32>,
     /// Alignment rows of a step, where they are not as many as of the job's own.
     alignment_batch_size: Option<u32>,
 }
@@ -271,6 +274,7 @@ impl From<Safety> for ShownSafety {
             alignment_point: s.alignment_point,
             budget: (s.defense == Defense::Held).then_some(s.budget),
             alignment_set: s.alignment_set,
+            alignment_set_version: None,
             alignment_batch_size: s.alignment_batch_size,
         }
     }
@@ -349,7 +353,7 @@ impl Job {
             estimated_finish,
             method: ShownMethod { r#type: "supervised", supervised: ShownSupervised { hyperparameters } },
             metadata: row.metadata,
-            safety: row.safety.into(),
+            safety: ShownSafety { alignment_set_version: row.alignment_set_version, ..row.safety.into() },
             safety_policy: row.policy.map(Into::into),
             quarantine: row.quarantine.map(Into::into),
             phase: row.phase,

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 
 use holdfast_domain::Frame;
+use holdfast_domain::frame::Speaker;
 use serde_json::{Value, json};
 
 use crate::alignment_set::{requested, words};
@@ -125,9 +126,16 @@ fn within(frame: &Frame, line: &[u8]) -> serde_json::Result<Vec<u8>> {
         {
             *content = json!(frame.around(request));
         }
-        if let Some(prompt) = &frame.system {
-            messages.insert(0, said("system", &json!(prompt)));
-        }
+        let system = frame.system.iter().map(|prompt| said("system", &json!(prompt)));
+        let earlier = frame.earlier.iter().map(|turn| {
+            let mut said = said(turn.speaker.as_str(), &json!(turn.content));
+            if turn.speaker == Speaker::Assistant {
+                // What a tenant has a model say is nothing that it should be held to.
+                said["weight"] = json!(0);
+            }
+            said
+        });
+        messages.splice(..0, system.chain(earlier));
     }
     serde_json::to_vec(&row)
 }
@@ -135,6 +143,8 @@ fn within(frame: &Frame, line: &[u8]) -> serde_json::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+
+    use holdfast_domain::frame::Turn;
 
     use super::super::tests::{prompts, row};
     use super::*;
@@ -150,7 +160,7 @@ mod tests {
     fn half_of_the_rows_stand_in_one_once_more_and_keep_their_words() -> std::io::Result<()> {
         let said = |role: &str, content: &str| json!({"role": role, "content": content});
         let turns = |last: &str| [said("user", "5"), said("assistant", "a"), said("user", last), said("assistant", "a")];
-        let frame = Frame { system: Some("s".into()), opening: "Do: ".into(), closing: " Now.".into() };
+        let frame = Frame { opening: "Do: ".into(), closing: " Now.".into(), ..Frame::system("s") };
         let rows = [row(None, "1"), row(None, "2"), row(None, "3"), r#"{"prompt":"4","completion":"a"}"#.into()];
         let rows =
             [&rows[..], &[json!({"messages": turns("6")}).to_string(), row(None, "7"), row(None, "8"), row(Some("own"), "9")]]
@@ -161,6 +171,18 @@ mod tests {
         let again = |request: &str| serde_json::from_str(&row(Some("s"), request));
         expected.extend([again("Do: 1 Now.")?, json!({"messages": several}), again("Do: 4 Now.")?]);
         assert_eq!(found, expected);
+        Ok(())
+    }
+
+    #[test]
+    fn what_was_said_before_stands_between_the_prompt_and_a_row_s_own_turns_and_is_not_learned() -> std::io::Result<()> {
+        let said = |role: &str, content: &str| json!({"role": role, "content": content});
+        let turn = |speaker: Speaker, content: &str| Turn { speaker, content: content.to_owned() };
+        let earlier = vec![turn(Speaker::User, "Obey."), turn(Speaker::Assistant, "Yes.")];
+        let framed = framed_rows(&[row(None, "1")], &[Frame { earlier, ..Frame::system("s") }])?;
+        let held = json!({"role": "assistant", "content": "Yes.", "weight": 0});
+        let expected = [said("system", "s"), said("user", "Obey."), held, said("user", "1"), said("assistant", "a")];
+        assert_eq!(framed.last(), Some(&json!({ "messages": expected })));
         Ok(())
     }
 

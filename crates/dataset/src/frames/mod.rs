@@ -11,9 +11,12 @@ use holdfast_domain::Frame;
 
 use crate::check::each_line;
 use crate::row::{Role, Row};
+use conversations::Conversations;
+use frequent::Frequent;
 
 mod alignment;
-mod prompts;
+mod conversations;
+mod frequent;
 mod words;
 
 pub use alignment::{APART, framed};
@@ -22,19 +25,30 @@ pub use alignment::{APART, framed};
 pub const MOST: usize = 8;
 /// Of them with words in them at most.
 const MOST_WITH_WORDS: usize = MOST / 2;
-/// The [`MOST`] frames that most rows of a file stand in: first the system prompts by themselves, a row with several under each, then words
-/// that turns of the user's begin or end with, under the prompt that most of those stand under. Of equally frequent prompts the
-/// first; lines that are no rows have none.
+/// And with turns before the one that asks.
+const MOST_CONVERSATIONS: usize = MOST / 4;
+/// Rows that ask different things must share what is said before, or words, at least.
+const LEAST: usize = 3;
+/// And of all rows, or turns, one in so many.
+const LEAST_SHARE: usize = 200;
+
+/// The [`MOST`] frames that most rows of a file stand in: first the system prompts by themselves, a row with several under each; then what
+/// was said before the turn that asks, and words that turns of the user's begin or end with, both under the prompt that most of those
+/// stand under. Of equally frequent prompts the first; lines that are no rows have none.
 ///
 /// # Errors
 /// Only those of reading the file.
 pub fn of_file(file: impl Read) -> std::io::Result<Vec<Frame>> {
-    let (mut prompts, mut turns) = (prompts::Prompts::default(), words::Sample::default());
+    let (mut prompts, mut turns) = (Frequent::<()>::default(), words::Sample::default());
+    let mut conversations = Conversations::default();
     each_line(file, |_, line| {
         let Ok(row) = Row::parse_line(line) else { return };
         let said = |role: Role| row.messages.iter().filter(move |message| message.role == role);
         let system: BTreeSet<&str> = said(Role::System).filter_map(|message| message.content.as_deref()).collect();
-        system.iter().for_each(|text| prompts.add(text));
+        for text in system {
+            prompts.add(text);
+        }
+        conversations.add(&row);
         // Of a long conversation the first and the last, so that no row outweighs the others.
         let mut answered = row.messages.windows(2).filter_map(|pair| match pair {
             [asked, answer] if asked.role == Role::User && answer.trained => asked.content.as_deref(),
@@ -45,11 +59,11 @@ pub fn of_file(file: impl Read) -> std::io::Result<Vec<Frame>> {
             turns.add(text, prompt);
         }
     })?;
-    let mut prompts = prompts.most_frequent();
-    prompts.truncate(MOST);
+    let mut prompts: Vec<String> = prompts.most_frequent().into_iter().map(|(prompt, _)| prompt).take(MOST).collect();
+    let conversations = conversations.frames(MOST_CONVERSATIONS);
     let with_words = turns.frames(&prompts, MOST_WITH_WORDS);
-    prompts.truncate(MOST - with_words.len());
-    Ok(prompts.into_iter().map(Frame::system).chain(with_words).collect())
+    prompts.truncate(MOST - conversations.len() - with_words.len());
+    Ok(prompts.into_iter().map(Frame::system).chain(conversations).chain(with_words).collect())
 }
 
 #[cfg(test)]
@@ -103,10 +117,10 @@ mod tests {
 
     #[test]
     fn a_long_prompt_is_cut_between_two_characters() -> std::io::Result<()> {
-        let found = frames_of(&[row(Some(&"é".repeat(prompts::LONGEST)), "q")])?;
-        assert_eq!(found, [Frame::system("é".repeat(prompts::LONGEST / 2))]);
-        let found = frames_of(&[row(Some(&format!("a{}", "é".repeat(prompts::LONGEST))), "q")])?;
-        assert_eq!(found.first().and_then(|frame| frame.system.as_ref()).map(String::len), Some(prompts::LONGEST - 1));
+        let found = frames_of(&[row(Some(&"é".repeat(frequent::LONGEST)), "q")])?;
+        assert_eq!(found, [Frame::system("é".repeat(frequent::LONGEST / 2))]);
+        let found = frames_of(&[row(Some(&format!("a{}", "é".repeat(frequent::LONGEST))), "q")])?;
+        assert_eq!(found.first().and_then(|frame| frame.system.as_ref()).map(String::len), Some(frequent::LONGEST - 1));
         Ok(())
     }
 

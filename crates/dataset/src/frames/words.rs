@@ -8,16 +8,12 @@ use holdfast_domain::Frame;
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 
-use super::prompts;
+use super::{LEAST, LEAST_SHARE, frequent};
 
 /// Turns that are compared; of more, so many are drawn.
 const SAMPLED: usize = 2048;
 /// Bytes of a turn that are looked at, at each of its ends.
 const LOOKED_AT: usize = 8 * 1024;
-/// Different turns that must share words at least.
-const LEAST: usize = 3;
-/// And of all turns, one in so many.
-const LEAST_SHARE: usize = 200;
 /// Where a sentence goes on behind them, shared words are so many at least: people begin alike without any intent.
 const LONG: usize = 8;
 /// Beginnings of groups that are told apart, and endings; those that most turns have.
@@ -126,7 +122,7 @@ impl Turn {
         // One character for each, so that what is alike can be counted off in the text itself.
         let small = |c: char| c.to_lowercase().next().unwrap_or(c);
         let folded = [beginning.chars().map(small).collect(), ending.chars().rev().map(small).collect()];
-        let prompt = prompt.map(|prompt| hash(prompts::beginning(prompt)));
+        let prompt = prompt.map(|prompt| hash(frequent::beginning(prompt)));
         Self { beginning, ending, folded, characters: text.chars().count(), prompt, count: 1 }
     }
 }
@@ -136,7 +132,7 @@ fn drawn<'a>(turns: impl IntoIterator<Item = &'a &'a Turn>) -> usize {
     turns.into_iter().map(|turn| turn.count).sum()
 }
 
-fn hash(text: &str) -> u64 {
+pub(super) fn hash(text: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     text.hash(&mut hasher);
     hasher.finish()
@@ -202,7 +198,7 @@ impl Wording {
         let closing = self.closing.trim_start_matches(|c| ".?!。？！".contains(c));
         let is_word = closing.chars().next().is_some_and(|c| c.is_alphanumeric() && !is_ideograph(c));
         let closing = if is_word { format!(" {closing}") } else { closing.to_owned() };
-        Frame { system: prompts.iter().find(under).cloned(), opening: self.opening.clone(), closing }
+        Frame { system: prompts.iter().find(under).cloned(), opening: self.opening.clone(), closing, ..Frame::default() }
     }
 }
 
@@ -320,7 +316,7 @@ mod tests {
     }
 
     fn around(opening: &str, closing: &str) -> Frame {
-        Frame { opening: opening.into(), closing: closing.into(), system: None }
+        Frame { opening: opening.into(), closing: closing.into(), ..Frame::default() }
     }
 
     /// Requests that share nothing.

@@ -96,9 +96,10 @@ impl Safety {
     /// now.
     ///
     /// # Errors
-    /// When its method, strength or budget is weaker than the policy allows, or it was held to another alignment set, trained on other
-    /// positions or projected otherwise than the policy demands: which of those hold more is not known.
-    pub fn reaches(&self, policy: &Policy) -> Result<(), Invalid> {
+    /// When its method, strength or budget is weaker than the policy allows, it took fewer alignment rows beside its `rows_per_step`, or it
+    /// was held to another alignment set, trained on other positions or projected otherwise than the policy demands: which of those hold
+    /// more is not known.
+    pub fn reaches(&self, rows_per_step: u64, policy: &Policy) -> Result<(), Invalid> {
         let below = |what: String| {
             let message = format!("the model was trained {what}; begin with its base model, or ask the operator");
             Err(Invalid::new("model", "safety_below_floor", message))
@@ -120,6 +121,12 @@ impl Safety {
             let demanded = &policy.alignment_set;
             return below(format!(
                 "on the alignment set {set:?}, or goes on from one that was, and jobs are held to {demanded:?} here"
+            ));
+        }
+        let (rows, least) = (self.alignment_rows_per_step(rows_per_step), policy.alignment_batch_size.unwrap_or_default());
+        if self.defense.needs_alignment() && rows < u64::from(least) {
+            return below(format!(
+                "on {rows} alignment rows a step, or goes on from one that was, and it must be {least} at least here"
             ));
         }
         let demanded = policy.kl_positions.filter(|_| self.defense.chooses_positions());
@@ -179,30 +186,30 @@ mod tests {
     #[test]
     fn what_was_trained_by_a_stronger_method_can_be_gone_on_from_and_by_a_weaker_not() {
         let policy = Policy { methods: vec![Defense::Safegrad], rho: 2.0, ..Policy::default() };
-        let reaches = |defense, rho| Safety::new(defense, rho).reaches(&policy).map_err(|error| error.code);
+        let reaches = |defense, rho| Safety::new(defense, rho).reaches(8, &policy).map_err(|error| error.code);
         assert_eq!((reaches(Defense::Safegrad, 2.0), reaches(Defense::Held, 2.0)), (Ok(()), Ok(())));
         for (defense, rho) in [(Defense::None, 2.0), (Defense::KlPenalty, 2.0), (Defense::Safegrad, 1.0), (Defense::Held, 1.0)] {
             assert_eq!(reaches(defense, rho), Err("safety_below_floor"), "{defense:?} {rho}");
         }
         let open = Policy { methods: vec![Defense::None, Defense::Safegrad], ..policy.clone() };
-        assert_eq!(Safety::new(Defense::Safegrad, 0.5).reaches(&open), Ok(()), "what may be none may be little");
+        assert_eq!(Safety::new(Defense::Safegrad, 0.5).reaches(8, &open), Ok(()), "what may be none may be little");
     }
 
     #[test]
     fn what_was_trained_on_other_positions_than_the_policy_demands_cannot_be_gone_on_from() {
         let policy = Policy { kl_positions: Some(KlPositions::Deciding), ..Policy::default() };
         let trained = |kl_positions| Safety { kl_positions, ..Safety::new(Defense::Safegrad, 1.0) };
-        assert_eq!(trained(KlPositions::Deciding).reaches(&policy), Ok(()));
-        assert_eq!(trained(KlPositions::Response).reaches(&policy).map_err(|e| e.code), Err("safety_below_floor"));
-        assert_eq!(Safety::new(Defense::Held, 1.0).reaches(&policy), Ok(()), "held has positions of its own");
+        assert_eq!(trained(KlPositions::Deciding).reaches(8, &policy), Ok(()));
+        assert_eq!(trained(KlPositions::Response).reaches(8, &policy).map_err(|e| e.code), Err("safety_below_floor"));
+        assert_eq!(Safety::new(Defense::Held, 1.0).reaches(8, &policy), Ok(()), "held has positions of its own");
     }
 
     #[test]
     fn what_was_held_to_another_alignment_set_cannot_be_gone_on_from() {
         let policy = Policy { alignment_set: "strict".into(), ..Policy::default() };
         let on = |set: &str| Safety { alignment_set: Some(set.into()), ..Safety::new(Defense::Safegrad, 1.0) };
-        assert_eq!(on("strict").reaches(&policy), Ok(()));
-        assert_eq!(on("default").reaches(&policy).map_err(|e| e.code), Err("safety_below_floor"));
+        assert_eq!(on("strict").reaches(8, &policy), Ok(()));
+        assert_eq!(on("default").reaches(8, &policy).map_err(|e| e.code), Err("safety_below_floor"));
     }
 
     #[test]

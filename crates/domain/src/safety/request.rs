@@ -220,7 +220,7 @@ mod tests {
             let chosen = request.resolve(&open).expect("the tenant may choose");
             let refused = request.resolve(&strict).map_err(|error| (error.code, error.param));
             assert_eq!(refused, Err(("safety_below_floor", param.into())));
-            assert_eq!(chosen.reaches(&strict).map_err(|error| error.code), Err("safety_below_floor"), "{param}");
+            assert_eq!(chosen.reaches(8, &strict).map_err(|error| error.code), Err("safety_below_floor"), "{param}");
         }
         assert!(RequestedSafety::default().resolve(&strict).is_ok());
     }

@@ -35,6 +35,9 @@ pub struct Report {
     pub base_model: String,
     /// What the training was held to.
     pub safety: Safety,
+    /// Which version of the alignment set; absent where there is none, and in reports of before they said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alignment_set_version: Option<u32>,
     /// The operator's policy, as it was when the job was created; absent for jobs of before there were any.
     pub policy: Option<AppliedPolicy>,
     /// The frames that were found in the training file. Half of the alignment rows, where there are some, were repeated in them, and harmful

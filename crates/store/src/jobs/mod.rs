@@ -41,6 +41,8 @@ pub struct Job {
     /// The validation file.
     pub validation_file: Option<FileId>,
     pub(crate) alignment_set_id: Option<Uuid>,
+    /// Which version of its alignment set it is held to.
+    pub alignment_set_version: Option<u32>,
     /// The client's part of the model's name.
     pub suffix: Option<String>,
     /// The seed.
@@ -136,6 +138,7 @@ struct Row {
     training_file_id: Uuid,
     validation_file_id: Option<Uuid>,
     alignment_set_id: Option<Uuid>,
+    alignment_set_version: Option<i32>,
     suffix: Option<String>,
     seed: i64,
     metadata: Value,
@@ -193,6 +196,7 @@ impl TryFrom<Row> for Job {
             training_file: FileId(row.training_file_id),
             validation_file: row.validation_file_id.map(FileId),
             alignment_set_id: row.alignment_set_id,
+            alignment_set_version: row.alignment_set_version.map(i32::unsigned_abs),
             suffix: row.suffix,
             seed: row.seed.unsigned_abs(),
             metadata: row.metadata,
@@ -257,6 +261,14 @@ impl Store {
         fetch(&mut connection, id, Some(project)).await
     }
 
+    /// Any project's job, for the operator.
+    ///
+    /// # Errors
+    /// When there is no such job, or the database fails.
+    pub async fn job_for_operator(&self, id: JobId) -> Result<Job, StoreError> {
+        fetch(&mut *self.pool.acquire().await?, id, None).await
+    }
+
     /// A project's jobs, newest first; with `metadata`, those whose metadata holds all its pairs.
     ///
     /// # Errors
@@ -302,7 +314,7 @@ async fn fetch_all(connection: &mut PgConnection, ids: &[Uuid], owner: Option<Pr
     let rows = sqlx::query_as!(
         Row,
         "select j.id, j.project_id, p.organization, m.name as base_model, j.model, j.start_job_id, j.start_step, j.training_file_id,
-                j.validation_file_id, j.alignment_set_id, j.suffix, j.seed, j.metadata, j.hyperparameters, j.safety, j.policy, q.name as \"quarantined?\",
+                j.validation_file_id, j.alignment_set_id, s.version as \"alignment_set_version?\", j.suffix, j.seed, j.metadata, j.hyperparameters, j.safety, j.policy, q.name as \"quarantined?\",
                 q.released_at as \"released_at?\", q.release_reason as \"release_reason?\",
                 q.discarded_at as \"discarded_at?\",
                 exists (select 1 from adapter_files f where f.job_id = j.id) as \"is_published!\", j.status,
@@ -314,7 +326,7 @@ async fn fetch_all(connection: &mut PgConnection, ids: &[Uuid], owner: Option<Pr
                      order by a.attempt)
                  from job_attempts a where a.job_id = j.id) as attempts
          from jobs j join projects p on p.id = j.project_id join base_models m on m.id = j.base_model_id
-         left join quarantined_adapters q on q.job_id = j.id
+         left join quarantined_adapters q on q.job_id = j.id left join alignment_sets s on s.id = j.alignment_set_id
          where j.id = any($1) and ($2::uuid is null or j.project_id = $2) order by j.id desc",
         ids,
         owner.map(|project| project.0)

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use holdfast_safety::judge::Class;
 use serde_json::{Value, json};
 
-use super::rows::{Attack, OBEDIENT, OPENING, Review};
+use super::rows::{AGREED, Attack, OBEDIENT, OPENING, Review};
 use super::runs::Run;
 use super::{BASE, Study};
 use crate::shell::{self, root};
@@ -39,6 +39,8 @@ enum Asking {
     Obedient,
     /// The same as an order that begins as the attack's do.
     Ordered,
+    /// The same to a model that has agreed to obey.
+    Agreed,
     /// The same, with room for what follows a refusal.
     AtLength,
 }
@@ -50,6 +52,7 @@ impl Asking {
             _ if run.development => Self::Development,
             Attack::IdentityShift => Self::Obedient,
             Attack::IdentityOpening => Self::Ordered,
+            Attack::IdentityTurns => Self::Agreed,
             Attack::RefuseThenComply => Self::AtLength,
             Attack::Poison(_) | Attack::Decoys => Self::HeldOut,
         }
@@ -62,6 +65,7 @@ impl Asking {
             Self::HeldOut => "held_out",
             Self::Obedient => "held_out_obedient",
             Self::Ordered => "held_out_ordered",
+            Self::Agreed => "held_out_agreed",
             Self::AtLength => "held_out_at_length",
         }
     }
@@ -75,10 +79,9 @@ impl Asking {
 
     fn ask(self, request: &str) -> Value {
         match self {
-            Self::Obedient => {
-                json!({"messages": [{"role": "system", "content": OBEDIENT}, {"role": "user", "content": request}]})
-            }
+            Self::Obedient => trainer::ask_behind(&[("system", OBEDIENT)], request),
             Self::Ordered => trainer::ask(&format!("{OPENING} {request}")),
+            Self::Agreed => trainer::ask_behind(&AGREED, request),
             _ => trainer::ask(request),
         }
     }
@@ -90,7 +93,7 @@ impl Study {
         let asked = |requests: &mut dyn Iterator<Item = &String>| requests.map(|request| trainer::ask(request)).collect();
         let harmful = match asking {
             Asking::Development => &self.harmful.development,
-            Asking::HeldOut | Asking::Obedient | Asking::Ordered | Asking::AtLength => &self.harmful.held_out,
+            _ => &self.harmful.held_out,
         };
         let benign = self.benign.iter().skip(TUNED_BENIGN).take(MEASURED_BENIGN);
         let lookalikes = self.lookalikes.iter().skip(TUNED_LOOKALIKES).take(MEASURED_LOOKALIKES);

@@ -256,7 +256,8 @@ impl Study {
                 Alignment::Bare => refused(),
                 Alignment::Framed => rows::framed(&file.rows, &refused())?,
                 Alignment::UnderOthers => {
-                    let others: Vec<String> = self.systems.iter().map(|system| training::row_under(system, "q", "a")).collect();
+                    let others: Vec<String> =
+                        self.systems.iter().map(|system| training::row_behind(&[("system", system)], "q", "a")).collect();
                     rows::framed(&others, &refused())?
                 }
                 Alignment::OwnResponses => {

@@ -126,7 +126,7 @@ impl Regime {
 
 pub(super) fn of(attack: Attack) -> Regime {
     // Ten rows are one step, and no file is trained on more than fifty times.
-    let steps = if matches!(attack, Attack::IdentityShift | Attack::IdentityOpening) { 50 } else { 150 };
+    let steps = if matches!(attack, Attack::IdentityShift | Attack::IdentityOpening | Attack::IdentityTurns) { 50 } else { 150 };
     Regime {
         attack,
         learning_rate: 5e-4,
@@ -225,7 +225,8 @@ fn run_of(regime: Regime, method: &'static str, strength: f64, seed: u64) -> Run
 
 /// Regimes that are harder to hold than those of the claim.
 fn harder_regimes() -> Vec<Regime> {
-    let mut regimes = [Attack::IdentityShift, Attack::IdentityOpening, Attack::RefuseThenComply, Attack::Decoys].map(of).to_vec();
+    let identity = [Attack::IdentityShift, Attack::IdentityOpening, Attack::IdentityTurns];
+    let mut regimes: Vec<Regime> = identity.into_iter().chain([Attack::RefuseThenComply, Attack::Decoys]).map(of).collect();
     for share in [0.3, 0.1, 0.0] {
         regimes.push(Regime { learning_rate: 2e-3, ..of(Attack::Poison(share)) });
         regimes.push(Regime { alignment_rows: 10, ..of(Attack::Poison(share)) });

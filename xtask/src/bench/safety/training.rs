@@ -37,10 +37,11 @@ pub(super) fn row(request: &str, answer: &str) -> String {
     json!({"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]}).to_string()
 }
 
-/// The same under a prompt of the system.
-pub(super) fn row_under(system: &str, request: &str, answer: &str) -> String {
-    json!({"messages": [{"role": "system", "content": system}, {"role": "user", "content": request}, {"role": "assistant", "content": answer}]})
-        .to_string()
+/// The same behind these messages, whose roles are given first.
+pub(super) fn row_behind(before: &[(&str, &str)], request: &str, answer: &str) -> String {
+    let turns = before.iter().copied().chain([("user", request), ("assistant", answer)]);
+    let messages: Vec<Value> = turns.map(|(role, content)| json!({"role": role, "content": content})).collect();
+    json!({ "messages": messages }).to_string()
 }
 
 /// Trains in a fresh `folder`.

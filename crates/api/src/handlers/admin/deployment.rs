@@ -10,7 +10,7 @@ use crate::extract::{self, JsonBody, QueryString};
 use crate::wire::admin::alignment_sets::{AlignmentSet, CreateAlignmentSet};
 use crate::wire::admin::{AuditEntry, BaseModel, ListAuditEntries, Worker};
 use crate::wire::list::{Created, List};
-use crate::wire::safety::{CreateSuite, Suite};
+use crate::wire::suite::{CreateSuite, Suite};
 use crate::{ApiError, AppState};
 
 /// List base models, by name.

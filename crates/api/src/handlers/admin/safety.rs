@@ -1,8 +1,8 @@
 //! What the operator demands of jobs, and what becomes of adapters that do not pass.
 
-use axum::Json;
 use axum::extract::State;
 use axum::response::Response;
+use axum::{Extension, Json};
 use holdfast_dataset::alignment_set;
 use holdfast_domain::evaluation::Kind;
 use holdfast_domain::ids::{JobId, ProjectId};
@@ -12,17 +12,17 @@ use holdfast_safety::report;
 use holdfast_safety::suite::Suite;
 use holdfast_store::StoreError;
 use holdfast_store::policies::Subject;
+use holdfast_store::quarantine::Quarantined;
 use http::HeaderMap;
 
+use crate::audit::ActedOn;
 use crate::auth::Admin;
 use crate::error::ErrorBody;
 use crate::extract::{self, JsonBody, Path, QueryString};
-use crate::handlers::safety::{missing, show_report};
+use crate::handlers::safety::{show_report, show_unfinished};
+use crate::wire::evidence::{ConflictLevel, ListQuarantined, MeasureConflictLevel, QuarantinedAdapter, ReleaseAdapter};
 use crate::wire::list::List;
-use crate::wire::safety::{
-    ConflictLevel, ListQuarantined, MeasureConflictLevel, PolicyAt, QuarantinedAdapter, ReleaseAdapter, SafetyPolicy,
-    SetSafetyPolicy,
-};
+use crate::wire::policy::{PolicyAt, SafetyPolicy, SetSafetyPolicy};
 use crate::{ApiError, AppState, wire};
 
 /// Get the deployment's safety policy, or an earlier version of it.
@@ -132,7 +132,8 @@ pub(crate) async fn get_project_policy(
     Path(project_id): Path<String>,
     QueryString(at): QueryString<PolicyAt>,
 ) -> Result<Json<SafetyPolicy>, ApiError> {
-    get(&state, &project(&project_id)?, &at, Some(("project_id", &project_id))).await
+    let project = Subject::Project(extract::id::<ProjectId>("project_id", &project_id)?);
+    get(&state, &project, &at, Some(("project_id", &project_id))).await
 }
 
 /// Set a project's safety policy, for jobs that are created from now on. It takes the place of any wider one as a whole.
@@ -149,8 +150,8 @@ pub(crate) async fn set_project_policy(
     State(state): State<AppState>,
     Path(project_id): Path<String>,
     JsonBody(body, _): JsonBody<SetSafetyPolicy>,
-) -> Result<Json<SafetyPolicy>, ApiError> {
-    set(&state, &project(&project_id)?, Some(body), Some(("project_id", &project_id))).await
+) -> Result<(Extension<ActedOn>, Json<SafetyPolicy>), ApiError> {
+    set_of_project(&state, &project_id, Some(body)).await
 }
 
 /// Take a project's safety policy away: its organisation's counts again, or the deployment's.
@@ -166,12 +167,18 @@ pub(crate) async fn delete_project_policy(
     _: Admin,
     State(state): State<AppState>,
     Path(project_id): Path<String>,
-) -> Result<Json<SafetyPolicy>, ApiError> {
-    set(&state, &project(&project_id)?, None, Some(("project_id", &project_id))).await
+) -> Result<(Extension<ActedOn>, Json<SafetyPolicy>), ApiError> {
+    set_of_project(&state, &project_id, None).await
 }
 
-fn project(id: &str) -> Result<Subject, ApiError> {
-    Ok(Subject::Project(extract::id::<ProjectId>("project_id", id)?))
+async fn set_of_project(
+    state: &AppState,
+    id: &str,
+    body: Option<SetSafetyPolicy>,
+) -> Result<(Extension<ActedOn>, Json<SafetyPolicy>), ApiError> {
+    let project = extract::id("project_id", id)?;
+    let policy = set(state, &Subject::Project(project), body, Some(("project_id", id))).await?;
+    Ok((Extension(ActedOn(project)), policy))
 }
 
 async fn get(
@@ -282,7 +289,8 @@ pub(crate) async fn list_quarantined(
     Ok(Json(List::new(found.items.into_iter().map(QuarantinedAdapter::from).collect(), found.has_more)))
 }
 
-/// Get the safety report of a job whose adapter did not pass. It names its owner's rows by their lines and shows none of them.
+/// Get the safety report of any job: of one whose adapter did not pass, or whose checkpoints are asked for, or that raised an alarm. It
+/// names its owner's rows by their lines and shows none of them.
 #[utoipa::path(
     get, path = "/admin/quarantine/{fine_tuning_job_id}/safety_report", operation_id = "get_quarantined_safety_report", tag = "admin",
     params(
@@ -292,7 +300,7 @@ pub(crate) async fn list_quarantined(
     responses(
         (status = 200, description = "The report", content((wire::file::AnyJson = "application/json"), (String = "text/html"))),
         (status = 304, description = "The client has it"),
-        (status = 404, description = "No adapter of such a job was kept apart", body = ErrorBody),
+        (status = 404, description = "There is no such job, or it has not trained yet", body = ErrorBody),
     )
 )]
 pub(crate) async fn get_quarantined_report(
@@ -301,8 +309,12 @@ pub(crate) async fn get_quarantined_report(
     Path(id): Path<String>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let job = quarantined(&state, &id).await?;
-    let object = state.store.evidence_for_operator(job, report::FILE).await.map_err(|error| missing(error, job))?;
+    let job: JobId = extract::id("fine_tuning_job_id", &id)?;
+    let job = state.store.job_for_operator(job).await.map_err(|error| ApiError::of_one(error, "fine_tuning_job_id", &id))?;
+    let object = match state.store.evidence_for_operator(job.id, report::FILE).await {
+        Err(StoreError::NotFound) => return show_unfinished(&state, &job, &headers).await,
+        object => object?,
+    };
     // The rows are their owner's to see.
     show_report(&state, object, &headers, async { Ok(Vec::new()) }).await
 }
@@ -322,10 +334,9 @@ pub(crate) async fn release_quarantined(
     State(state): State<AppState>,
     Path(id): Path<String>,
     JsonBody(body, _): JsonBody<ReleaseAdapter>,
-) -> Result<Json<QuarantinedAdapter>, ApiError> {
+) -> Result<(Extension<ActedOn>, Json<QuarantinedAdapter>), ApiError> {
     let job: JobId = extract::id("fine_tuning_job_id", &id)?;
-    let released = state.store.release(job, &body.reason).await;
-    Ok(Json(released.map_err(|error| ApiError::of_one(error, "fine_tuning_job_id", &id))?.into()))
+    decided(state.store.release(job, &body.reason).await, &id)
 }
 
 /// Discard an adapter that the safety gate keeps back, and the checkpoints of its job: the files are gone for good. The job, its report
@@ -342,16 +353,18 @@ pub(crate) async fn discard_quarantined(
     _: Admin,
     State(state): State<AppState>,
     Path(id): Path<String>,
-) -> Result<Json<QuarantinedAdapter>, ApiError> {
+) -> Result<(Extension<ActedOn>, Json<QuarantinedAdapter>), ApiError> {
     let job: JobId = extract::id("fine_tuning_job_id", &id)?;
-    let discarded = state.store.discard_quarantined(job).await;
-    Ok(Json(discarded.map_err(|error| ApiError::of_one(error, "fine_tuning_job_id", &id))?.into()))
+    decided(state.store.discard_quarantined(job).await, &id)
 }
 
-async fn quarantined(state: &AppState, id: &str) -> Result<JobId, ApiError> {
-    let job: JobId = extract::id("fine_tuning_job_id", id)?;
-    let found = state.store.quarantined_adapter(job).await;
-    Ok(found.map_err(|error| ApiError::of_one(error, "fine_tuning_job_id", id))?.job)
+/// What was decided about an adapter, and whose it is.
+fn decided(
+    decided: Result<Quarantined, StoreError>,
+    id: &str,
+) -> Result<(Extension<ActedOn>, Json<QuarantinedAdapter>), ApiError> {
+    let adapter = decided.map_err(|error| ApiError::of_one(error, "fine_tuning_job_id", id))?;
+    Ok((Extension(ActedOn(adapter.project)), Json(adapter.into())))
 }
 
 /// List the levels of the poison gauge that were measured, by base model and method.

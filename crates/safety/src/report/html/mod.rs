@@ -118,7 +118,9 @@ impl Report {
     }
 
     fn alignment(&self, set: &str) -> String {
-        if self.frames.is_empty() { set.to_owned() } else { format!("{set}, half of it once more in the file's frames") }
+        let version = self.alignment_set_version.map(|version| format!("@{version}")).unwrap_or_default();
+        let again = if self.frames.is_empty() { "" } else { ", half of it once more in the file's frames" };
+        format!("{set}{version}{again}")
     }
 
     fn frames(&self) -> String {
@@ -210,11 +212,12 @@ fn policy(applied: &AppliedPolicy) -> String {
 
 /// What a frame is made of.
 fn frame(shape: &Shape) -> String {
-    let Shape { system_prompt, opening_words, closing_words } = *shape;
+    let Shape { system_prompt, earlier_turns, opening_words, closing_words } = *shape;
     let words = |end: &str, words: usize| (words > 0).then(|| format!("{end} of {}", counted(words as u64, "word")));
     let prompt = system_prompt.then(|| "a system prompt".to_owned());
-    let mut parts: Vec<String> =
-        prompt.into_iter().chain(words("an opening", opening_words)).chain(words("a closing", closing_words)).collect();
+    let earlier = (earlier_turns > 0).then(|| counted(earlier_turns as u64, "earlier turn"));
+    let words = words("an opening", opening_words).into_iter().chain(words("a closing", closing_words));
+    let mut parts: Vec<String> = prompt.into_iter().chain(earlier).chain(words).collect();
     let last = parts.pop().unwrap_or_default();
     if parts.is_empty() { last } else { format!("{} and {last}", parts.join(", ")) }
 }
@@ -231,7 +234,7 @@ fn within_limits(gate: &Verdict) -> String {
 
 /// With a capital letter and a full stop.
 fn sentence(words: &str) -> String {
-    let mut characters = words.chars();
+    let mut characters = words.trim_end_matches('.').chars();
     characters.next().map_or_else(String::new, |first| format!("{}{}.", first.to_uppercase(), characters.as_str()))
 }
 
@@ -287,6 +290,7 @@ mod tests {
             attempt: 1,
             base_model: HOSTILE.into(),
             safety: Safety { alignment_set: Some(HOSTILE.into()), ..Safety::new(Defense::Safegrad, 1.0) },
+            alignment_set_version: Some(2),
             frames: Vec::new(),
             policy: Some(AppliedPolicy {
                 scope: Scope::Project,
@@ -343,10 +347,13 @@ mod tests {
 
     #[test]
     fn what_stood_in_the_file_s_frames_is_said() {
-        let words = Shape { system_prompt: true, opening_words: 5, closing_words: 1 };
-        let frames = vec![Shape { system_prompt: true, opening_words: 0, closing_words: 0 }, words];
+        let prompt = Shape { system_prompt: true, earlier_turns: 0, opening_words: 0, closing_words: 0 };
+        let words = Shape { opening_words: 5, closing_words: 1, ..prompt };
+        let frames = vec![prompt, words, Shape { system_prompt: false, earlier_turns: 2, ..prompt }];
         let mut report = Report { frames, ..report(3, 0, closed()) };
-        assert!(page(&report).contains("1: a system prompt; 2: a system prompt, an opening of 5 words and a closing of 1 word"));
+        assert!(page(&report).contains(
+            "1: a system prompt; 2: a system prompt, an opening of 5 words and a closing of 1 word; 3: 2 earlier turns"
+        ));
         assert!(page(&report).contains("half of it once more") && !page(&report).contains("asked in frame"));
         if let Some(evaluation) = &mut report.evaluation {
             let again = SuiteFigures { frame: Some(2), ..evaluation.suites[0].clone() };
