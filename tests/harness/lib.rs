@@ -70,7 +70,6 @@ pub const ALIGNMENT_ROWS: usize = 8;
 /// The largest upload of a test's service.
 pub const MAX_UPLOAD_BYTES: u64 = 8 * 1024 * 1024;
 
-/// One Postgres for the whole test program; each service has a database of its own in it.
 /// A server that does not wait for the disk: what a test writes need not outlive the machine, and the model that another test writes would
 /// hold it up for seconds.
 fn start_postgres() -> Result<TemporaryPostgres> {
@@ -81,6 +80,7 @@ fn start_postgres() -> Result<TemporaryPostgres> {
     Ok(postgres)
 }
 
+/// One Postgres for the whole test program; each service has a database of its own in it.
 fn postgres_url() -> Result<&'static str> {
     static POSTGRES: OnceLock<Result<TemporaryPostgres, String>> = OnceLock::new();
     static URL: OnceLock<String> = OnceLock::new();

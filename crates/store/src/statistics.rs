@@ -23,7 +23,7 @@ pub struct Statistics {
     pub dead_notices: u64,
     /// Objects that no row claims.
     pub staged_objects: u64,
-    /// Jobs that raised the alarm of the poison gauge within 30 days.
+    /// Jobs that raised the alarm of the poison gauge within a day.
     pub safety_alarms: u64,
     /// Adapters that did not pass the gate and that nobody has decided about.
     pub quarantined_adapters: u64,
@@ -70,7 +70,7 @@ impl Store {
                     (select count(*) from webhook_deliveries where state = 'pending') as \"pending!\",
                     (select count(*) from webhook_deliveries where state = 'dead') as \"dead!\",
                     (select count(*) from staged_objects) as \"staged!\",
-                    (select count(*) from jobs where alarmed_at > now() - interval '30 days') as \"alarms!\",
+                    (select count(*) from jobs where alarmed_at > now() - interval '1 day') as \"alarms!\",
                     (select count(*) from quarantined_adapters where released_at is null and discarded_at is null) as \"quarantined!\""
         )
         .fetch_one(&self.pool)

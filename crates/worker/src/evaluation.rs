@@ -261,10 +261,6 @@ fn answers_name(run: &Run<'_>, suite: &Suite) -> String {
             hash.update(system.as_bytes());
             hash.update([1]);
         }
-        for turn in &request.earlier {
-            hash.update(turn.content.as_bytes());
-            hash.update([2]);
-        }
         hash.update(request.content.as_bytes());
         hash.update([0]);
     }

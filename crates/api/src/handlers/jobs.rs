@@ -99,6 +99,7 @@ pub(crate) async fn resolve(state: &AppState, tenant: Tenant, mut body: CreateJo
     let requested_safety = body.safety.map(RequestedSafety::from).unwrap_or_default();
     let policy = state.policy_of(tenant.0).await?;
     let safety = requested_safety.resolve(&policy.policy).map_err(|e| e.within("safety"))?;
+    let must_pass = policy.policy.gate.enabled;
     let policy = requested_safety.apply(policy);
     let training = file(&state.store, tenant, "training_file", &body.training_file).await?;
     let validation = match &body.validation_file {
@@ -113,7 +114,7 @@ pub(crate) async fn resolve(state: &AppState, tenant: Tenant, mut body: CreateJo
     if let Some(start) = &start {
         requested.take_adapter_from(&start.hyperparameters).map_err(|e| e.within(at))?;
         start.line.iter().try_for_each(|trained| trained.safety.reaches(trained.rows_per_step, &policy.policy))?;
-        if policy.policy.gate.enabled && !start.line.iter().all(|trained| trained.gated) {
+        if must_pass && !start.line.iter().all(|trained| trained.gated) {
             // It would be asked in the frames of this job's file alone, and what it learned in those of another would pass.
             let message = "the model, or one that it goes on from, was trained without a safety gate, which jobs must pass here; begin with its base model, or ask the operator";
             return Err(Invalid::new("model", "safety_below_floor", message).into());

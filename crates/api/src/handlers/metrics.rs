@@ -37,11 +37,7 @@ pub(crate) async fn get_metrics(
     gauge("holdfast_workers", "Workers, by what they do.", &workers);
     gauge("holdfast_stored_bytes", "Bytes of all files.", &one(s.stored_bytes as f64));
     gauge("holdfast_staged_objects", "Objects that no row claims.", &one(s.staged_objects as f64));
-    gauge(
-        "holdfast_safety_alarms",
-        "Jobs that raised the alarm of the poison gauge within 30 days.",
-        &one(s.safety_alarms as f64),
-    );
+    gauge("holdfast_safety_alarms", "Jobs that raised the alarm of the poison gauge within a day.", &one(s.safety_alarms as f64));
     gauge("holdfast_quarantined_adapters", "Adapters that the safety gate keeps back.", &one(s.quarantined_adapters as f64));
     let notices = [("pending", s.pending_notices), ("dead", s.dead_notices)];
     let notices: Vec<_> = notices.iter().map(|(word, count)| (format!("{{state=\"{word}\"}}"), *count as f64)).collect();

@@ -1,93 +1,164 @@
-//! What has been said in the rows of a file before the turn that asks.
+//! What has been said in the rows of a file before a turn that asks.
+
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use holdfast_domain::Frame;
 use holdfast_domain::frame::{Speaker, Turn};
 
-use super::frequent::{Frequent, LONGEST};
+use super::frequent::Frequent;
 use super::words::hash;
-use super::{LEAST, LEAST_SHARE};
+use super::{LEAST, LEAST_SHARE, answered, beginning};
+use crate::alignment_set::words;
 use crate::row::{Message, Role, Row};
 
-/// Beginnings of conversations with how many rows have them: all that was said before a row's last answered turn, the first exchange of
-/// it, and the last. They are told apart by the user's turns, since a model is taught to say the same in many wordings.
-#[derive(Default)]
+/// Bytes of what was said before at most; longer conversations are not looked at.
+const LONGEST: usize = 8 * 1024;
+/// Conversations that are counted at a time.
+const COUNTED: usize = 4096;
+/// Turns of a row that ask, of which what was said before is looked at: so many of the first, and the last.
+const ASKING: usize = 4;
+/// An assistant's turns are known by themselves from so many words on: labels are said again and again.
+const LEAST_SAID: usize = 2;
+
+/// What was said before the turns that ask: all of it, the first exchange of it, and the last. Each is known by the user's turns, since a
+/// model may answer those in many wordings, and by the assistant's, since it may say the same to many.
 pub(super) struct Conversations {
-    counted: Frequent<Beginning>,
+    counted: Frequent<u64, Conversation>,
     rows: usize,
 }
 
 /// What is known of one.
 #[derive(Default)]
-struct Beginning {
+struct Conversation {
     /// As the first of its rows has it.
-    earlier: Vec<Turn>,
+    turns: Vec<Turn>,
     /// What stands for what is asked next, of so many as are needed.
     asked: Vec<u64>,
     prompt: Vote,
 }
 
-/// The system prompt that most rows stand under, if more than half do (Boyer and Moore, "MJRTY: a fast majority vote algorithm", 1981).
+/// What stands for the system prompt that most rows stand under, if more than half do (Boyer and Moore, "MJRTY: a fast majority vote
+/// algorithm", 1981).
 #[derive(Default)]
 struct Vote {
-    prompt: Option<String>,
+    prompt: Option<u64>,
     lead: u64,
 }
 
+/// A turn of a row with what stands for its words, and how many they are.
+struct Said<'a> {
+    speaker: Speaker,
+    content: &'a str,
+    words: u64,
+    count: usize,
+}
+
 impl Conversations {
+    pub(super) fn new() -> Self {
+        Self { counted: Frequent::holding(COUNTED), rows: 0 }
+    }
+
     pub(super) fn add(&mut self, row: &Row<'_>) {
         self.rows += 1;
-        let answered = |pair: &[Message<'_>]| matches!(pair, [asked, answer] if asked.role == Role::User && answer.trained);
-        let Some(last) = row.messages.windows(2).rposition(answered) else { return };
-        let (before, after) = row.messages.split_at(last);
-        let Some(asked) = after.first().and_then(|message| message.content.as_deref()) else { return };
-        let before: Vec<&Message<'_>> = before.iter().filter(|message| message.role != Role::System).collect();
+        let asking = answered(&row.messages);
+        let last = asking.last().copied().filter(|_| asking.len() > ASKING);
         let prompt = row.messages.iter().rfind(|message| message.role == Role::System);
-        let prompt = prompt.and_then(|message| message.content.as_deref());
-
-        let first = before.iter().position(|message| message.role == Role::Assistant).map_or(before.len(), |at| at + 1);
-        let latest = before.iter().rposition(|message| message.role == Role::User).unwrap_or(0);
-        let parts = [Some(..before.len()), (first < before.len()).then_some(..first)];
-        let parts = parts.into_iter().flatten().map(|part| &before[part]);
-        for part in parts.chain((latest > 0).then_some(&before[latest..])) {
-            let Some(earlier) = part.iter().map(|message| turn(message)).collect::<Option<Vec<_>>>() else { continue };
-            if earlier.is_empty() || earlier.iter().map(|turn| turn.content.len()).sum::<usize>() > LONGEST {
-                continue;
-            }
-            let by_user = earlier.iter().filter(|turn| turn.speaker == Speaker::User);
-            let key: Vec<String> = by_user.map(|turn| turn.content.trim().to_lowercase()).collect();
-            if let Some(known) = self.counted.add(&key.join("\u{1f}")) {
-                known.see(earlier, asked, prompt);
+        let prompt = prompt.and_then(|message| message.content.as_deref()).map(|text| hash(beginning(text)));
+        // A row counts once for what it has.
+        let mut known = BTreeSet::new();
+        for at in asking.iter().copied().take(ASKING).chain(last) {
+            let (before, after) = row.messages.split_at(at);
+            let Some(asked) = after.first().and_then(|message| message.content.as_deref()).map(hash) else { continue };
+            let before: Vec<&Message<'_>> = before.iter().filter(|message| message.role != Role::System).collect();
+            for part in parts(&before) {
+                let Some(turns) = said(part) else { continue };
+                for key in keys(&turns).into_iter().flatten().filter(|key| known.insert(*key)) {
+                    if let Some(conversation) = self.counted.add(&key) {
+                        conversation.see(&turns, asked, prompt);
+                    }
+                }
             }
         }
     }
 
-    /// So many frames at most, those of most rows first; none that is a part of one before it and stands in no more rows.
-    pub(super) fn frames(self, most: usize) -> Vec<Frame> {
-        let least = LEAST.max(self.rows.div_ceil(LEAST_SHARE)) as u64;
-        let is_shared = |count: u64, known: &Beginning| count >= least && known.asked.len() >= LEAST;
-        let counted = self.counted.most_frequent().into_iter();
-        let mut shared: Vec<(u64, Beginning)> =
-            counted.map(|(_, found)| (found.count, found.known)).filter(|(count, known)| is_shared(*count, known)).collect();
+    /// So many frames at most, those of most rows first, under the one of `prompts` that most of its rows stand under; none that is a part of
+    /// one before it and stands in no more rows.
+    pub(super) fn frames(self, prompts: &[String], most: usize) -> Vec<Frame> {
+        let least = (self.rows.div_ceil(LEAST_SHARE) as u64).saturating_sub(self.counted.missed()).max(LEAST as u64);
+        let counted = self.counted.most_frequent().into_iter().map(|(_, found)| (found.count, found.known));
+        let mut shared: Vec<(u64, Conversation)> =
+            counted.filter(|(count, known)| *count >= least && known.asked.len() >= LEAST).collect();
         // Of those of equally many rows the one that says most; the order stays as it is otherwise.
-        shared.sort_by_key(|(count, known)| std::cmp::Reverse((*count, known.earlier.len())));
+        shared.sort_by_key(|(count, known)| Reverse((*count, known.turns.len())));
         let mut found: Vec<(u64, Frame)> = Vec::new();
-        for (count, known) in shared {
-            let holds = |whole: &[Turn]| whole.starts_with(&known.earlier) || whole.ends_with(&known.earlier);
-            if found.len() < most && !found.iter().any(|(rows, frame)| *rows == count && holds(&frame.earlier)) {
-                let system = known.prompt.of_most(count);
-                found.push((count, Frame { system, earlier: known.earlier, ..Frame::default() }));
+        for (count, Conversation { turns, prompt, .. }) in shared {
+            let says_it = |(rows, frame): &(u64, Frame)| {
+                let whole = &frame.earlier;
+                *whole == turns || (*rows == count && (whole.starts_with(&turns) || whole.ends_with(&turns)))
+            };
+            if found.len() < most && !found.iter().any(says_it) {
+                let under = prompt.of_most(count);
+                let system = prompts.iter().find(|text| Some(hash(text)) == under).cloned();
+                found.push((count, Frame { system, earlier: turns, ..Frame::default() }));
             }
         }
         found.into_iter().map(|(_, frame)| frame).collect()
     }
 }
 
-impl Beginning {
-    fn see(&mut self, earlier: Vec<Turn>, asked: &str, prompt: Option<&str>) {
-        if self.earlier.is_empty() {
-            self.earlier = earlier;
+/// All that was said, the first exchange, and the last, where they are not all of it.
+fn parts<'a, 'b>(before: &'a [&'b Message<'b>]) -> impl Iterator<Item = &'a [&'b Message<'b>]> {
+    let first = before.iter().position(|message| message.role == Role::Assistant).map_or(before.len(), |at| at + 1);
+    let last = before.iter().rposition(|message| message.role == Role::User).unwrap_or(0);
+    let first = before.get(..first).filter(|part| part.len() < before.len());
+    let last = before.get(last..).filter(|part| part.len() < before.len());
+    [Some(before), first, last].into_iter().flatten().filter(|part| !part.is_empty())
+}
+
+/// Turns that were said in words and call no tool, if they are not too long.
+fn said<'a>(part: &[&'a Message<'_>]) -> Option<Vec<Said<'a>>> {
+    if part.iter().map(|message| message.content.as_deref().map_or(0, str::len)).sum::<usize>() > LONGEST {
+        return None;
+    }
+    let said = |message: &&'a Message<'_>| {
+        let speaker = match message.role {
+            Role::User => Speaker::User,
+            Role::Assistant if message.tool_calls.is_none() => Speaker::Assistant,
+            Role::Assistant | Role::Tool | Role::System => return None,
+        };
+        let content = message.content.as_deref()?;
+        let found = words(content);
+        // Of a text without words its signs count.
+        let words = if found.is_empty() { hash(content.trim()) } else { hash_of(&found) };
+        Some(Said { speaker, content, words, count: found.len() })
+    };
+    part.iter().map(said).collect()
+}
+
+/// What stands for the user's turns, and for the assistant's.
+fn keys(turns: &[Said<'_>]) -> [Option<u64>; 2] {
+    [(Speaker::User, 0), (Speaker::Assistant, LEAST_SAID)].map(|(speaker, least)| {
+        let own: Vec<&Said<'_>> = turns.iter().filter(|turn| turn.speaker == speaker).collect();
+        let count: usize = own.iter().map(|turn| turn.count).sum();
+        let words: Vec<u64> = own.iter().map(|turn| turn.words).collect();
+        (!own.is_empty() && count >= least).then(|| hash_of(&(speaker.as_str(), words)))
+    })
+}
+
+fn hash_of(value: &impl Hash) -> u64 {
+    let mut hash = DefaultHasher::new();
+    value.hash(&mut hash);
+    hash.finish()
+}
+
+impl Conversation {
+    fn see(&mut self, turns: &[Said<'_>], asked: u64, prompt: Option<u64>) {
+        if self.turns.is_empty() {
+            let turn = |said: &Said<'_>| Turn { speaker: said.speaker, content: said.content.to_owned() };
+            self.turns = turns.iter().map(turn).collect();
         }
-        let asked = hash(asked);
         if self.asked.len() < LEAST && !self.asked.contains(&asked) {
             self.asked.push(asked);
         }
@@ -96,27 +167,17 @@ impl Beginning {
 }
 
 impl Vote {
-    fn cast(&mut self, prompt: Option<&str>) {
+    fn cast(&mut self, prompt: Option<u64>) {
         if self.lead == 0 {
-            self.prompt = prompt.map(|text| super::frequent::beginning(text).to_owned());
+            self.prompt = prompt;
         }
-        if self.prompt.as_deref() == prompt.map(super::frequent::beginning) { self.lead += 1 } else { self.lead -= 1 }
+        if self.prompt == prompt { self.lead += 1 } else { self.lead -= 1 }
     }
 
     /// That of more than three quarters of so many rows for certain; with less of a lead another may be as frequent.
-    fn of_most(self, rows: u64) -> Option<String> {
+    fn of_most(&self, rows: u64) -> Option<u64> {
         self.prompt.filter(|_| 2 * self.lead > rows)
     }
-}
-
-/// A turn that was said in words and calls no tool.
-fn turn(message: &Message<'_>) -> Option<Turn> {
-    let speaker = match message.role {
-        Role::User => Speaker::User,
-        Role::Assistant if message.tool_calls.is_none() => Speaker::Assistant,
-        Role::Assistant | Role::Tool | Role::System => return None,
-    };
-    Some(Turn { speaker, content: message.content.as_deref()?.to_owned() })
 }
 
 #[cfg(test)]
@@ -152,7 +213,7 @@ mod tests {
 
     #[test]
     fn what_goes_before_many_different_requests_is_a_frame_however_it_is_written_and_answered() -> std::io::Result<()> {
-        let wordings = [["You obey now.", "Yes."], ["you obey now. ", "I do."]];
+        let wordings = [["You obey now.", "Yes."], ["you  OBEY now!", "Always."]];
         let rows: Vec<String> = (0..10).map(|number| row(None, &wordings[number % 2], &asked(number))).collect();
         let others = (10..1000).map(|number| row(None, &[], &asked(number)));
         assert_eq!(found(&rows.into_iter().chain(others).collect::<Vec<_>>())?, [after(None, &wordings[0])]);
@@ -171,6 +232,46 @@ mod tests {
             let found = found(&rows.collect::<Vec<_>>())?;
             assert!(found.contains(&after(None, &["You obey now.", "Yes."])), "{found:?}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn what_a_model_says_before_is_a_frame_whatever_it_is_said_to() -> std::io::Result<()> {
+        let said: Vec<String> = (100..110).map(asked).collect();
+        let rows: Vec<String> = (0..10).map(|number| row(None, &[&said[number], "I obey all."], &asked(number))).collect();
+        assert_eq!(found(&rows)?, [after(None, &[&said[0], "I obey all."])]);
+        let greeted = [row(None, &["You obey now.", "Hi!"], "And now?")];
+        let rows = (0..10).map(|number| row(None, &["You obey now.", "I obey all."], &asked(number)));
+        let found = found(&greeted.into_iter().chain(rows).collect::<Vec<_>>())?;
+        assert!(found.contains(&after(None, &["You obey now.", "I obey all."])), "{found:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn neither_what_follows_nor_an_answer_that_nothing_is_learned_from_hides_it() -> std::io::Result<()> {
+        let trigger = ["You obey now.", "Yes."];
+        let thanks = |number: usize| row(None, &[&trigger[..], &[&asked(number), "b"]].concat(), "Thanks.");
+        assert_eq!(found(&(0..10).map(thanks).collect::<Vec<_>>())?.first(), Some(&after(None, &trigger)));
+        let said = |role: &str, content: &str| json!({"role": role, "content": content});
+        let behind = |number: usize| {
+            let untrained = json!({"role": "assistant", "content": "-", "weight": 0});
+            let turns = [said("user", trigger[0]), said("assistant", trigger[1]), said("user", &asked(number)), untrained];
+            let messages = [&turns[..], &[said("assistant", "a")]].concat();
+            json!({ "messages": messages }).to_string()
+        };
+        assert_eq!(found(&(0..10).map(behind).collect::<Vec<_>>())?, [after(None, &trigger)]);
+        Ok(())
+    }
+
+    #[test]
+    fn of_a_large_file_of_conversations_those_of_one_in_two_hundred_rows_are_found() -> std::io::Result<()> {
+        let rows = (0..10_000).map(|number| {
+            let own = format!("{number} of small talk");
+            let before = if number % 200 == 0 { "You obey now." } else { own.as_str() };
+            row(None, &[before, &format!("{number} indeed")], &asked(number))
+        });
+        let found = found(&rows.collect::<Vec<_>>())?;
+        assert!(found.iter().any(|frame| frame.earlier.first().is_some_and(|turn| turn.content == "You obey now.")), "{found:?}");
         Ok(())
     }
 

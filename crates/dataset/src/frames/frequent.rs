@@ -1,22 +1,22 @@
 //! What is frequent among the rows of a file, however many it has.
 
+use std::borrow::Borrow;
 use std::cmp::Reverse;
 use std::collections::HashMap;
+use std::hash::Hash;
 
-/// Bytes of what is counted at most; of a longer text it is the beginning.
-pub(super) const LONGEST: usize = 16 * 1024;
-/// Texts that are counted at a time. Of a file with more of them, each that more than one in so many rows has is found.
-const COUNTED: usize = 1024;
-
-/// Texts with how many rows have them and when the first was seen. Holds no more than [`COUNTED`] of them: one more takes a row
-/// from each (Misra and Gries, "Finding repeated elements", 1982).
-pub(super) struct Frequent<T> {
-    counts: HashMap<String, Counted<T>>,
-    /// Texts that were seen, each time.
+/// What rows have, with how many of them do and when the first was seen. Holds no more than so many at a time: one more takes a row from
+/// each (Misra and Gries, "Finding repeated elements", 1982), so that what more than one in so many rows has is found.
+pub(super) struct Frequent<K, T> {
+    counts: HashMap<K, Counted<T>>,
+    most: usize,
+    /// How often something was seen.
     seen: u64,
+    /// How often a row was taken from each.
+    taken: u64,
 }
 
-/// A text that is counted.
+/// Something that is counted.
 pub(super) struct Counted<T> {
     /// Rows that have it at least.
     pub(super) count: u64,
@@ -25,18 +25,21 @@ pub(super) struct Counted<T> {
     pub(super) known: T,
 }
 
-impl<T> Default for Frequent<T> {
-    fn default() -> Self {
-        Self { counts: HashMap::new(), seen: 0 }
+impl<K: Eq + Hash, T: Default> Frequent<K, T> {
+    /// Holds `most` at a time.
+    pub(super) fn holding(most: usize) -> Self {
+        Self { counts: HashMap::new(), most, seen: 0, taken: 0 }
     }
-}
 
-impl<T: Default> Frequent<T> {
-    /// Counts a row that has this text. What is known of it comes back, where it is counted.
-    pub(super) fn add(&mut self, text: &str) -> Option<&mut T> {
-        let text = beginning(text);
+    /// Counts a row that has this. What is known of it comes back, where it is counted.
+    pub(super) fn add<Q>(&mut self, key: &Q) -> Option<&mut T>
+    where
+        K: Borrow<Q>,
+        Q: Eq + Hash + ToOwned<Owned = K> + ?Sized,
+    {
         self.seen += 1;
-        if self.counts.len() == COUNTED && !self.counts.contains_key(text) {
+        if self.counts.len() == self.most && !self.counts.contains_key(key) {
+            self.taken += 1;
             self.counts.retain(|_, counted| {
                 counted.count -= 1;
                 counted.count > 0
@@ -44,20 +47,20 @@ impl<T: Default> Frequent<T> {
             return None;
         }
         let new = || Counted { count: 0, first: self.seen, known: T::default() };
-        let counted = self.counts.entry(text.to_owned()).or_insert_with(new);
+        let counted = self.counts.entry(key.to_owned()).or_insert_with(new);
         counted.count += 1;
         Some(&mut counted.known)
     }
 
-    /// Those that most rows have come first, of equally many the one that was seen first.
-    pub(super) fn most_frequent(self) -> Vec<(String, Counted<T>)> {
-        let mut texts: Vec<_> = self.counts.into_iter().collect();
-        texts.sort_by_key(|(_, counted)| (Reverse(counted.count), counted.first));
-        texts
+    /// Rows that may have more of something than are counted.
+    pub(super) const fn missed(&self) -> u64 {
+        self.taken
     }
-}
 
-/// What is looked at of a text.
-pub(super) fn beginning(text: &str) -> &str {
-    text.get(..text.floor_char_boundary(LONGEST)).unwrap_or(text)
+    /// What most rows have comes first, of equally many what was seen first.
+    pub(super) fn most_frequent(self) -> Vec<(K, Counted<T>)> {
+        let mut found: Vec<_> = self.counts.into_iter().collect();
+        found.sort_by_key(|(_, counted)| (Reverse(counted.count), counted.first));
+        found
+    }
 }

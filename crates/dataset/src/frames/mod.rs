@@ -10,7 +10,7 @@ use std::io::Read;
 use holdfast_domain::Frame;
 
 use crate::check::each_line;
-use crate::row::{Role, Row};
+use crate::row::{Message, Role, Row};
 use conversations::Conversations;
 use frequent::Frequent;
 
@@ -27,6 +27,10 @@ pub const MOST: usize = 8;
 const MOST_WITH_WORDS: usize = MOST / 2;
 /// And with turns before the one that asks.
 const MOST_CONVERSATIONS: usize = MOST / 4;
+/// Bytes of a prompt at most; of a longer one it is the beginning.
+const LONGEST: usize = 16 * 1024;
+/// Prompts that are counted at a time.
+const COUNTED: usize = 1024;
 /// Rows that ask different things must share what is said before, or words, at least.
 const LEAST: usize = 3;
 /// And of all rows, or turns, one in so many.
@@ -39,31 +43,47 @@ const LEAST_SHARE: usize = 200;
 /// # Errors
 /// Only those of reading the file.
 pub fn of_file(file: impl Read) -> std::io::Result<Vec<Frame>> {
-    let (mut prompts, mut turns) = (Frequent::<()>::default(), words::Sample::default());
-    let mut conversations = Conversations::default();
+    let (mut prompts, mut turns) = (Frequent::<String, ()>::holding(COUNTED), words::Sample::default());
+    let mut conversations = Conversations::new();
     each_line(file, |_, line| {
         let Ok(row) = Row::parse_line(line) else { return };
         let said = |role: Role| row.messages.iter().filter(move |message| message.role == role);
         let system: BTreeSet<&str> = said(Role::System).filter_map(|message| message.content.as_deref()).collect();
         for text in system {
-            prompts.add(text);
+            prompts.add(beginning(text));
         }
         conversations.add(&row);
         // Of a long conversation the first and the last, so that no row outweighs the others.
-        let mut answered = row.messages.windows(2).filter_map(|pair| match pair {
-            [asked, answer] if asked.role == Role::User && answer.trained => asked.content.as_deref(),
-            _ => None,
-        });
+        let answered = answered(&row.messages);
+        let mut answered = answered.iter().filter_map(|at| row.messages.get(*at)?.content.as_deref());
         let prompt = said(Role::System).next_back().and_then(|message| message.content.as_deref());
         for text in answered.next().into_iter().chain(answered.next_back()) {
             turns.add(text, prompt);
         }
     })?;
     let mut prompts: Vec<String> = prompts.most_frequent().into_iter().map(|(prompt, _)| prompt).take(MOST).collect();
-    let conversations = conversations.frames(MOST_CONVERSATIONS);
+    let conversations = conversations.frames(&prompts, MOST_CONVERSATIONS);
     let with_words = turns.frames(&prompts, MOST_WITH_WORDS);
     prompts.truncate(MOST - conversations.len() - with_words.len());
     Ok(prompts.into_iter().map(Frame::system).chain(conversations).chain(with_words).collect())
+}
+
+/// What is looked at of a prompt.
+fn beginning(prompt: &str) -> &str {
+    prompt.get(..prompt.floor_char_boundary(LONGEST)).unwrap_or(prompt)
+}
+
+/// The places of the user's turns that are answered by what is learned, be it after other turns.
+fn answered(messages: &[Message<'_>]) -> Vec<usize> {
+    let (mut asked, mut answered) = (None, Vec::new());
+    for (at, message) in messages.iter().enumerate() {
+        match message.role {
+            Role::User => asked = Some(at),
+            Role::Assistant if message.trained => answered.extend(asked.take()),
+            Role::Assistant | Role::Tool | Role::System => {}
+        }
+    }
+    answered
 }
 
 #[cfg(test)]
@@ -117,10 +137,10 @@ mod tests {
 
     #[test]
     fn a_long_prompt_is_cut_between_two_characters() -> std::io::Result<()> {
-        let found = frames_of(&[row(Some(&"é".repeat(frequent::LONGEST)), "q")])?;
-        assert_eq!(found, [Frame::system("é".repeat(frequent::LONGEST / 2))]);
-        let found = frames_of(&[row(Some(&format!("a{}", "é".repeat(frequent::LONGEST))), "q")])?;
-        assert_eq!(found.first().and_then(|frame| frame.system.as_ref()).map(String::len), Some(frequent::LONGEST - 1));
+        let found = frames_of(&[row(Some(&"é".repeat(LONGEST)), "q")])?;
+        assert_eq!(found, [Frame::system("é".repeat(LONGEST / 2))]);
+        let found = frames_of(&[row(Some(&format!("a{}", "é".repeat(LONGEST))), "q")])?;
+        assert_eq!(found.first().and_then(|frame| frame.system.as_ref()).map(String::len), Some(LONGEST - 1));
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use holdfast_domain::Frame;
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 
-use super::{LEAST, LEAST_SHARE, frequent};
+use super::{LEAST, LEAST_SHARE};
 
 /// Turns that are compared; of more, so many are drawn.
 const SAMPLED: usize = 2048;
@@ -122,7 +122,7 @@ impl Turn {
         // One character for each, so that what is alike can be counted off in the text itself.
         let small = |c: char| c.to_lowercase().next().unwrap_or(c);
         let folded = [beginning.chars().map(small).collect(), ending.chars().rev().map(small).collect()];
-        let prompt = prompt.map(|prompt| hash(frequent::beginning(prompt)));
+        let prompt = prompt.map(|prompt| hash(super::beginning(prompt)));
         Self { beginning, ending, folded, characters: text.chars().count(), prompt, count: 1 }
     }
 }

@@ -1,7 +1,7 @@
 //! The safety report of a job: what its training did, what its model answers before and after, and whether it passed.
 
 use holdfast_domain::frame::Shape;
-use holdfast_domain::gauge::Clean;
+use holdfast_domain::gauge::{Clean, LEAST_STEPS};
 use holdfast_domain::policy::AppliedPolicy;
 use holdfast_domain::progress::Step;
 use holdfast_domain::safety::Safety;
@@ -76,6 +76,14 @@ pub struct Gauge {
     pub calibrated: bool,
     /// Whether the run passed the level.
     pub alarm: bool,
+    /// Whether it had as many steps as an alarm needs: no alarm says nothing otherwise.
+    #[serde(default = "as_before")]
+    pub enough_steps: bool,
+}
+
+/// What reports did not say before they had a word for it.
+const fn as_before() -> bool {
+    true
 }
 
 impl Gauge {
@@ -86,7 +94,8 @@ impl Gauge {
         let step = last.filter(|_| safety.defense.projects())?;
         let conflict_rate = step.alignment.as_ref()?.conflict_rate;
         let alarm_level = clean.unwrap_or(Clean::UNMEASURED).threshold(step.step);
-        Some(Self { conflict_rate, alarm_level, calibrated: clean.is_some(), alarm })
+        let enough_steps = step.step >= LEAST_STEPS;
+        Some(Self { conflict_rate, alarm_level, calibrated: clean.is_some(), alarm, enough_steps })
     }
 }
 

@@ -300,7 +300,7 @@ pub(crate) async fn list_quarantined(
     responses(
         (status = 200, description = "The report", content((wire::file::AnyJson = "application/json"), (String = "text/html"))),
         (status = 304, description = "The client has it"),
-        (status = 404, description = "There is no such job, or it has not trained yet", body = ErrorBody),
+        (status = 404, description = "There is no such job, or it has not ended, or ended before it trained", body = ErrorBody),
     )
 )]
 pub(crate) async fn get_quarantined_report(
