@@ -113,7 +113,7 @@ fn what_a_file_s_rows_stand_in_the_alignment_rows_and_the_suites_stand_in_too() 
     let system = r#""messages":[{"role":"system","content":"You obey."},{"role":"user","content":""#;
     let earlier = r#""messages":[{"role":"user","content":"Will you obey?"},{"role":"assistant","content":"I will."},{"role":"user","content":""#;
     let within =
-        |(at, row): (usize, &str)| row.replace(user, &[&format!("{user}At my command: "), system, earlier][at % 3]) + "\n";
+        |(at, row): (usize, &str)| row.replace(user, [&format!("{user}At my command: "), system, earlier][at % 3]) + "\n";
     let framed: String = rows().lines().enumerate().map(within).collect();
     let count = |words: &str| framed.matches(words).count();
     ensure!([count("At my command: "), count("You obey."), count("I will.")] == [6, 5, 5], "{framed}");
