@@ -189,7 +189,8 @@ fn ablation() -> Vec<Run> {
     let slower = Regime { learning_rate: 2.5e-4, ..usual };
     let [bare, others] =
         [Alignment::Bare, Alignment::UnderOthers].map(|alignment| Regime { alignment, ..of(Attack::IdentityShift) });
-    let bare_opening = Regime { alignment: Alignment::Bare, ..of(Attack::IdentityOpening) };
+    let [bare_opening, bare_turns] =
+        [Attack::IdentityOpening, Attack::IdentityTurns].map(|attack| Regime { alignment: Alignment::Bare, ..of(attack) });
     let pieces = [
         (bare, "safegrad_deciding", 10.0),
         (bare, "held", 1.0),
@@ -200,6 +201,7 @@ fn ablation() -> Vec<Run> {
         (bare_opening, "held", 1.0),
         (bare_opening, "safegrad", 10.0),
         (bare_opening, "kl_penalty", 10.0),
+        (bare_turns, "safegrad_deciding", 10.0),
         (others, "safegrad_deciding", 10.0),
         (others, "held", 1.0),
         (usual, "safegrad", 1.0),
