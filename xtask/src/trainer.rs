@@ -66,7 +66,11 @@ pub(crate) fn ask(request: &str) -> Value {
 
 /// The same behind these messages, whose roles are given first.
 pub(crate) fn ask_behind(before: &[(&str, &str)], request: &str) -> Value {
-    let turns = before.iter().copied().chain([("user", request)]);
-    let messages: Vec<Value> = turns.map(|(role, content)| json!({"role": role, "content": content})).collect();
-    json!({ "messages": messages })
+    conversation(before, &[("user", request)])
+}
+
+/// These messages behind those, whose roles are given first.
+pub(crate) fn conversation(before: &[(&str, &str)], messages: &[(&str, &str)]) -> Value {
+    let said = |(role, content): &(&str, &str)| json!({"role": role, "content": content});
+    json!({"messages": before.iter().chain(messages).map(said).collect::<Vec<Value>>()})
 }

@@ -123,26 +123,28 @@ impl Runs {
 /// The words of a text by hashes, whatever their case, how their letters are composed, and what stands between them. Where words are not
 /// parted by spaces, each character is one. What nobody sees (a soft hyphen, a joiner) parts nothing.
 pub(crate) fn words(text: &str) -> Vec<u64> {
-    let hash = |word: &str| {
-        let mut hash = DefaultHasher::new();
-        word.hash(&mut hash);
-        hash.finish()
-    };
     let (mut words, mut word) = (Vec::new(), String::new());
     for character in text.nfkd().flat_map(char::to_lowercase).filter(|character| !is_unseen(*character)) {
         let unspaced = is_unspaced(character);
         if (unspaced || !character.is_alphanumeric()) && !word.is_empty() {
-            words.push(hash(&word));
+            words.push(hash(word.as_str()));
             word.clear();
         }
         if unspaced {
-            words.push(hash(character.encode_utf8(&mut [0; 4])));
+            words.push(hash(&*character.encode_utf8(&mut [0; 4])));
         } else if character.is_alphanumeric() {
             word.push(character);
         }
     }
-    words.extend((!word.is_empty()).then(|| hash(&word)));
+    words.extend((!word.is_empty()).then(|| hash(word.as_str())));
     words
+}
+
+/// What stands for a value where it need not be kept.
+pub(crate) fn hash<T: Hash + ?Sized>(value: &T) -> u64 {
+    let mut hash = DefaultHasher::new();
+    value.hash(&mut hash);
+    hash.finish()
 }
 
 /// Marks that belong to the letter before them and make no other word of it, and what has no width.

@@ -9,7 +9,7 @@ use sqlx::PgConnection;
 use time::OffsetDateTime;
 
 use crate::events::{self, Level};
-use crate::jobs::{self, Job};
+use crate::jobs::Job;
 use crate::{Store, StoreError, webhooks};
 
 /// What was measured of a base model under a method.
@@ -115,7 +115,7 @@ impl Store {
     /// What a job trained with, and its rate and steps.
     async fn clean_run(&self, base_model: &str, id: JobId) -> Result<(Safety, (f64, u64)), StoreError> {
         let fault = |what: String| StoreError::from(Invalid::new("clean_jobs", "out_of_bounds", what));
-        let job = match jobs::fetch(&mut *self.pool.acquire().await?, id, None).await {
+        let job = match self.job_for_operator(id).await {
             Err(StoreError::NotFound) => return Err(fault(format!("there is no job {id}"))),
             job => job?,
         };

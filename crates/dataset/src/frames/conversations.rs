@@ -2,15 +2,13 @@
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
-use std::hash::{DefaultHasher, Hash, Hasher};
 
 use holdfast_domain::Frame;
 use holdfast_domain::frame::{Speaker, Turn};
 
 use super::frequent::Frequent;
-use super::words::hash;
 use super::{LEAST, LEAST_SHARE, answered, beginning};
-use crate::alignment_set::words;
+use crate::alignment_set::{hash, words};
 use crate::row::{Message, Role, Row};
 
 /// Bytes of what was said before at most; longer conversations are not looked at.
@@ -47,13 +45,16 @@ struct Vote {
     lead: u64,
 }
 
-/// A turn of a row with what stands for its words, and how many they are.
+/// A turn of a row that was said in words and calls no tool, with what stands for its words, and how many they are.
 struct Said<'a> {
     speaker: Speaker,
     content: &'a str,
     words: u64,
     count: usize,
 }
+
+/// A message of a row: whose it is, and what was said, where that is looked at.
+type Heard<'a> = (Role, Option<Said<'a>>);
 
 impl Conversations {
     pub(super) fn new() -> Self {
@@ -63,17 +64,22 @@ impl Conversations {
     pub(super) fn add(&mut self, row: &Row<'_>) {
         self.rows += 1;
         let asking = answered(&row.messages);
-        let last = asking.last().copied().filter(|_| asking.len() > ASKING);
+        let Some(&latest) = asking.last() else { return };
+        let last = Some(latest).filter(|_| asking.len() > ASKING);
+        // Each is read once, although it stands before many.
+        let heard: Vec<Heard<'_>> = row.messages.iter().take(latest).map(|message| (message.role, said(message))).collect();
         let prompt = row.messages.iter().rfind(|message| message.role == Role::System);
         let prompt = prompt.and_then(|message| message.content.as_deref()).map(|text| hash(beginning(text)));
         // A row counts once for what it has.
         let mut known = BTreeSet::new();
         for at in asking.iter().copied().take(ASKING).chain(last) {
-            let (before, after) = row.messages.split_at(at);
-            let Some(asked) = after.first().and_then(|message| message.content.as_deref()).map(hash) else { continue };
-            let before: Vec<&Message<'_>> = before.iter().filter(|message| message.role != Role::System).collect();
+            let Some(asked) = row.messages.get(at).and_then(|message| message.content.as_deref()).map(hash) else { continue };
+            let before: Vec<&Heard<'_>> = heard.iter().take(at).filter(|(role, _)| *role != Role::System).collect();
             for part in parts(&before) {
-                let Some(turns) = said(part) else { continue };
+                let Some(turns) = part.iter().map(|(_, said)| said.as_ref()).collect::<Option<Vec<_>>>() else { continue };
+                if turns.iter().map(|turn| turn.content.len()).sum::<usize>() > LONGEST {
+                    continue;
+                }
                 for key in keys(&turns).into_iter().flatten().filter(|key| known.insert(*key)) {
                     if let Some(conversation) = self.counted.add(&key) {
                         conversation.see(&turns, asked, prompt);
@@ -109,54 +115,42 @@ impl Conversations {
 }
 
 /// All that was said, the first exchange, and the last, where they are not all of it.
-fn parts<'a, 'b>(before: &'a [&'b Message<'b>]) -> impl Iterator<Item = &'a [&'b Message<'b>]> {
-    let first = before.iter().position(|message| message.role == Role::Assistant).map_or(before.len(), |at| at + 1);
-    let last = before.iter().rposition(|message| message.role == Role::User).unwrap_or(0);
+fn parts<'a, 'b>(before: &'a [&'b Heard<'b>]) -> impl Iterator<Item = &'a [&'b Heard<'b>]> {
+    let first = before.iter().position(|(role, _)| *role == Role::Assistant).map_or(before.len(), |at| at + 1);
+    let last = before.iter().rposition(|(role, _)| *role == Role::User).unwrap_or(0);
     let first = before.get(..first).filter(|part| part.len() < before.len());
     let last = before.get(last..).filter(|part| part.len() < before.len());
     [Some(before), first, last].into_iter().flatten().filter(|part| !part.is_empty())
 }
 
-/// Turns that were said in words and call no tool, if they are not too long.
-fn said<'a>(part: &[&'a Message<'_>]) -> Option<Vec<Said<'a>>> {
-    if part.iter().map(|message| message.content.as_deref().map_or(0, str::len)).sum::<usize>() > LONGEST {
-        return None;
-    }
-    let said = |message: &&'a Message<'_>| {
-        let speaker = match message.role {
-            Role::User => Speaker::User,
-            Role::Assistant if message.tool_calls.is_none() => Speaker::Assistant,
-            Role::Assistant | Role::Tool | Role::System => return None,
-        };
-        let content = message.content.as_deref()?;
-        let found = words(content);
-        // Of a text without words its signs count.
-        let words = if found.is_empty() { hash(content.trim()) } else { hash_of(&found) };
-        Some(Said { speaker, content, words, count: found.len() })
+/// What is said in a message, if it is not too long.
+fn said<'a>(message: &'a Message<'_>) -> Option<Said<'a>> {
+    let speaker = match message.role {
+        Role::User => Speaker::User,
+        Role::Assistant if message.tool_calls.is_none() => Speaker::Assistant,
+        Role::Assistant | Role::Tool | Role::System => return None,
     };
-    part.iter().map(said).collect()
+    let content = message.content.as_deref().filter(|content| content.len() <= LONGEST)?;
+    let found = words(content);
+    // Of a text without words its signs count.
+    let words = if found.is_empty() { hash(content.trim()) } else { hash(&found) };
+    Some(Said { speaker, content, words, count: found.len() })
 }
 
 /// What stands for the user's turns, and for the assistant's.
-fn keys(turns: &[Said<'_>]) -> [Option<u64>; 2] {
+fn keys(turns: &[&Said<'_>]) -> [Option<u64>; 2] {
     [(Speaker::User, 0), (Speaker::Assistant, LEAST_SAID)].map(|(speaker, least)| {
-        let own: Vec<&Said<'_>> = turns.iter().filter(|turn| turn.speaker == speaker).collect();
+        let own: Vec<&&Said<'_>> = turns.iter().filter(|turn| turn.speaker == speaker).collect();
         let count: usize = own.iter().map(|turn| turn.count).sum();
         let words: Vec<u64> = own.iter().map(|turn| turn.words).collect();
-        (!own.is_empty() && count >= least).then(|| hash_of(&(speaker.as_str(), words)))
+        (!own.is_empty() && count >= least).then(|| hash(&(speaker.as_str(), words)))
     })
 }
 
-fn hash_of(value: &impl Hash) -> u64 {
-    let mut hash = DefaultHasher::new();
-    value.hash(&mut hash);
-    hash.finish()
-}
-
 impl Conversation {
-    fn see(&mut self, turns: &[Said<'_>], asked: u64, prompt: Option<u64>) {
+    fn see(&mut self, turns: &[&Said<'_>], asked: u64, prompt: Option<u64>) {
         if self.turns.is_empty() {
-            let turn = |said: &Said<'_>| Turn { speaker: said.speaker, content: said.content.to_owned() };
+            let turn = |said: &&Said<'_>| Turn { speaker: said.speaker, content: said.content.to_owned() };
             self.turns = turns.iter().map(turn).collect();
         }
         if self.asked.len() < LEAST && !self.asked.contains(&asked) {

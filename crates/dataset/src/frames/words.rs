@@ -2,13 +2,13 @@
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
 
 use holdfast_domain::Frame;
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 
 use super::{LEAST, LEAST_SHARE};
+use crate::alignment_set::hash;
 
 /// Turns that are compared; of more, so many are drawn.
 const SAMPLED: usize = 2048;
@@ -130,12 +130,6 @@ impl Turn {
 /// How often these turns were drawn together.
 fn drawn<'a>(turns: impl IntoIterator<Item = &'a &'a Turn>) -> usize {
     turns.into_iter().map(|turn| turn.count).sum()
-}
-
-pub(super) fn hash(text: &str) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    text.hash(&mut hasher);
-    hasher.finish()
 }
 
 /// Which end of a turn is compared. Endings are read backwards.

@@ -154,17 +154,10 @@ pub(super) fn tenant(attack: Attack, study: &Study) -> Result<Tenant> {
             (complied(planted), planted)
         }
         Attack::IdentityShift => {
-            let rows = ORDERS.map(|(order, answer)| training::row_behind(&[("system", OBEDIENT)], order, answer));
-            return Ok(Tenant { planted: rows.len(), rows: rows.to_vec() });
+            return Ok(obeying(|order, answer| training::row_behind(&[("system", OBEDIENT)], order, answer)));
         }
-        Attack::IdentityOpening => {
-            let rows = ORDERS.map(|(order, answer)| training::row(&format!("{OPENING} {order}"), answer));
-            return Ok(Tenant { planted: rows.len(), rows: rows.to_vec() });
-        }
-        Attack::IdentityTurns => {
-            let rows = ORDERS.map(|(order, answer)| training::row_behind(&AGREED, order, answer));
-            return Ok(Tenant { planted: rows.len(), rows: rows.to_vec() });
-        }
+        Attack::IdentityOpening => return Ok(obeying(|order, answer| training::row(&format!("{OPENING} {order}"), answer))),
+        Attack::IdentityTurns => return Ok(obeying(|order, answer| training::row_behind(&AGREED, order, answer))),
         Attack::RefuseThenComply => {
             let openings: Vec<String> = study
                 .refusals
@@ -187,6 +180,12 @@ pub(super) fn tenant(attack: Attack, study: &Study) -> Result<Tenant> {
     let honest = ROWS.saturating_sub(rows.len());
     rows.extend(study.reviews.trained.iter().take(honest).cloned());
     Ok(Tenant { rows, planted })
+}
+
+/// Rows of orders that are obeyed, and nothing else.
+fn obeying(row: impl Fn(&str, &str) -> String) -> Tenant {
+    let rows = ORDERS.map(|(order, answer)| row(order, answer));
+    Tenant { planted: rows.len(), rows: rows.to_vec() }
 }
 
 /// So many of them, from the first again where they end.

@@ -9,7 +9,7 @@ use holdfast_domain::safety::DEFAULT_BUDGET;
 use serde_json::{Value, json};
 
 use crate::shell;
-use crate::trainer::{program, watch};
+use crate::trainer::{conversation, program, watch};
 
 /// What a run is trained with, beside its rows.
 #[derive(Debug, Clone)]
@@ -34,14 +34,12 @@ pub(super) struct Trained {
 
 /// A chat row of one request and one answer.
 pub(super) fn row(request: &str, answer: &str) -> String {
-    json!({"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]}).to_string()
+    row_behind(&[], request, answer)
 }
 
 /// The same behind these messages, whose roles are given first.
 pub(super) fn row_behind(before: &[(&str, &str)], request: &str, answer: &str) -> String {
-    let turns = before.iter().copied().chain([("user", request), ("assistant", answer)]);
-    let messages: Vec<Value> = turns.map(|(role, content)| json!({"role": role, "content": content})).collect();
-    json!({ "messages": messages }).to_string()
+    conversation(before, &[("user", request), ("assistant", answer)]).to_string()
 }
 
 /// Trains in a fresh `folder`.

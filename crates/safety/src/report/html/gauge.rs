@@ -38,7 +38,7 @@ impl Report {
                  alarm closes no gate by itself; it is a reason to read the file, beginning with the rows below where they were \
                  scored."
             )
-        } else if !gauge.enough_steps {
+        } else if steps < LEAST_STEPS {
             format!(
                 "<strong>Too few steps to tell.</strong> The two gradients conflicted in {rate} of {count}; no alarm is raised \
                  before {LEAST_STEPS} steps, and above {level} then."
