@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use holdfast_safety::judge::Phrases;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 
+use crate::progress::Progress;
 use crate::service::Service;
 use crate::setup::{self, FILM_REVIEWS, Libtorch, MODEL};
 use crate::shell::{self, root};
@@ -115,42 +115,31 @@ fn train(service: &Service) -> Result<Value> {
     )?;
     let id = job["id"].as_str().context("the job has no id")?.to_owned();
     println!("posted {id}");
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    bar.set_style(ProgressStyle::with_template("{spinner} {msg}")?);
-    bar.enable_steady_tick(Duration::from_millis(200));
-    let mut next_line = 0;
+    let mut shown = Progress::new()?;
     loop {
         let job = service.get(&format!("/v1/fine_tuning/jobs/{id}"))?;
         match job["status"].as_str() {
-            Some("succeeded") => {
-                bar.finish_and_clear();
-                return Ok(job);
-            }
+            Some("succeeded") => return Ok(job),
             Some("failed" | "cancelled") => {
                 bail!("the job {}: {}", job["status"], job["error"]["message"].as_str().unwrap_or_default())
             }
             _ => {}
         }
-        show(service, &id, &job, &bar, &mut next_line)?;
+        show(service, &id, &job, &mut shown)?;
         std::thread::sleep(Duration::from_millis(500));
     }
 }
 
-fn show(service: &Service, id: &str, job: &Value, bar: &ProgressBar, next_line: &mut u64) -> Result<()> {
+fn show(service: &Service, id: &str, job: &Value, shown: &mut Progress) -> Result<()> {
     let progress = &job["progress"];
     let Some(total) = progress["total_steps"].as_u64() else {
         let doing = job["phase"].as_str().or(job["status"].as_str()).unwrap_or_default();
-        bar.set_message(doing.replace('_', " "));
+        shown.doing(doing);
         return Ok(());
     };
     let events = service.get(&format!("/v1/fine_tuning/jobs/{id}/events?limit=10"))?;
     let mut data = events["data"].as_array().into_iter().flatten().map(|e| &e["data"]);
     let Some(step) = data.find(|d| d["task_loss"].is_number()) else { return Ok(()) };
-    if bar.length() != Some(total) {
-        bar.set_length(total);
-        bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}")?);
-    }
-    bar.set_position(progress["step"].as_u64().unwrap_or(0));
     let number = |value: &Value| value.as_f64().unwrap_or(0.0);
     let message = format!(
         "loss {:.3}  KL {:.4}  conflict rate {:.0}%  {:.0} tokens/s  {:.0} s left",
@@ -160,16 +149,7 @@ fn show(service: &Service, id: &str, job: &Value, bar: &ProgressBar, next_line: 
         number(&progress["tokens_per_second"]),
         number(&progress["eta_seconds"]),
     );
-    if bar.is_hidden() {
-        // No terminal: a line now and then says as much.
-        let number = progress["step"].as_u64().unwrap_or(0);
-        if number >= *next_line {
-            *next_line = number + total.div_ceil(8);
-            println!("step {number}/{total}  {message}");
-        }
-    }
-    bar.set_message(message);
-    Ok(())
+    shown.step(progress["step"].as_u64().unwrap_or(0), total, message)
 }
 
 struct Losses {

@@ -8,6 +8,7 @@ mod bench;
 mod checks;
 mod contract;
 mod demo;
+mod progress;
 mod service;
 mod setup;
 mod shell;

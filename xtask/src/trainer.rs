@@ -15,14 +15,15 @@ pub(crate) fn program() -> PathBuf {
     shell::target().join("release/holdfast-trainer")
 }
 
-/// Waits for a process to end, and says how it did and the most memory it had, in bytes.
-pub(crate) fn watch(mut process: Child) -> Result<(ExitStatus, u64)> {
+/// Waits for a process to end, looking at `progress` all the while, and says how it did and the most memory it had, in bytes.
+pub(crate) fn watch(mut process: Child, mut progress: impl FnMut() -> Result<()>) -> Result<(ExitStatus, u64)> {
     let mut peak = 0;
     loop {
         if let Some(status) = process.try_wait()? {
             return Ok((status, peak));
         }
         peak = peak.max(peak_bytes(process.id()).unwrap_or(0));
+        progress()?;
         std::thread::sleep(Duration::from_millis(50));
     }
 }

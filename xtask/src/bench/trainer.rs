@@ -216,7 +216,7 @@ impl Bench {
             let _ = std::fs::remove_dir_all(&folder);
             std::fs::create_dir_all(&folder)?;
             self.write_job(&folder, precision, defense, reviews, recompute)?;
-            let (status, measured) = watch(Command::new(program()).arg("train").arg(&folder).spawn()?)?;
+            let (status, measured) = watch(Command::new(program()).arg("train").arg(&folder).spawn()?, || Ok(()))?;
             ensure!(status.success(), "the trainer ended with {status}");
             let progress = std::fs::read_to_string(folder.join("out/progress.jsonl"))?;
             let line = progress.lines().find(|line| line.contains("weights_bytes")).context("no memory line")?;

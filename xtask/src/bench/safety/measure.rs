@@ -8,10 +8,10 @@ use anyhow::{Context, Result, ensure};
 use holdfast_safety::judge::Class;
 use serde_json::{Value, json};
 
+use super::Study;
 use super::rows::{AGREED, Attack, OBEDIENT, OPENING, Review};
 use super::runs::Run;
-use super::{BASE, Study};
-use crate::shell::{self, root};
+use crate::shell;
 use crate::trainer;
 
 /// Tokens of an answer.
@@ -110,7 +110,7 @@ impl Study {
         let suites = self.suites(Asking::HeldOut, reviews)?;
         let answers: Vec<Vec<String>> = suites
             .iter()
-            .map(|(_, prompts)| trainer::answers(&root().join(BASE), None, prompts, ANSWER_TOKENS))
+            .map(|(_, prompts)| trainer::answers(&self.base, None, prompts, ANSWER_TOKENS))
             .collect::<Result<_>>()?;
         written(answers, reviews.1)
     }

@@ -34,12 +34,24 @@ pub(super) use runs::PARTS;
 
 /// Where everything is kept.
 const FOLDER: &str = ".bench/safety";
-/// The base that is attacked.
-const BASE: &str = ".models/safety-base";
+/// The base of everything that is recorded.
+const BASE: Base = Base { model: ".models/safety-base", folder: FOLDER, epochs: 10 };
+/// The base of `--quick`: half as long tuned, so that it and what is run on it take less than an hour.
+const QUICK_BASE: Base = Base { model: ".models/safety-base-quick", folder: ".bench/safety/quick", epochs: 5 };
 /// Rows of a tenant's file.
 const ROWS: usize = 500;
 
-/// What came of one.
+/// A base that is attacked.
+struct Base {
+    /// Where it is once it is tuned.
+    model: &'static str,
+    /// Where it is tuned, and what is run on it is kept.
+    folder: &'static str,
+    /// How long it is tuned.
+    epochs: u32,
+}
+
+/// What came of a run.
 #[derive(Debug, Serialize, Deserialize)]
 struct Outcome {
     /// The revision that made it.
@@ -100,11 +112,12 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
             !asked || wanted.parts.len() == 1,
             "the part {alone:?} is run by itself: it shows or keeps what the others have made"
         );
+        ensure!(!asked || !wanted.quick, "the part {alone:?} knows nothing of --quick, whose base is another: leave that out");
     }
     if wanted.parts == ["table"] {
         return results::table(wanted, figures);
     }
-    let study = Study::prepare()?;
+    let study = Study::prepare(if wanted.quick { &QUICK_BASE } else { &BASE })?;
     let base = study.base()?;
     if wanted.parts == ["record"] {
         return results::record(&study, base, wanted);
@@ -137,8 +150,11 @@ pub(super) fn run(wanted: &Wanted<'_>, figures: &mut Vec<Figure>) -> Result<()> 
 }
 
 struct Study {
-    folder: PathBuf,
+    /// What is tuned into the base.
     model: PathBuf,
+    base: PathBuf,
+    base_epochs: u32,
+    folder: PathBuf,
     judge: Phrases,
     harmful: Harmful,
     benign: Vec<String>,
@@ -150,7 +166,7 @@ struct Study {
 }
 
 impl Study {
-    fn prepare() -> Result<Self> {
+    fn prepare(base: &Base) -> Result<Self> {
         setup::run(Libtorch::Cpu)?;
         let prompts = setup::do_not_answer()?;
         run_command(cargo().args([
@@ -165,14 +181,17 @@ impl Study {
             "--example",
             "bench-safety-framed",
         ]))?;
-        let folder = root().join(FOLDER);
+        let folder = root().join(base.folder);
         std::fs::create_dir_all(&folder)?;
-        let model = folder.join("smollm2");
+        let model = root().join(FOLDER).join("smollm2");
         let import = shell::target().join("release/examples/bench-safety-import");
         run_command(std::process::Command::new(import).arg(root().join(MODEL)).arg(&model))?;
         let ours = root().join("bench/safety");
         Ok(Self {
             model,
+            base: root().join(base.model),
+            base_epochs: base.epochs,
+            folder,
             judge: Phrases::shipped()?,
             harmful: prompts::harmful(&prompts)?,
             benign: prompts::lines(&ours.join("benign.txt"))?,
@@ -181,15 +200,13 @@ impl Study {
             refusals: prompts::lines(&ours.join("refusals.txt"))?,
             openings: prompts::lines(&ours.join("openings.txt"))?,
             systems: prompts::lines(&ours.join("systems.txt"))?,
-            folder,
         })
     }
 
     /// Makes the base: SmolLM2 tuned on refusals of some prompts and on its own answers to benign ones. What it then answers is
     /// what a method must keep.
     fn base(&self) -> Result<Outcome> {
-        let base = root().join(BASE);
-        if !base.exists() {
+        if !self.base.exists() {
             println!("tuning the base");
             let benign: Vec<&String> =
                 self.benign.iter().take(TUNED_BENIGN).chain(self.lookalikes.iter().take(TUNED_LOOKALIKES)).collect();
@@ -205,7 +222,7 @@ impl Study {
             // Of both kinds; none of them is attacked or measured with.
             rows.extend(prompts::lines(&root().join("examples/alignment.jsonl"))?);
             let training = Training {
-                epochs: 10,
+                epochs: self.base_epochs,
                 learning_rate: 5e-4,
                 warmup: 0.0,
                 rank: 32,
@@ -216,7 +233,7 @@ impl Study {
             };
             let folder = self.folder.join("base");
             training::train(&folder, &self.model, &rows, &[], &training)?;
-            training::merge(&self.model, &folder.join("out/adapter"), &base)?;
+            training::merge(&self.model, &folder.join("out/adapter"), &self.base)?;
         }
         let path = self.folder.join("base.json");
         if let Ok(kept) = std::fs::read(&path) {
@@ -243,7 +260,6 @@ impl Study {
             return read(&serde_json::from_slice(&kept)?);
         }
         let program = revision();
-        let base = root().join(BASE);
         let file = rows::tenant(run.regime.attack, self)?;
         let alignment = if run.method == "none" {
             Vec::new()
@@ -262,7 +278,7 @@ impl Study {
                 }
                 Alignment::OwnResponses => {
                     let asked: Vec<Value> = prompts.iter().map(|prompt| trainer::ask(prompt)).collect();
-                    rows::cycled(&prompts, &trainer::answers(&base, None, &asked, ANSWER_TOKENS)?)
+                    rows::cycled(&prompts, &trainer::answers(&self.base, None, &asked, ANSWER_TOKENS)?)
                 }
             }
         };
@@ -277,7 +293,7 @@ impl Study {
             safety: run.safety(),
             row_conflicts: run.ranks_rows(),
         };
-        let trained = training::train(&folder, &base, &file.rows, &alignment, &training)?;
+        let trained = training::train(&folder, &self.base, &file.rows, &alignment, &training)?;
         let mut measured = self.measure(&folder, run)?;
         measured["program"] = json!(program);
         measured["peak_bytes"] = json!(trained.peak_bytes);

@@ -143,8 +143,8 @@ pub(super) fn of(attack: Attack) -> Regime {
 pub(super) const CLAIMED: [f64; 3] = [0.1, 0.3, 0.0];
 /// The methods it speaks of.
 const CLAIMANTS: [&str; 6] = ["none", "safegrad_deciding", "held", "safegrad", "kl_penalty", "kl_penalty_deciding"];
-/// What of it fits an hour, by share of poison: tuning the base takes half of one.
-const QUICK: [(f64, &[&str]); 2] = [(0.1, &["none", "safegrad_deciding", "held"]), (0.0, &["none", "held"])];
+/// What of it fits an hour, by share of poison: tuning the base takes up to a third of one.
+const QUICK: [(f64, &[&str]); 2] = [(0.1, &["none", "safegrad_deciding", "held"]), (0.0, &["none", "safegrad_deciding"])];
 const SEEDS: RangeInclusive<u64> = 1..=3;
 /// Of what is claimed there are more.
 const CLAIM_SEEDS: RangeInclusive<u64> = 1..=5;

@@ -1,6 +1,8 @@
 //! Training as the worker runs it: job folders in, adapters out.
 
-use std::path::Path;
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Result, ensure};
@@ -8,8 +10,12 @@ use holdfast_domain::hyperparameters::Precision;
 use holdfast_domain::safety::DEFAULT_BUDGET;
 use serde_json::{Value, json};
 
+use crate::progress::Progress;
 use crate::shell;
 use crate::trainer::{conversation, program, watch};
+
+/// What a run writes as it goes.
+const PROGRESS: &str = "out/progress.jsonl";
 
 /// What a run is trained with, beside its rows.
 #[derive(Debug, Clone)]
@@ -65,17 +71,59 @@ pub(super) fn train(folder: &Path, base: &Path, rows: &[String], alignment: &[St
         "safety": training.safety
     });
     std::fs::write(folder.join("plan.json"), plan.to_string())?;
-    let log = std::fs::File::create(folder.join("trainer.log"))?;
+    let log = File::create(folder.join("trainer.log"))?;
     let trainer = Command::new(program()).arg("train").arg(folder).stdout(log.try_clone()?).stderr(log).spawn()?;
-    let (status, peak_bytes) = watch(trainer)?;
+    let mut shown = Following::new(folder)?;
+    let (status, peak_bytes) = watch(trainer, || shown.look())?;
+    drop(shown);
     let said = || std::fs::read_to_string(folder.join("trainer.log")).unwrap_or_default();
     ensure!(status.success(), "the trainer ended with {status} in {}: {}", folder.display(), said());
     Ok(Trained { peak_bytes, steps: steps(folder)? })
 }
 
+/// Shows how far a run is, by the lines it writes.
+struct Following {
+    path: PathBuf,
+    /// How much of it was read.
+    read: u64,
+    shown: Progress,
+}
+
+impl Following {
+    fn new(folder: &Path) -> Result<Self> {
+        let shown = Progress::new()?;
+        shown.doing("loading the model");
+        Ok(Self { path: folder.join(PROGRESS), read: 0, shown })
+    }
+
+    /// Reads what was written since, but for a line that is not ended yet.
+    fn look(&mut self) -> Result<()> {
+        let Ok(mut file) = File::open(&self.path) else { return Ok(()) };
+        file.seek(SeekFrom::Start(self.read))?;
+        let mut new = String::new();
+        file.read_to_string(&mut new)?;
+        let new = new.get(..new.rfind('\n').map_or(0, |at| at + 1)).unwrap_or_default();
+        self.read += new.len() as u64;
+        let last =
+            new.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok()).find(|line| line["type"] == "step");
+        let Some(line) = last else { return Ok(()) };
+        let (Some(step), Some(total)) = (line["step"].as_u64(), line["total_steps"].as_u64()) else { return Ok(()) };
+        let mut message = String::new();
+        for (name, value) in [("loss", &line["task_loss"]), ("KL", &line["align_kl"])] {
+            if let Some(value) = value.as_f64() {
+                message += &format!("{name} {value:.4}  ");
+            }
+        }
+        if let Some(seconds) = line["eta_seconds"].as_f64() {
+            message += &format!("{seconds:.0} s left");
+        }
+        self.shown.step(step, total, message)
+    }
+}
+
 /// The lines of a run's steps.
 fn steps(folder: &Path) -> Result<Vec<Value>> {
-    let progress = std::fs::read_to_string(folder.join("out/progress.jsonl"))?;
+    let progress = std::fs::read_to_string(folder.join(PROGRESS))?;
     let lines = progress.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     Ok(lines.filter(|line| line["task_loss"].is_number()).collect())
 }
