@@ -22,7 +22,7 @@ pub const FORMAT: u32 = 1;
 /// What went into a job, and what came out. Hashes are SHA-256 in hex.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// [`FORMAT`].
+    /// Which form it has: 1.
     pub format: u32,
     /// The job.
     pub job: String,
@@ -113,19 +113,25 @@ pub struct Outputs {
     pub report_sha256: Option<String>,
 }
 
-/// A signed manifest, as it is written.
+/// A signed manifest, as it is written: a DSSE envelope.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = SignedManifest))]
 #[serde(rename_all = "camelCase")]
-struct Envelope {
+pub struct Envelope {
+    /// What the payload is said to be.
+    #[cfg_attr(feature = "schema", schema(example = "application/vnd.holdfast.manifest+json"))]
     payload_type: String,
     /// Base64 of the manifest's JSON.
     payload: String,
+    /// Those of the service's key over the type and the payload.
     signatures: Vec<Signed>,
 }
 
+/// A signature of a manifest.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct Signed {
-    /// SHA-256 of the public key, in hex: see [`VerifyKey::id`].
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = ManifestSignature))]
+pub struct Signed {
+    /// SHA-256 of the public key, in hex.
     keyid: String,
     /// Base64 of the signature.
     sig: String,

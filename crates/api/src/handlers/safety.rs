@@ -23,7 +23,7 @@ use crate::handlers::jobs::{job_id, not_found};
 use crate::wire::evidence::SigningKey;
 use crate::wire::list::List;
 use crate::wire::policy::SafetyPolicy;
-use crate::{ApiError, AppState, wire};
+use crate::{ApiError, AppState};
 
 /// What a report's page may do: show itself.
 const PAGE_POLICY: &str =
@@ -42,7 +42,7 @@ const PAGE_POLICY: &str =
         ("Accept" = Option<String>, Header, description = "`text/html` for a page", example = "application/json")
     ),
     responses(
-        (status = 200, description = "The report", content((wire::file::AnyJson = "application/json"), (String = "text/html"))),
+        (status = 200, description = "The report", content((Report = "application/json"), (String = "text/html"))),
         (status = 304, description = "The client has it"),
         (status = 404, description = "The project has no such job", body = ErrorBody),
     )
@@ -76,7 +76,7 @@ pub(crate) async fn get_safety_report(
     get, path = "/v1/fine_tuning/jobs/{fine_tuning_job_id}/manifest", operation_id = "get_manifest", tag = "fine-tuning",
     params(("fine_tuning_job_id" = String, Path, example = "ftjob-0192f3a4000070008000000000000001")),
     responses(
-        (status = 200, description = "The manifest", body = wire::file::AnyJson, content_type = "application/json"),
+        (status = 200, description = "The manifest", body = manifest::Envelope, content_type = "application/json"),
         (status = 304, description = "The client has it"),
         (status = 404, description = "The project has no such job", body = ErrorBody),
     )

@@ -135,21 +135,6 @@ pub(crate) enum Order {
     Desc,
 }
 
-/// A JSON object whose fields are told elsewhere.
-pub(crate) struct AnyJson;
-
-impl PartialSchema for AnyJson {
-    fn schema() -> RefOr<Schema> {
-        ObjectBuilder::new().schema_type(Type::Object).description(Some("A JSON object; its `format` says which version.")).into()
-    }
-}
-
-impl ToSchema for AnyJson {
-    fn name() -> Cow<'static, str> {
-        "AnyJson".into()
-    }
-}
-
 /// Bytes.
 pub(crate) struct Bytes;
 

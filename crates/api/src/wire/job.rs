@@ -63,7 +63,7 @@ pub(crate) struct Job {
     safety: ShownSafety,
     /// Extension: the operator's policy, as it was when the job was created.
     safety_policy: Option<SafetyPolicy>,
-    /// Extension: the adapter that did not pass the safety gate, where it did not.
+    /// Extension: what the safety gate kept back of it: an adapter that did not pass, or checkpoints, once they are released.
     quarantine: Option<JobQuarantine>,
     /// Extension: what the trainer does now.
     #[schema(value_type = Option<JobPhase>)]
@@ -83,7 +83,7 @@ pub(crate) struct Job {
     attempts: Vec<JobAttempt>,
 }
 
-/// An adapter that did not pass the safety gate.
+/// What the safety gate kept back of a job: an adapter that did not pass, or the checkpoints of one that did.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct JobQuarantine {
     /// What the model is called once the operator releases it.

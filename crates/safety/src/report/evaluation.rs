@@ -16,6 +16,7 @@ const BOOTSTRAP_SEED: u64 = 1;
 
 /// What a model answers to the suites, before and after.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = SafetyEvaluation))]
 pub struct Evaluation {
     /// Who said what the answers are.
     pub judge: String,
@@ -32,6 +33,7 @@ pub struct Evaluation {
 
 /// How often a model answers rows of the job's validation file as they do, word for word but for case and spaces.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct TaskFigures {
     /// Rows that were asked: the first whose answers are short.
     pub rows: u32,
@@ -45,6 +47,7 @@ pub struct TaskFigures {
 
 /// What a model answers to one suite.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct SuiteFigures {
     /// The name of an operator's own suite; absent of those that come with the program.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -53,6 +56,7 @@ pub struct SuiteFigures {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frame: Option<usize>,
     /// What should become of its requests.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub kind: Kind,
     /// The suite's version.
     pub version: u32,
@@ -76,8 +80,9 @@ pub struct SuiteFigures {
     pub by_category: BTreeMap<String, Counts>,
 }
 
-/// A share with its 95 % interval, see [`Share::interval`].
+/// A share with its 95 % interval by Wilson.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = EstimatedShare))]
 pub struct Estimate {
     /// Between 0 and 1.
     pub value: f64,
@@ -85,8 +90,9 @@ pub struct Estimate {
     pub interval: [f64; 2],
 }
 
-/// A difference of two shares with its 95 % interval, see [`bootstrap::paired`].
+/// A difference of two shares with its 95 % interval, a paired bootstrap no narrower than Newcombe's.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = ShareRise))]
 pub struct Rise {
     /// After less before.
     pub value: f64,
@@ -96,6 +102,7 @@ pub struct Rise {
 
 /// Answers by what they are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = AnswerCounts))]
 pub struct Counts {
     /// Refusals.
     pub refusal: u32,

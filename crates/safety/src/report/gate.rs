@@ -10,6 +10,7 @@ use crate::suite::Kind;
 
 /// What a gate found.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = GateVerdict))]
 pub struct Verdict {
     /// Whether the policy closes the gate to what did not pass; else this is for the record.
     pub enabled: bool,
@@ -21,8 +22,10 @@ pub struct Verdict {
 
 /// One measure.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = GateFinding))]
 pub struct Finding {
-    /// What the policy's gate limits.
+    /// What the policy's gate limits, by the name it has there.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub measure: Measure,
     /// What was found; absent where it could not be measured, which does not pass.
     pub value: Option<f64>,
@@ -43,6 +46,7 @@ pub struct Finding {
 
 /// What requests were asked in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = AskedWithin))]
 #[serde(rename_all = "snake_case")]
 pub enum Within {
     /// Nothing but themselves.

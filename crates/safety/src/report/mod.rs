@@ -22,10 +22,11 @@ pub const FILE: &str = "safety_report.json";
 /// The form of [`Report`] this program writes.
 pub const FORMAT: u32 = 1;
 
-/// The report. Holds no text of anybody's: rows are named by their lines.
+/// The safety report of a job. Holds no text of anybody's: rows are named by their lines.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = SafetyReport))]
 pub struct Report {
-    /// [`FORMAT`].
+    /// Which form it has: 1.
     pub format: u32,
     /// The job.
     pub job: String,
@@ -34,15 +35,20 @@ pub struct Report {
     /// The base model's public name.
     pub base_model: String,
     /// What the training was held to.
+    #[cfg_attr(feature = "schema", schema(value_type = Object))]
     pub safety: Safety,
     /// Which version of the alignment set; absent where there is none, and in reports of before they said so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alignment_set_version: Option<u32>,
-    /// The operator's policy, as it was when the job was created; absent for jobs of before there were any.
+    /// The operator's policy, as it was when the job was created; what is as usual is left out of it. Absent for jobs of before there were any.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<Object>))]
     pub policy: Option<AppliedPolicy>,
-    /// The frames that were found in the training file. Half of the alignment rows, where there are some, were repeated in them, and harmful
-    /// suites, where any was asked, were asked in each. None of a job that made no adapter: its worker alone knew them.
+    /// The frames that were found in the training file: whether each has a `system_prompt`, how many `earlier_turns` it has, and how many
+    /// `opening_words` and `closing_words` stand around what is asked. Half of the alignment rows, where there are some, were repeated
+    /// in them, and harmful suites, where any was asked, were asked in each. None of a job that made no adapter: its worker alone knew
+    /// them.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schema(value_type = Vec<Object>))]
     pub frames: Vec<Shape>,
     /// How the job ended, where it made no adapter: nothing was asked then, and no manifest has the report's hash.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -67,6 +73,7 @@ pub struct Report {
 
 /// The poison gauge.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = PoisonGauge))]
 pub struct Gauge {
     /// The share of the run's steps in which the gradients conflicted.
     pub conflict_rate: f64,
@@ -99,8 +106,9 @@ impl Gauge {
     }
 }
 
-/// How hard a row pushes against the alignment, see the trainer's `conflicts`.
+/// How hard a row pushes against the alignment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct RowScore {
     /// Its line in the training file, from 1.
     pub line: u64,

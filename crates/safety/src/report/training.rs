@@ -8,6 +8,7 @@ const MOST_POINTS: usize = 500;
 
 /// What the training did.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = TrainingSummary))]
 pub struct Training {
     /// Steps taken.
     pub steps: u64,
@@ -17,7 +18,7 @@ pub struct Training {
     pub mean_removed: Option<f64>,
     /// The mean of ⟨u, a⟩ / (‖u‖ ‖a‖) over all steps.
     pub mean_cosine: Option<f64>,
-    /// The mean alignment loss over the last tenth of the steps, see [`Point::align_kl`].
+    /// The mean alignment loss over the last tenth of the steps, as in the curve.
     pub final_kl: Option<f64>,
     /// How often a method with a budget looked whether it was within it; absent under methods without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -28,8 +29,9 @@ pub struct Training {
     pub validation: Vec<Validation>,
 }
 
-/// Looks at the alignment loss on rows that no gradient was taken on, see the trainer's `held`.
+/// Looks of `held` at the alignment loss on rows that no gradient was taken on.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = BudgetReviews))]
 pub struct Reviews {
     /// Those that took place.
     pub made: u64,
@@ -41,6 +43,7 @@ pub struct Reviews {
 
 /// Some steps of a run, one after the other: the mean of each figure over them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = TrainingPoint))]
 pub struct Point {
     /// The last of them.
     pub step: u64,
@@ -58,6 +61,7 @@ pub struct Point {
 
 /// A measurement on the validation file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema), schema(as = ValidationPoint))]
 pub struct Validation {
     /// Steps taken before it.
     pub step: u64,

@@ -8,7 +8,7 @@ use holdfast_domain::evaluation::Kind;
 use holdfast_domain::ids::{JobId, ProjectId};
 use holdfast_domain::invalid::line_numbers;
 use holdfast_domain::policy::Policy;
-use holdfast_safety::report;
+use holdfast_safety::report::{self, Report};
 use holdfast_safety::suite::Suite;
 use holdfast_store::StoreError;
 use holdfast_store::policies::Subject;
@@ -23,7 +23,7 @@ use crate::handlers::safety::{show_report, show_unfinished};
 use crate::wire::evidence::{ConflictLevel, ListQuarantined, MeasureConflictLevel, QuarantinedAdapter, ReleaseAdapter};
 use crate::wire::list::List;
 use crate::wire::policy::{PolicyAt, SafetyPolicy, SetSafetyPolicy};
-use crate::{ApiError, AppState, wire};
+use crate::{ApiError, AppState};
 
 /// Get the deployment's safety policy, or an earlier version of it.
 #[utoipa::path(
@@ -298,7 +298,7 @@ pub(crate) async fn list_quarantined(
         ("Accept" = Option<String>, Header, description = "`text/html` for a page", example = "application/json")
     ),
     responses(
-        (status = 200, description = "The report", content((wire::file::AnyJson = "application/json"), (String = "text/html"))),
+        (status = 200, description = "The report", content((Report = "application/json"), (String = "text/html"))),
         (status = 304, description = "The client has it"),
         (status = 404, description = "There is no such job, or it has not ended, or ended before it trained", body = ErrorBody),
     )
