@@ -61,6 +61,23 @@ fn a_key_of_the_client_s_own_holds_and_stands_for_one_body() -> Result<()> {
 }
 
 #[test]
+fn a_retry_finds_its_job_although_it_would_be_refused_by_now() -> Result<()> {
+    let app = TestApp::with_model()?;
+    let file = app.uploaded(ROW.as_bytes())?;
+    let body = json!({"model": MODEL, "training_file": file}).to_string();
+    let send = |headers: &[(&str, &str)]| app.call_with(headers, "POST", JOBS, Some(&body));
+    let named = [("idempotency-key", "lost")];
+    let first = send(&named)?.body;
+    app.call("POST", &format!("{JOBS}/{}/cancel", first["id"].as_str().context("no id")?), None)?;
+    assert_eq!(app.call("DELETE", &format!("/v1/files/{file}"), None)?.status, 200);
+    let again = send(&named)?;
+    assert_eq!((again.status, &again.body["id"], &again.body["status"]), (200, &first["id"], &json!("cancelled")));
+    assert_eq!(send(&[])?.status, 404, "a request of its own is refused");
+    assert_eq!(send(&[("x-stainless-retry-count", "1")])?.status, 404, "and so is the retry of one that made nothing");
+    Ok(())
+}
+
+#[test]
 fn a_try_that_was_refused_does_not_stand_in_the_way_of_the_next() -> Result<()> {
     let app = TestApp::with_model()?;
     let missing = json!({"model": MODEL, "training_file": "file-00000000000000000000000000000000"}).to_string();

@@ -40,6 +40,16 @@ pub struct Once {
     pub repetition: Repetition,
 }
 
+impl Once {
+    /// How long what it made is remembered by its token.
+    const fn lifetime(&self) -> Duration {
+        match self.repetition {
+            Repetition::Named => NAMED_LIFETIME,
+            Repetition::Retry | Repetition::First => UNNAMED_LIFETIME,
+        }
+    }
+}
+
 /// Admits a request that will make `made`, in the transaction that makes it: one of the same token waits until that has
 /// ended. Returns what an earlier one has made, when this is its repetition.
 ///
@@ -47,7 +57,6 @@ pub struct Once {
 /// When the client's name for it stands for another body, or the database fails.
 pub(crate) async fn admit(connection: &mut PgConnection, once: Option<&Once>, made: Uuid) -> Result<Option<Uuid>, StoreError> {
     let Some(once) = once else { return Ok(None) };
-    let lifetime = if once.repetition == Repetition::Named { NAMED_LIFETIME } else { UNNAMED_LIFETIME };
     let admitted = sqlx::query_scalar!(
         "insert into made_requests (key_id, operation, token, body_sha256, made) values ($1, $2, $3, $4, $5)
          on conflict (key_id, operation, token) do update set made = excluded.made, body_sha256 = excluded.body_sha256, made_at = now()
@@ -59,7 +68,7 @@ pub(crate) async fn admit(connection: &mut PgConnection, once: Option<&Once>, ma
         &once.body_sha256[..],
         made,
         once.repetition == Repetition::First,
-        lifetime.as_secs_f64()
+        once.lifetime().as_secs_f64()
     )
     .fetch_optional(&mut *connection)
     .await?;
@@ -83,6 +92,26 @@ pub(crate) async fn admit(connection: &mut PgConnection, once: Option<&Once>, ma
         .into());
     }
     Ok(Some(earlier.made))
+}
+
+/// What a request of the same token and body has made, where this says that it is its repetition. Unlike [`admit`] it admits nothing.
+///
+/// # Errors
+/// When the database fails.
+pub(crate) async fn made_before(connection: &mut PgConnection, once: &Once) -> Result<Option<Uuid>, StoreError> {
+    if once.repetition == Repetition::First {
+        return Ok(None);
+    }
+    let made = sqlx::query_scalar!(
+        "select made from made_requests where key_id = $1 and operation = $2 and token = $3 and body_sha256 = $4
+         and made_at >= now() - make_interval(secs => $5)",
+        once.key.0,
+        once.operation,
+        &once.token[..],
+        &once.body_sha256[..],
+        once.lifetime().as_secs_f64()
+    );
+    Ok(made.fetch_optional(connection).await?)
 }
 
 impl Store {

@@ -12,7 +12,7 @@ use holdfast_domain::{Invalid, model_name, safety::RequestedSafety};
 use holdfast_store::base_models::BaseModel;
 use holdfast_store::files::File;
 use holdfast_store::jobs::{Job as Row, NewJob};
-use holdfast_store::{Store, StoreError};
+use holdfast_store::{Once, Store, StoreError};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -49,21 +49,29 @@ pub(crate) async fn create_job(
     repeatable: Repeatable,
     JsonBody(body, sha256): JsonBody<CreateJob>,
 ) -> Result<Created<Job>, ApiError> {
-    let resolved = resolve(&state, tenant, body).await?;
+    let once = repeatable.with_body(sha256);
+    let created = match create(&state, tenant, body, &once).await {
+        // What it is refused for may have come after the job that it made: another policy, a file that is gone.
+        Err(refusal) => state.store.job_made_before(tenant.0, &once).await?.ok_or(refusal)?,
+        Ok(created) => created,
+    };
+    Ok(Created(show(&state.store, created).await?))
+}
+
+async fn create(state: &AppState, tenant: Tenant, body: CreateJob, once: &Once) -> Result<Row, ApiError> {
+    let resolved = resolve(state, tenant, body).await?;
     if let Some((param, file)) = resolved.files().find(|(_, file)| file.errors.is_some()) {
         return Err(bad_file(param, file));
     }
     let job = resolved.job;
-    let created = state.store.create_job(tenant.0, &job, Some(&repeatable.with_body(sha256))).await;
-    let created = created.map_err(|error| match error {
+    state.store.create_job(tenant.0, &job, Some(once)).await.map_err(|error| match error {
         StoreError::Invalid(invalid) if invalid.code == "model_not_found" => ApiError::not_found("model", &job.model),
         StoreError::Invalid(invalid) if invalid.code == "file_not_found" => {
             let missing = if invalid.param == "training_file" { Some(job.training_file) } else { job.validation_file };
             ApiError::not_found(&invalid.param, &missing.map_or_else(String::new, |file| file.to_string()))
         }
         other => other.into(),
-    })?;
-    Ok(Created(show(&state.store, created).await?))
+    })
 }
 
 /// A request for a job, with everything decided.

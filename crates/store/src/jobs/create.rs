@@ -42,6 +42,19 @@ pub struct NewJob {
 }
 
 impl Store {
+    /// The job that a request made when it was served before, whatever has changed since.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn job_made_before(&self, project: ProjectId, once: &Once) -> Result<Option<Job>, StoreError> {
+        let mut connection = self.tenant(project).await?;
+        let Some(made) = once::made_before(&mut connection, once).await? else { return Ok(None) };
+        match fetch(&mut connection, JobId(made), Some(project)).await {
+            Err(StoreError::NotFound) => Ok(None),
+            job => job.map(Some),
+        }
+    }
+
     /// Creates a job: it waits for a worker to check its files. Of a request that was served before, the job it made then
     /// comes back.
     ///
