@@ -158,7 +158,8 @@ fn of_tar(path: &Path) -> Result<Files> {
     const MOST_MANIFEST_BYTES: u64 = 16 << 20;
     let mut files = Files { hashes: Vec::new(), manifest: None };
     let mut archive = tar::Archive::new(File::open(path)?);
-    for entry in archive.entries()? {
+    // As they stand there: a header that says of the next entry how to unpack it is an entry of its own, and refused.
+    for entry in archive.entries()?.raw(true) {
         let entry = entry?;
         let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
         if entry.header().entry_type() != tar::EntryType::Regular || name.contains(['/', '\\', '\0']) || name.starts_with('.') {

@@ -202,6 +202,18 @@ fn an_adapter_that_was_tampered_with_is_told_from_one_that_was_not() -> Result<(
         holdfast::verify::run(&path, Given::default())
     };
     verified(&good)?;
+    // Such a header has what unpacks it put other bytes where the signed ones stand.
+    let path = folder.path().join("sparse.tar");
+    let mut sparse = tar::Builder::new(std::fs::File::create(&path)?);
+    sparse.append_pax_extensions([("GNU.sparse.map", &b"3,4"[..]), ("GNU.sparse.size", &b"7"[..])])?;
+    for (name, content) in good {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(content.len() as u64);
+        sparse.append_data(&mut header, name, content)?;
+    }
+    sparse.finish()?;
+    let error = holdfast::verify::run(&path, Given::default()).err().context("it passes")?;
+    assert!(format!("{error:#}").contains("is no plain file"), "{error:#}");
     let bad: [(&str, &[u8], &str); 4] = [
         ("adapter_model.safetensors", b"others", "stands in it twice"),
         ("adapter_model.bin", b"pickle", "is not in the manifest"),
