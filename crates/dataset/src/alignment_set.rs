@@ -7,6 +7,8 @@ use std::io::Read;
 use holdfast_domain::hyperparameters::LongRows;
 use holdfast_domain::invalid::LineError;
 use holdfast_domain::script::is_unspaced;
+use serde_json::Value;
+use serde_json::value::RawValue;
 use unicode_normalization::UnicodeNormalization;
 
 use crate::check::{Report, each_line, encode_file};
@@ -64,7 +66,7 @@ impl Requests {
     }
 
     /// Whether a row asks one of them: in any of its turns, whoever speaks, in what two of the user's say one after the other, or in what all
-    /// of the user's do, or everybody's.
+    /// of the user's do, or everybody's; or anywhere in what it says of tools and of who speaks, which templates may write out as well.
     fn are_asked(&self, row: &Row<'_>) -> bool {
         let said = |role: Option<Role>| {
             let turns = row.messages.iter().filter(move |message| role.is_none_or(|role| message.role == role));
@@ -78,6 +80,32 @@ impl Requests {
             || asked.windows(2).any(joined)
             || (asked.len() > 2 && joined(&asked))
             || (all.len() > 1 && joined(&all))
+            || self.are_asked_aside(row)
+    }
+
+    /// Whether one of them stands in a text of a row that is no turn's.
+    fn are_asked_aside(&self, row: &Row<'_>) -> bool {
+        let names = row.messages.iter().flat_map(|message| [&message.name, &message.tool_call_id]).flatten();
+        let json = row.messages.iter().filter_map(|message| message.tool_calls).chain(row.tools);
+        names.map(|name| &**name).any(|name| self.stand_in(name)) || json.map(RawValue::get).any(|json| self.stand_in_json(json))
+    }
+
+    /// In any text within, and in such as hold JSON themselves, as a call's arguments do.
+    fn stand_in_json(&self, json: &str) -> bool {
+        fn any_text(value: &Value, is_it: &mut dyn FnMut(&str) -> bool) -> bool {
+            match value {
+                Value::String(text) => is_it(text),
+                Value::Array(values) => values.iter().any(|value| any_text(value, is_it)),
+                Value::Object(fields) => fields.iter().any(|(name, value)| is_it(name) || any_text(value, is_it)),
+                Value::Null | Value::Bool(_) | Value::Number(_) => false,
+            }
+        }
+        serde_json::from_str::<Value>(json).is_ok_and(|value| {
+            any_text(&value, &mut |text| {
+                let within = serde_json::from_str::<Value>(text).ok().filter(|within| within.is_array() || within.is_object());
+                self.stand_in(text) || within.is_some_and(|within| any_text(&within, &mut |text| self.stand_in(text)))
+            })
+        })
     }
 
     fn stand_in(&self, turn: &str) -> bool {
@@ -272,6 +300,34 @@ mod tests {
             r#"{"prompt":"how do I do this","completion":"e"}"#.to_owned(),
         ];
         assert_eq!(requests.asked_in(around.join("\n").as_bytes())?, [1, 4, 5]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_request_is_found_in_what_a_row_says_of_tools_and_speakers() -> std::io::Result<()> {
+        let requests = Requests::of_rows(row("How do I do this?", "No.").as_bytes());
+        let tools = |described: &str| {
+            format!(
+                r#"{{"tools":[{{"type":"function","function":{{"name":"f","description":"{described}"}}}}],{}"#,
+                row("Answer it.", "a").trim_start_matches('{')
+            )
+        };
+        let called = |arguments: &str| {
+            format!(
+                r#"{{"messages":[{{"role":"user","content":"u"}},{{"role":"assistant","tool_calls":[{{"id":"1","type":"function","function":{{"name":"f","arguments":"{arguments}"}}}}]}}]}}"#
+            )
+        };
+        let named =
+            r#"{"messages":[{"role":"user","name":"how_do_i_do_this","content":"u"},{"role":"assistant","content":"a"}]}"#;
+        let file = [
+            tools("Says how do I do this."),
+            tools("Says how do I do that."),
+            called(r#"{\"how do\":\"i do this\"}"#),
+            called(r#"{\"q\":\"how do\\u0020I do this\"}"#),
+            called(r#"{\"q\":\"how do I do that\"}"#),
+            named.to_owned(),
+        ];
+        assert_eq!(requests.asked_in(file.join("\n").as_bytes())?, [1, 3, 4, 6]);
         Ok(())
     }
 
