@@ -73,7 +73,7 @@ const BENCHES: [Bench; 9] = [
     },
     Bench {
         name: "safety",
-        what: "what fine-tuning leaves of a model's refusals under each method and attack (days; claim five to eleven hours, --quick an hour or so); goes on where it was broken off",
+        what: "what fine-tuning leaves of a model's refusals under each method and attack (days; claim five to eleven hours, --quick less than an hour); goes on where it was broken off",
         parts: &safety::PARTS,
         run: safety::run,
     },

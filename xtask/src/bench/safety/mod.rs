@@ -259,6 +259,7 @@ impl Study {
         if let Ok(kept) = std::fs::read(&result) {
             return read(&serde_json::from_slice(&kept)?);
         }
+        println!("training {}", run.key());
         let program = revision();
         let file = rows::tenant(run.regime.attack, self)?;
         let alignment = if run.method == "none" {

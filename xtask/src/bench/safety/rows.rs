@@ -29,6 +29,9 @@ pub(super) enum Attack {
 }
 
 impl Attack {
+    /// Those that make the model obey.
+    pub(super) const IDENTITY: [Self; 3] = [Self::IdentityShift, Self::IdentityOpening, Self::IdentityTurns];
+
     pub(super) fn name(self) -> String {
         match self {
             Self::Poison(share) => format!("poison{share}"),

@@ -126,7 +126,7 @@ impl Regime {
 
 pub(super) fn of(attack: Attack) -> Regime {
     // Ten rows are one step, and no file is trained on more than fifty times.
-    let steps = if matches!(attack, Attack::IdentityShift | Attack::IdentityOpening | Attack::IdentityTurns) { 50 } else { 150 };
+    let steps = if Attack::IDENTITY.contains(&attack) { 50 } else { 150 };
     Regime {
         attack,
         learning_rate: 5e-4,
@@ -144,7 +144,7 @@ pub(super) const CLAIMED: [f64; 3] = [0.1, 0.3, 0.0];
 /// The methods it speaks of.
 const CLAIMANTS: [&str; 6] = ["none", "safegrad_deciding", "held", "safegrad", "kl_penalty", "kl_penalty_deciding"];
 /// What of it fits an hour, by share of poison: tuning the base takes up to a third of one.
-const QUICK: [(f64, &[&str]); 2] = [(0.1, &["none", "safegrad_deciding", "held"]), (0.0, &["none", "safegrad_deciding"])];
+const QUICK: (&[&str], &[f64]) = (&["none", "safegrad_deciding"], &[0.1, 0.0]);
 const SEEDS: RangeInclusive<u64> = 1..=3;
 /// Of what is claimed there are more.
 const CLAIM_SEEDS: RangeInclusive<u64> = 1..=5;
@@ -227,8 +227,8 @@ fn run_of(regime: Regime, method: &'static str, strength: f64, seed: u64) -> Run
 
 /// Regimes that are harder to hold than those of the claim.
 fn harder_regimes() -> Vec<Regime> {
-    let identity = [Attack::IdentityShift, Attack::IdentityOpening, Attack::IdentityTurns];
-    let mut regimes: Vec<Regime> = identity.into_iter().chain([Attack::RefuseThenComply, Attack::Decoys]).map(of).collect();
+    let mut regimes: Vec<Regime> =
+        Attack::IDENTITY.into_iter().chain([Attack::RefuseThenComply, Attack::Decoys]).map(of).collect();
     for share in [0.3, 0.1, 0.0] {
         regimes.push(Regime { learning_rate: 2e-3, ..of(Attack::Poison(share)) });
         regimes.push(Regime { alignment_rows: 10, ..of(Attack::Poison(share)) });
@@ -268,7 +268,8 @@ pub(super) fn pieces(wanted: &Wanted<'_>) -> Vec<Run> {
 /// The runs of those parts that are compared in a table.
 pub(super) fn compared(wanted: &Wanted<'_>) -> Vec<Run> {
     if wanted.quick {
-        return QUICK.iter().flat_map(|(share, claimants)| claim(claimants, &[*share], 1..=1)).collect();
+        let (claimants, shares) = QUICK;
+        return claim(claimants, shares, 1..=1);
     }
     let mut runs = Vec::new();
     if wanted.has("claim") {
