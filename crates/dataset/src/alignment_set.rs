@@ -90,22 +90,18 @@ impl Requests {
         names.map(|name| &**name).any(|name| self.stand_in(name)) || json.map(RawValue::get).any(|json| self.stand_in_json(json))
     }
 
-    /// In any text within, and in such as hold JSON themselves, as a call's arguments do.
     fn stand_in_json(&self, json: &str) -> bool {
-        fn any_text(value: &Value, is_it: &mut dyn FnMut(&str) -> bool) -> bool {
-            match value {
-                Value::String(text) => is_it(text),
-                Value::Array(values) => values.iter().any(|value| any_text(value, is_it)),
-                Value::Object(fields) => fields.iter().any(|(name, value)| is_it(name) || any_text(value, is_it)),
-                Value::Null | Value::Bool(_) | Value::Number(_) => false,
-            }
+        serde_json::from_str(json).is_ok_and(|value| self.stand_within(&value))
+    }
+
+    /// In any text within, and in what is JSON itself there, as a call's arguments are.
+    fn stand_within(&self, value: &Value) -> bool {
+        match value {
+            Value::String(text) => self.stand_in(text) || self.stand_in_json(text),
+            Value::Array(values) => values.iter().any(|value| self.stand_within(value)),
+            Value::Object(fields) => fields.iter().any(|(name, value)| self.stand_in(name) || self.stand_within(value)),
+            Value::Null | Value::Bool(_) | Value::Number(_) => false,
         }
-        serde_json::from_str::<Value>(json).is_ok_and(|value| {
-            any_text(&value, &mut |text| {
-                let within = serde_json::from_str::<Value>(text).ok().filter(|within| within.is_array() || within.is_object());
-                self.stand_in(text) || within.is_some_and(|within| any_text(&within, &mut |text| self.stand_in(text)))
-            })
-        })
     }
 
     fn stand_in(&self, turn: &str) -> bool {

@@ -94,14 +94,11 @@ pub(crate) async fn admit(connection: &mut PgConnection, once: Option<&Once>, ma
     Ok(Some(earlier.made))
 }
 
-/// What a request of the same token and body has made, where this says that it is its repetition. Unlike [`admit`] it admits nothing.
+/// What a request of the same token and body has made. Unlike [`admit`] it admits nothing.
 ///
 /// # Errors
 /// When the database fails.
 pub(crate) async fn made_before(connection: &mut PgConnection, once: &Once) -> Result<Option<Uuid>, StoreError> {
-    if once.repetition == Repetition::First {
-        return Ok(None);
-    }
     let made = sqlx::query_scalar!(
         "select made from made_requests where key_id = $1 and operation = $2 and token = $3 and body_sha256 = $4
          and made_at >= now() - make_interval(secs => $5)",

@@ -218,7 +218,7 @@ impl Bench {
             self.write_job(&folder, precision, defense, reviews, recompute)?;
             let (status, measured) = watch(Command::new(program()).arg("train").arg(&folder).spawn()?, || Ok(()))?;
             ensure!(status.success(), "the trainer ended with {status}");
-            let progress = std::fs::read_to_string(folder.join("out/progress.jsonl"))?;
+            let progress = std::fs::read_to_string(folder.join(holdfast_domain::plan::paths::PROGRESS))?;
             let line = progress.lines().find(|line| line.contains("weights_bytes")).context("no memory line")?;
             let line: Value = serde_json::from_str(line)?;
             let parts = line.as_object().context("no object")?.iter().filter(|(name, _)| name.ends_with("_bytes"));

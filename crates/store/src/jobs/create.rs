@@ -9,7 +9,7 @@ use sqlx::{Connection, PgConnection};
 use super::{Job, Start, fetch};
 use crate::error::to_json;
 use crate::events::{self, Level};
-use crate::once::{self, Once};
+use crate::once::{self, Once, Repetition};
 use crate::projects::{lock_quotas, usage};
 use crate::suites::Suite;
 use crate::{Store, StoreError, new_id, queue};
@@ -42,11 +42,14 @@ pub struct NewJob {
 }
 
 impl Store {
-    /// The job that a request made when it was served before, whatever has changed since.
+    /// The job that a request made when it was served before, whatever has changed since; none of one that says it is new.
     ///
     /// # Errors
     /// When the database fails.
     pub async fn job_made_before(&self, project: ProjectId, once: &Once) -> Result<Option<Job>, StoreError> {
+        if once.repetition == Repetition::First {
+            return Ok(None);
+        }
         let mut connection = self.tenant(project).await?;
         let Some(made) = once::made_before(&mut connection, once).await? else { return Ok(None) };
         match fetch(&mut connection, JobId(made), Some(project)).await {

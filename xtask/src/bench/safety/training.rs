@@ -7,15 +7,13 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 use holdfast_domain::hyperparameters::Precision;
+use holdfast_domain::plan::paths;
 use holdfast_domain::safety::DEFAULT_BUDGET;
 use serde_json::{Value, json};
 
 use crate::progress::Progress;
 use crate::shell;
 use crate::trainer::{conversation, program, watch};
-
-/// What a run writes as it goes.
-const PROGRESS: &str = "out/progress.jsonl";
 
 /// What a run is trained with, beside its rows.
 #[derive(Debug, Clone)]
@@ -75,7 +73,6 @@ pub(super) fn train(folder: &Path, base: &Path, rows: &[String], alignment: &[St
     let trainer = Command::new(program()).arg("train").arg(folder).stdout(log.try_clone()?).stderr(log).spawn()?;
     let mut shown = Following::new(folder)?;
     let (status, peak_bytes) = watch(trainer, || shown.look())?;
-    drop(shown);
     let said = || std::fs::read_to_string(folder.join("trainer.log")).unwrap_or_default();
     ensure!(status.success(), "the trainer ended with {status} in {}: {}", folder.display(), said());
     Ok(Trained { peak_bytes, steps: steps(folder)? })
@@ -93,7 +90,7 @@ impl Following {
     fn new(folder: &Path) -> Result<Self> {
         let shown = Progress::new()?;
         shown.doing("loading the model");
-        Ok(Self { path: folder.join(PROGRESS), read: 0, shown })
+        Ok(Self { path: folder.join(paths::PROGRESS), read: 0, shown })
     }
 
     /// Reads what was written since, but for a line that is not ended yet.
@@ -123,7 +120,7 @@ impl Following {
 
 /// The lines of a run's steps.
 fn steps(folder: &Path) -> Result<Vec<Value>> {
-    let progress = std::fs::read_to_string(folder.join(PROGRESS))?;
+    let progress = std::fs::read_to_string(folder.join(paths::PROGRESS))?;
     let lines = progress.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     Ok(lines.filter(|line| line["task_loss"].is_number()).collect())
 }
